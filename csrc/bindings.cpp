@@ -1,0 +1,99 @@
+// The pybind11 module hypergrad_ext._C: every host function, by its own name.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <vector>
+
+#include "cpu/isa.h"
+#include "host.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// A list or tuple of tensors, borrowed from Python for the length of the call: counting references
+// of 150 tensors would take as long as the kernel.
+class TensorSequence {
+  using Borrow = c10::MaybeOwnedTraits<at::Tensor>;
+
+ public:
+  TensorSequence(const char* name, const py::handle& object) {
+    if (!PyList_Check(object.ptr()) && !PyTuple_Check(object.ptr()))
+      throw py::type_error(std::string(name) + " must be a list or tuple of tensors, got " + type_name(object.ptr()));
+    const Py_ssize_t size = PySequence_Fast_GET_SIZE(object.ptr());
+    tensors_.reserve(size);
+    for (Py_ssize_t i = 0; i < size; ++i)
+      tensors_.push_back(Borrow::createBorrow(tensor(name, PySequence_Fast_GET_ITEM(object.ptr(), i))));
+  }
+  TensorSequence(const TensorSequence&) = delete;
+  ~TensorSequence() {
+    for (at::Tensor& t : tensors_) Borrow::destroyBorrow(t);
+  }
+
+  static const at::Tensor& tensor(const char* name, PyObject* object) {
+    if (!THPVariable_Check(object))
+      throw py::type_error(std::string(name) + " must hold tensors, got " + type_name(object));
+    return THPVariable_Unpack(object);
+  }
+
+  operator at::TensorList() const { return tensors_; }
+
+ private:
+  static const char* type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+  std::vector<at::Tensor> tensors_;
+};
+
+void neumann_step_(py::handle v, py::handle p, py::handle hv, py::handle stats, double alpha, double damping) {
+  const TensorSequence v_list("v", v), p_list("p", p), hv_list("hv", hv);
+  const at::Tensor& stats_tensor = TensorSequence::tensor("stats", stats.ptr());
+  const py::gil_scoped_release release;
+  hg::neumann_step_(v_list, p_list, hv_list, stats_tensor, alpha, damping);
+}
+
+void cg_step_(py::handle x, py::handle r, py::handle p, py::handle hp, py::handle state, double damping) {
+  const TensorSequence x_list("x", x), r_list("r", r), p_list("p", p), hp_list("hp", hp);
+  const at::Tensor& state_tensor = TensorSequence::tensor("state", state.ptr());
+  const py::gil_scoped_release release;
+  hg::cg_step_(x_list, r_list, p_list, hp_list, state_tensor, damping);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["isa"] = hg::cpu::isa_name();
+  info["threads"] = at::get_num_threads();
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(HG_WITH_CUDA)
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  // Without torch's own translator a c10 error would carry the C++ backtrace into the message.
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const c10::TypeError& e) {
+      PyErr_SetString(PyExc_TypeError, e.what_without_backtrace());
+    } catch (const c10::ValueError& e) {
+      PyErr_SetString(PyExc_ValueError, e.what_without_backtrace());
+    } catch (const c10::Error& e) {
+      PyErr_SetString(PyExc_RuntimeError, e.what_without_backtrace());
+    }
+  });
+  m.doc() = "Compiled kernels of hypergrad_ext.";
+  m.def("build_info", &build_info);
+  m.def("neumann_step_", &neumann_step_, py::arg("v"), py::arg("p"), py::arg("hv"), py::arg("stats"),
+        py::arg("alpha"), py::arg("damping") = 0.0);
+  m.def("cg_step_", &cg_step_, py::arg("x"), py::arg("r"), py::arg("p"), py::arg("hp"), py::arg("state"),
+        py::arg("damping") = 0.0);
+}

@@ -1,0 +1,82 @@
+// The update formulas, written once and shared by the CPU and the CUDA kernels,
+// so that the CPU tests exercise the arithmetic that runs on the GPU.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define HG_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define HG_HD inline __attribute__((always_inline))
+#else
+#define HG_HD inline
+#endif
+
+namespace hg {
+
+// Columns of the float64 `stats` row that neumann_step_ fills.
+enum NeumannStats : int { kNormSquared = 0, kNonFinite = 1, kNeumannStats = 2 };
+
+// Columns of the float64 `state` row that cg_step_ reads and updates.
+enum CgState : int {
+  kResidual = 0,    // r.r
+  kStop = 1,        // stop once r.r <= this
+  kCurvature = 2,   // p.(H + dI)p / p.p of the last step
+  kFlag = 3,        // one of the values below
+  kCgState = 4,
+};
+// Values of state[kFlag].
+constexpr double kRunning = 0, kConverged = 1, kNonPositiveCurvature = 2, kBroken = 3;
+
+// One element of (H + damping I) v.
+template <class A>
+HG_HD A damped(A hv, A v, A damping) {
+  return hv + damping * v;
+}
+
+// v <- v - alpha (Hv + damping v)
+template <class A>
+HG_HD A neumann_term(A v, A hv, A alpha, A damping) {
+  return v - alpha * damped(hv, v, damping);
+}
+
+// The scalar recurrences of conjugate gradients for one right-hand side. The vector passes in
+// between are the caller's: dots, then x and r, then p. Every test is relative, so that scaling
+// H or b by any constant changes nothing.
+struct CgScalars {
+  double* state;
+
+  HG_HD bool running() const { return state[kFlag] == kRunning; }
+
+  // From p.Hp, p.p and Hp.Hp: the step length alpha. Returns 0 and sets the flag where there is none.
+  HG_HD double step_length(double php, double pp, double hphp, double eps) const {
+    if (!isfinite_(php) || !isfinite_(hphp)) {
+      state[kFlag] = kBroken;
+      return 0;
+    }
+    state[kCurvature] = pp > 0 ? php / pp : 0;
+    if (php <= eps * sqrt_(pp) * sqrt_(hphp)) {
+      state[kFlag] = kNonPositiveCurvature;
+      return 0;
+    }
+    return state[kResidual] / php;
+  }
+
+  // From the new r.r: the conjugation factor beta. Sets the flag when the solve is over.
+  HG_HD double conjugation(double rr) const {
+    double beta = rr / state[kResidual];
+    state[kResidual] = rr;
+    if (!isfinite_(rr))
+      state[kFlag] = kBroken;
+    else if (rr <= state[kStop])
+      state[kFlag] = kConverged;
+    return beta;
+  }
+
+ private:
+  HG_HD static bool isfinite_(double x) { return x - x == 0; }
+  HG_HD static double sqrt_(double x) { return ::sqrt(x); }
+};
+
+}  // namespace hg

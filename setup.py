@@ -1,0 +1,135 @@
+"""Builds the extension ``hypergrad_ext._C``; all metadata is in pyproject.toml.
+
+``HYPERGRAD_EXT_BUILD`` chooses what is compiled:
+
+    auto (default)  CUDA if this torch has CUDA and a toolkit is found, else C++ for the CPU,
+                    else, without a compiler, pure Python; a compile error is an error
+    cuda            CUDA, or fail
+    cpu             C++ for the CPU, or fail
+    none            pure Python
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+MODES = ("auto", "cuda", "cpu", "none")
+HERE = Path(__file__).parent
+
+
+def say(message):
+    print(f"hypergrad_ext: {message}", file=sys.stderr, flush=True)
+
+
+def import_torch():
+    """torch of the environment that will run the package, also under pip's build isolation."""
+    try:
+        import torch
+    except ModuleNotFoundError:
+        for key in ("platlib", "purelib"):
+            path = sysconfig.get_path(key)
+            if os.path.isfile(os.path.join(path, "torch", "version.py")) and path not in sys.path:
+                sys.path.append(path)
+        try:
+            import torch
+        except ModuleNotFoundError:
+            return None
+    return torch
+
+
+def find_cuda_home():
+    """Root of a CUDA toolkit that has both nvcc and the runtime headers, or None.
+
+    nvcc on PATH may be a wrapper script elsewhere, so its own folder proves nothing.
+    """
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates += [Path(nvcc).resolve().parent.parent] if nvcc else []
+    candidates += [Path(p) / "nvidia" / "cu13" for p in sys.path]
+    for root in filter(None, candidates):
+        if Path(root, "bin", "nvcc").is_file() and Path(root, "include", "cuda_runtime_api.h").is_file():
+            return str(root)
+    return None
+
+
+def find_compiler():
+    return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+def choose(mode, torch):
+    """What to build: "cuda", "cpu" or "none", and why."""
+    if mode == "none":
+        return "none", "HYPERGRAD_EXT_BUILD=none"
+    if torch is None:
+        reason = (
+            "torch is not importable from the build; install torch first and use "
+            "`pip install --no-build-isolation .`, or set HYPERGRAD_EXT_BUILD=none"
+        )
+        if mode == "auto":
+            return "none", reason
+        raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD={mode}, but {reason}")
+    if find_compiler() is None:
+        reason = "no C++ compiler found (set CXX, or install g++)"
+        if mode == "auto":
+            return "none", reason
+        raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD={mode}, but {reason}")
+    if mode == "cpu":
+        return "cpu", "HYPERGRAD_EXT_BUILD=cpu"
+    home = find_cuda_home()
+    if mode == "cuda":
+        if home is None:
+            raise SystemExit("hypergrad_ext: HYPERGRAD_EXT_BUILD=cuda, but no CUDA toolkit found; set CUDA_HOME")
+        return "cuda", f"HYPERGRAD_EXT_BUILD=cuda, toolkit {home}"
+    if torch.version.cuda and home:
+        return "cuda", f"torch has CUDA {torch.version.cuda}, toolkit {home}"
+    return "cpu", "no CUDA toolkit found" if torch.version.cuda else "this torch has no CUDA"
+
+
+def build_extension(kind):
+    from torch.utils import cpp_extension
+
+    sources = [*HERE.glob("csrc/*.cpp"), *HERE.glob("csrc/cpu/*.cpp")]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+    flags = {"cxx": cxx}
+    link = ["-fopenmp", "-s", "-Wl,--as-needed"]
+    return cpp_extension.CppExtension(
+        "hypergrad_ext._C",
+        sources=sorted(str(s.relative_to(HERE)) for s in sources),
+        depends=sorted(str(h.relative_to(HERE)) for h in HERE.glob("csrc/**/*.h")),
+        extra_compile_args=flags,
+        extra_link_args=link,
+    )
+
+
+def build_command():
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        def build_extension(self, ext):
+            # A library left by an earlier build must not be packed after this one has failed.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            super().build_extension(ext)
+
+    return Build
+
+
+def main():
+    mode = os.environ.get("HYPERGRAD_EXT_BUILD", "auto")
+    if mode not in MODES:
+        raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD must be one of {MODES}, got {mode!r}")
+    options = {"package_dir": {"hypergrad_ext.kernels": "kernels"}}
+    # Only a command that builds needs a compiler; an sdist is the same on every machine.
+    if not {"sdist", "egg_info", "dist_info", "clean"} & set(sys.argv[1:2]):
+        kind, reason = choose(mode, None if mode == "none" else import_torch())
+        say(f"building {kind} ({reason})")
+        if kind != "none":
+            options |= {"ext_modules": [build_extension(kind)], "cmdclass": {"build_ext": build_command()}}
+    setup(**options)
+
+
+main()
