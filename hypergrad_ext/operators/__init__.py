@@ -1,0 +1,6 @@
+"""What H is: symmetric linear operators on the space of some parameters."""
+
+from hypergrad_ext.operators.base import LinearOperator as LinearOperator
+from hypergrad_ext.operators.callable import Callable as Callable
+from hypergrad_ext.operators.dense import DenseMatrix as DenseMatrix
+from hypergrad_ext.operators.hessian import Hessian as Hessian

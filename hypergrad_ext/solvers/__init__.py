@@ -1,0 +1,9 @@
+"""How ``H^{-1} b`` is found: small frozen dataclasses that know operators and nothing of autograd."""
+
+from hypergrad_ext.solvers.base import Outcome as Outcome
+from hypergrad_ext.solvers.base import Solver as Solver
+from hypergrad_ext.solvers.base import System as System
+from hypergrad_ext.solvers.cg import CG as CG
+from hypergrad_ext.solvers.direct import Direct as Direct
+from hypergrad_ext.solvers.identity import Identity as Identity
+from hypergrad_ext.solvers.neumann import Neumann as Neumann

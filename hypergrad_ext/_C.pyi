@@ -1,0 +1,9 @@
+from torch import Tensor
+
+_Tensors = list[Tensor] | tuple[Tensor, ...]
+
+def build_info() -> dict[str, object]: ...
+def neumann_step_(
+    v: _Tensors, p: _Tensors, hv: _Tensors, stats: Tensor, alpha: float, damping: float = 0.0
+) -> None: ...
+def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...

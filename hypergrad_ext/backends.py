@@ -1,0 +1,64 @@
+"""Which implementation of a fused op runs: chosen per call from the device, never at import."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+
+from hypergrad_ext import _native
+
+ENVIRONMENT = "HYPERGRAD_EXT_BACKEND"
+NAMES = ("auto", "cpp", "cuda", "triton", "torch")
+
+_logger = logging.getLogger("hypergrad_ext")
+_logged: set[str] = set()
+
+
+def unavailable(backend: str, device_type: str) -> str:
+    """Why ``backend`` cannot run on ``device_type``; empty if it can."""
+    if backend == "torch":
+        return ""
+    if backend == "cpp":
+        return _native.MISSING or ("" if device_type == "cpu" else f"the C++ kernels run on the CPU, not {device_type}")
+    if backend == "cuda":
+        if _native.MISSING:
+            return _native.MISSING
+        if not _native.build_info()["cuda"]:
+            return "hypergrad_ext._C was built without CUDA (HYPERGRAD_EXT_BUILD=cuda builds it)"
+        return "" if device_type == "cuda" else f"the CUDA kernels do not run on {device_type}"
+    from hypergrad_ext import kernels
+
+    return kernels.unavailable(device_type)
+
+
+def select(kernels: Mapping[str, Callable], device_type: str, requested: str | None = None) -> tuple[str, str]:
+    """Name of the backend to use for one op, and why.
+
+    ``requested`` (else the environment variable ``HYPERGRAD_EXT_BACKEND``, else ``"auto"``) names a
+    backend. ``"auto"`` takes the first that can run: ``cpp`` on the CPU; ``cuda``, then ``triton`` on
+    a GPU; ``torch`` anywhere.
+
+    Raises:
+        ValueError: If the name is unknown.
+        RuntimeError: If the backend asked for cannot run, with the reason.
+    """
+    asked = requested or os.environ.get(ENVIRONMENT, "auto")
+    if asked not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
+    if asked != "auto":
+        reason = unavailable(asked, device_type) if asked in kernels else "this op has no such kernel"
+        if reason:
+            raise RuntimeError(f"backend {asked!r} was asked for and cannot run: {reason}")
+        return asked, "asked for"
+    rejected = []
+    for name in ("cpp",) if device_type == "cpu" else ("cuda", "triton"):
+        reason = unavailable(name, device_type) if name in kernels else "no such kernel for this op"
+        if not reason:
+            return name, "; ".join(rejected) or "first choice"
+        rejected.append(f"{name}: {reason}")
+    why = "; ".join(rejected)
+    if why not in _logged:
+        _logged.add(why)
+        _logger.warning("falling back to torch ops on %s: %s", device_type, why)
+    return "torch", why

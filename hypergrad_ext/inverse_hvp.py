@@ -1,0 +1,273 @@
+"""The inverse-Hessian-vector product: one line to drop in, and the solve behind it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext.operators import Hessian, LinearOperator
+from hypergrad_ext.operators.hessian import Loss
+from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
+from hypergrad_ext.solvers import CG, Outcome, Solver, System
+from hypergrad_ext.solvers.base import check_count, check_number
+from hypergrad_ext.solvers.neumann import series
+from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
+
+SolverChoice = Solver | Literal["auto"]
+
+# A true residual this far above the tolerance means that rounding, not the stopping test, decided.
+_STAGNATION = 2.0
+
+
+def inverse_hvp(
+    loss: Loss,
+    params: Tree,
+    v: Tree,
+    solver: SolverChoice = "auto",
+    *,
+    damping: float = 0.0,
+    x0: Tree | None = None,
+    throw: bool = True,
+    unused: Literal["zeros", "error"] = "zeros",
+    backend: str | None = None,
+) -> Tree:
+    r"""Inverse-Hessian-vector product :math:`x \approx (H + d I)^{-1} v` with :math:`H = \partial^2 L / \partial w^2`.
+
+    Args:
+        loss: Scalar tensor that still has its graph, or a function from ``params`` to one. For an
+            ``nn.Module`` the function gets the dict of its trainable parameters.
+        params: Tensor, list, tuple, dict or ``nn.Module``: the weights w, real floating point, on one device.
+        v: The vector, with one leaf per parameter: shape of the parameter, or with one more leading
+            dimension k on every leaf for a batch of k vectors.
+        solver: ``"auto"``, or a solver such as ``Neumann(steps=20)`` or ``CG(tol=1e-4)``.
+        damping: d >= 0.
+        x0: Start from this instead of zero, in any structure that ``v`` may have.
+        throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
+        unused: ``"zeros"`` or ``"error"``, for parameters that the loss does not depend on.
+        backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
+
+    Returns:
+        ``x``, in the structure and dtypes of ``v``, without a graph. Parameters that the loss does not
+        depend on get zero (with damping, ``v / d``).
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or value; the message names it.
+        SolveError: If the series diverged, the operator is singular, or something was not finite, and ``throw``.
+
+    Cost: one forward and backward pass, then the solver's Hessian-vector products.
+
+    References:
+        Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit
+        Differentiation", AISTATS 2020.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> loss = (w**4).sum() / 12
+        >>> hg.inverse_hvp(loss, w, torch.tensor([1.0, 1.0]))
+        tensor([1.0000, 0.2500])
+    """
+    operator = Hessian(loss, params, unused=unused)
+    solution = solve_for(operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend)
+    report(solution, throw)
+    return solution.value
+
+
+def solve(
+    operator: LinearOperator,
+    b: Tree,
+    solver: SolverChoice = "auto",
+    *,
+    damping: float = 0.0,
+    x0: Tree | None = None,
+    throw: bool = False,
+    residual: bool = True,
+    backend: str | None = None,
+) -> Solution:
+    r"""Solve :math:`(H + d I) x = b` and say how it went.
+
+    Args:
+        operator: What H is: `Hessian`, `DenseMatrix`, `Callable`, or your own `LinearOperator`.
+        b: Right-hand side with one leaf per parameter, or a batch with one more leading dimension k.
+        solver: ``"auto"`` or a solver.
+        damping: d >= 0.
+        x0: Start from this instead of zero.
+        throw: Raise `SolveError` on failure instead of returning it as a status.
+        residual: Spend one more product per right-hand side on the true residual.
+        backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
+
+    Returns:
+        The `Solution`: value, status, steps, products spent, true relative residual.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or value, or the solver needs a
+            symmetric operator and this one is not.
+        SolveError: If the solve failed and ``throw``.
+
+    Cost: the solver's products, one for ``residual`` and one for ``x0``.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 0.0], [0.0, -4.0]], dtype=torch.float64)
+        >>> sol = hg.solve(hg.DenseMatrix(A), torch.ones(2, dtype=torch.float64), hg.CG())
+        >>> str(sol.status)
+        'negative_curvature'
+    """
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(
+            f"operator: expected a LinearOperator (Hessian, DenseMatrix, Callable), got {type(operator).__name__}"
+        )
+    solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend)
+    if throw and solution.status.failed:
+        raise SolveError(solution)
+    return solution
+
+
+def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alpha: float = 1.0) -> Tree:
+    r"""The paper's Algorithm 3, to the letter: :math:`\alpha \sum_{j=0}^{K} (I - \alpha H)^j v`.
+
+    For code written against the paper or Betty. No step size is chosen and nothing is checked for
+    divergence; `inverse_hvp` does both.
+
+    Args:
+        v: The vector, one tensor per parameter.
+        f: Gradient of the training loss with its graph (``create_graph=True``), one tensor per parameter.
+        params: The parameters.
+        iterations: K, the number of Hessian-vector products.
+        alpha: Step size.
+
+    Returns:
+        One tensor per parameter, in the structure and dtypes of ``v``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes or lengths do not match, ``f`` has no graph, ``iterations`` is negative
+            or ``alpha`` is not positive.
+
+    Cost: K Hessian-vector products.
+
+    References:
+        Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit
+        Differentiation", AISTATS 2020, Algorithm 3 (with the factor alpha that its printed form leaves out).
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> f = torch.autograd.grad((w**2).sum(), [w], create_graph=True)
+        >>> hg.approx_inverse_hvp([torch.ones(2)], f, [w], iterations=3, alpha=0.25)
+        [tensor([0.4688, 0.4688])]
+    """
+    check_count("iterations", iterations, 0)
+    check_number("alpha", alpha, positive=True)
+    operator = Hessian.of_gradient(f, params)
+    packed = operator.space.pack("v", v)
+    with torch.no_grad():
+        x, _ = series(System(operator, 0.0, None), packed.flat, iterations, alpha)
+    return packed.restore(x)
+
+
+def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
+    """The solver to run for ``"auto"``, or the one given.
+
+    Raises:
+        TypeError: If ``solver`` is neither.
+        ValueError: If it needs a symmetric operator and this one is not.
+    """
+    if isinstance(solver, str) and solver == "auto":
+        solver = CG(tol=1e-4)
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver: expected 'auto' or a solver such as Neumann(steps=20), got {solver!r}")
+    if solver.needs_symmetry and not operator.symmetric:
+        raise ValueError(f"operator: expected a symmetric operator for {type(solver).__name__}, got one that is not")
+    return solver
+
+
+def solve_for(
+    operator: LinearOperator,
+    b: Tree,
+    argument: str,
+    solver: SolverChoice,
+    *,
+    damping: float,
+    x0: Tree | None,
+    residual: bool,
+    backend: str | None,
+) -> Solution:
+    """Check the arguments, one of which is called ``argument`` by its user, and solve."""
+    solver = choose(solver, operator)
+    check_number("damping", damping, positive=False)
+    packed = operator.space.pack(argument, b)
+    start = None if x0 is None else operator.space.pack("x0", x0, rows=packed.rows or 0).flat
+    with torch.no_grad():
+        return _solve_packed(System(operator, damping, backend), packed, start, solver, residual)
+
+
+def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool) -> Solution:
+    """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
+    b, operator = packed.flat, system.operator
+    if not system.damping:
+        for part, used in zip(b.split(operator.space.sizes, dim=-1), operator.used, strict=True):
+            if not used:
+                part.zero_()
+
+    finite = b.isfinite().all(-1) if x0 is None else b.isfinite().all(-1) & x0.isfinite().all(-1)
+    bad = [not ok for ok in finite.reshape(-1).tolist()]
+    if all(bad):
+        x = torch.full_like(b, torch.nan)
+        return _solution(packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(bad), 0), system, solver, None)
+    if any(bad):
+        b = torch.where(finite[..., None], b, 0)
+        x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
+
+    rhs = b if x0 is None else b - system.apply(x0)
+    b_norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+    scale = power_of_two_scale(rhs)
+    outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
+    x = outcome.x / scale[..., None]
+    if x0 is not None:
+        x += x0
+
+    relative = None
+    if residual:
+        norms = torch.linalg.vector_norm(b - system.apply(x), dim=-1, dtype=torch.float64)
+        relative = torch.where(b_norm > 0, norms / b_norm, norms)
+        tol = getattr(solver, "tol", None)
+        for row, value in enumerate(relative.reshape(-1).tolist()):
+            if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
+                outcome.statuses[row] = Status.STAGNATED
+    if any(bad):
+        x = torch.where(finite[..., None], x, torch.nan)
+        outcome.statuses = [
+            Status.NON_FINITE_INPUT if row_bad else status
+            for row_bad, status in zip(bad, outcome.statuses, strict=True)
+        ]
+    return _solution(packed, x, outcome, system, solver, relative)
+
+
+def _solution(
+    packed: Packed, x: Tensor, outcome: Outcome, system: System, solver: Solver, relative: Tensor | None
+) -> Solution:
+    return Solution(
+        value=packed.restore(x),
+        status=worst(outcome.statuses),
+        steps=outcome.steps,
+        hvps=system.hvps,
+        residual_norm=relative if relative is None or packed.rows is not None else float(relative),
+        solver=solver,
+        detail=outcome.detail,
+        statuses=None if packed.rows is None else tuple(outcome.statuses),
+    )
+
+
+def report(solution: Solution, throw: bool) -> None:
+    """For callers that get only the value: raise a failure, warn where a tolerance was missed."""
+    status = solution.status
+    # Negative curvature at the first step leaves nothing but the starting point.
+    failed = status.failed or (status is Status.NEGATIVE_CURVATURE and solution.steps <= 1)
+    if throw and failed:
+        raise SolveError(solution)
+    missed = status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
+    if failed or missed or status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
+        warnings.warn(solution.message, SolveWarning, stacklevel=3)

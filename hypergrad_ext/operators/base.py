@@ -1,0 +1,68 @@
+"""The contract of an operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext.structure import Space, Tree
+
+
+class LinearOperator(ABC):
+    """A linear map ``H`` from the space of some parameters to itself.
+
+    A subclass sets ``space`` and writes ``matvec``, on plain lists of tensors in the parameters'
+    order; it overrides ``matmat`` where it can apply itself to many vectors at once.
+
+    Attributes:
+        space: Shapes, dtypes and device of the vectors.
+        symmetric: Whether ``H = H^T`` is known to hold.
+        used: For every parameter, whether ``H`` depends on it at all.
+        lambda_max: Estimate of the largest magnitude of an eigenvalue, kept for later solves.
+    """
+
+    space: Space
+    symmetric: bool = True
+    lambda_max: float | None = None
+
+    @property
+    def used(self) -> list[bool]:
+        """For every parameter, whether its rows of ``H`` can be other than zero."""
+        return [True] * len(self.space.names)
+
+    @abstractmethod
+    def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v``: tensors of the parameters' shapes in, the same out. May return its input unchanged."""
+
+    def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v`` for a batch: every tensor has a leading dimension k."""
+        products = [self.matvec([t[j] for t in v]) for j in range(v[0].shape[0])]
+        return [torch.stack(parts) for parts in zip(*products, strict=True)]
+
+    def __matmul__(self, v: Tree) -> Tree:
+        """``H v`` in the structure of ``v``: one vector, or a batch with a leading dimension on every leaf."""
+        packed = self.space.pack("v", v)
+        with torch.no_grad():
+            leaves = [t.to(dtype) for t, dtype in zip(self.space.views(packed.flat), self.space.dtypes, strict=True)]
+            product = self.matvec(leaves) if packed.rows is None else self.matmat(leaves)
+            lead = packed.flat.shape[:-1]
+            flat = torch.cat([t.reshape(*lead, -1).to(self.space.dtype) for t in product], dim=-1)
+        return packed.restore(flat)
+
+    def dense(self) -> Tensor:
+        """The matrix of ``H`` as a new tensor, shape ``(n, n)``, in the dtype of the solver state. Costs n products."""
+        n = self.space.numel
+        matrix = torch.empty(n, n, dtype=self.space.dtype, device=self.space.device)
+        basis = torch.zeros(n, dtype=self.space.dtype, device=self.space.device)
+        views = self.space.views(basis)
+        with torch.no_grad():
+            for j in range(n):
+                basis[j] = 1
+                product = self.matvec([t.to(dtype) for t, dtype in zip(views, self.space.dtypes, strict=True)])
+                for row, part in zip(matrix[:, j].split(self.space.sizes), product, strict=True):
+                    row.copy_(part.reshape(-1))
+                basis[j] = 0
+        return matrix

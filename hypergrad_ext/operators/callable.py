@@ -1,0 +1,53 @@
+"""Any function that multiplies a vector by H."""
+
+from __future__ import annotations
+
+from collections.abc import Callable as Function
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hypergrad_ext.operators.base import LinearOperator
+from hypergrad_ext.structure import Space, Tree, take_apart
+
+
+class Callable(LinearOperator):
+    r"""The operator of a function :math:`v \mapsto H v`: a Gauss-Newton product, a matrix of another library.
+
+    Args:
+        matvec: Takes and returns the structure of ``like``. It must be linear, and must not write
+            into its argument.
+        like: Tensor, list, tuple, dict or ``nn.Module`` with the shapes, dtypes and device of the vectors.
+        symmetric: Whether ``H = H^T``; solvers that need symmetry refuse the operator otherwise.
+
+    Raises:
+        TypeError: If ``matvec`` is not callable or a leaf of ``like`` is not real floating point.
+
+    Example:
+        >>> scale = hg.Callable(lambda v: 4.0 * v, like=torch.zeros(3))
+        >>> hg.solve(scale, torch.ones(3), hg.CG(tol=1e-6)).value
+        tensor([0.2500, 0.2500, 0.2500])
+    """
+
+    def __init__(  # noqa: D107 (documented in the class)
+        self, matvec: Function[[Tree], Tree], like: Tree, *, symmetric: bool = True
+    ) -> None:
+        if not callable(matvec):
+            raise TypeError(f"matvec: expected a function of one vector, got {type(matvec).__name__}")
+        self.space = Space(take_apart("like", like))
+        self.symmetric = symmetric
+        self._matvec = matvec
+
+    def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v`` by the function given.
+
+        Raises:
+            ValueError: If the function returns other shapes than it was given.
+        """
+        result = take_apart("matvec(v)", self._matvec(self.space.leaves.rebuild(v)))
+        if [t.shape for t in result.tensors] != self.space.shapes:
+            raise ValueError(
+                f"matvec(v): expected the shapes of v, {[tuple(s) for s in self.space.shapes]}, "
+                f"got {[tuple(t.shape) for t in result.tensors]}"
+            )
+        return [t.detach() for t in result.tensors]

@@ -1,0 +1,182 @@
+"""The Hessian of a training loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hypergrad_ext.engines import RetainedGradient
+from hypergrad_ext.operators.base import LinearOperator
+from hypergrad_ext.structure import Leaves, Space, Tree, take_apart
+
+Loss = Tensor | Callable[[Tree], Tensor]
+"""A scalar tensor that still has its graph, or a function from the parameters to one."""
+
+
+class Hessian(LinearOperator):
+    r"""The Hessian :math:`H = \partial^2 L / \partial w^2` of a scalar loss.
+
+    The gradient's graph is built on first use and kept: a product costs one backward pass through
+    it (about two training gradients), and all products of a solve see one dropout mask and one
+    update of the buffers.
+
+    Args:
+        loss: Scalar tensor that still has its graph, or a function of the parameters that returns
+            one. A function is called once, with tensors that share the parameters' memory; for an
+            ``nn.Module`` it gets the dict of trainable parameters (use ``torch.func.functional_call``),
+            and the module's buffers are put back as they were.
+        params: Tensor, list, tuple, dict or ``nn.Module`` (its parameters that require grad).
+        unused: What to do with parameters that the loss does not depend on: ``"zeros"`` gives them
+            zero rows, ``"error"`` raises and names them.
+
+    Raises:
+        TypeError: If ``loss`` is neither, or complex; if a parameter is not real floating point.
+        ValueError: If ``loss`` is not a scalar or has no graph, if parameters are empty, on several
+            devices, given twice, do not require grad, or are unused and ``unused="error"``.
+
+    Example:
+        >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> hg.Hessian((w**3).sum(), w) @ torch.ones(2)
+        tensor([ 6., 12.])
+    """
+
+    def __init__(  # noqa: D107 (documented in the class)
+        self, loss: Loss, params: Tree, *, unused: Literal["zeros", "error"] = "zeros"
+    ) -> None:
+        if unused not in ("zeros", "error"):
+            raise ValueError(f"unused: expected 'zeros' or 'error', got {unused!r}")
+        self.params = take_apart("params", params)
+        self.space = Space(self.params)
+        self._unused = unused
+        self.module = params if isinstance(params, nn.Module) else None
+        self._gradient: RetainedGradient | None = None
+        if isinstance(loss, Tensor):
+            check_loss("loss", loss)
+            for name, t in zip(self.params.names, self.params.tensors, strict=True):
+                if not t.requires_grad:
+                    raise ValueError(
+                        f"{name}: expected a parameter that requires grad, got one that does not; "
+                        "leave it out, or pass the loss as a function of the parameters"
+                    )
+        elif not callable(loss):
+            raise TypeError(f"loss: expected a scalar tensor or a function of the parameters, got {type(loss).__name__}")
+        self._loss = loss
+
+    @classmethod
+    def of_gradient(cls, gradient: Tree, params: Tree) -> Hessian:
+        """The Hessian from a gradient that was built with ``create_graph=True``.
+
+        Args:
+            gradient: One tensor per parameter.
+            params: The parameters it was taken by.
+
+        Returns:
+            The operator.
+
+        Raises:
+            TypeError: If a parameter is not real floating point.
+            ValueError: If shapes do not match, or no part of the gradient has a graph.
+        """
+        self = cls.__new__(cls)
+        self.params = take_apart("params", params)
+        self.space = Space(self.params)
+        grads = take_apart("f", gradient)
+        if [g.shape for g in grads.tensors] != self.space.shapes:
+            raise ValueError(
+                f"f: expected the shapes of params, {[tuple(s) for s in self.space.shapes]}, "
+                f"got {[tuple(g.shape) for g in grads.tensors]}"
+            )
+        if not any(g.requires_grad for g in grads.tensors):
+            raise ValueError("f: expected a gradient with its graph, got one without; use create_graph=True")
+        self._gradient = RetainedGradient(grads.tensors, self.params.tensors)
+        return self
+
+    @property
+    def gradient(self) -> RetainedGradient:
+        """The gradient of the loss with its graph, built on first use."""
+        if self._gradient is None:
+            self._gradient = self._differentiate()
+            unused = [name for name, used in zip(self.space.names, self._gradient.used, strict=True) if not used]
+            if self._unused == "error" and unused:
+                raise ValueError(f"params: expected every parameter in the loss, got unused {', '.join(unused)}")
+            if not any(self._gradient.used):
+                raise ValueError("loss: expected a loss that depends on params, got one that depends on none of them")
+        return self._gradient
+
+    @property
+    def used(self) -> list[bool]:
+        """For every parameter, whether the loss depends on it."""
+        return self.gradient.used
+
+    def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v``: one backward pass through the gradient's graph."""
+        return self.gradient.hvp(v)
+
+    def mixed(self, x: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor | None]:
+        r""":math:`x^\top \partial^2 L / \partial w\, \partial \lambda`; None for a tensor that the gradient ignores."""
+        return self.gradient.mixed(x, hparams)
+
+    def _differentiate(self) -> RetainedGradient:
+        if isinstance(self._loss, Tensor):
+            try:
+                return RetainedGradient.of(self._loss, self.params.tensors)
+            except RuntimeError as error:
+                if "second time" in str(error):
+                    raise ValueError(
+                        "loss: expected a loss that still has its graph, got one whose graph was freed; "
+                        "call backward(retain_graph=True), or pass a function of the parameters"
+                    ) from error
+                raise
+        leaves = [t.detach().requires_grad_() for t in self.params.tensors]
+        with torch.enable_grad(), buffers_kept(self.module):
+            loss = evaluate("loss", self._loss, self.params, leaves)
+        return RetainedGradient.of(loss, leaves)
+
+
+def evaluate(argument: str, loss: Callable[[Tree], Tensor], params: Leaves, leaves: Sequence[Tensor]) -> Tensor:
+    """Call a loss function on ``leaves`` in the structure of ``params`` and check what it returns."""
+    value = loss(params.rebuild(leaves))
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")
+    check_loss(argument, value)
+    return value
+
+
+def check_loss(argument: str, loss: Tensor) -> None:
+    """Refuse a loss that cannot be differentiated.
+
+    Raises:
+        TypeError: If it is not real floating point.
+        ValueError: If it is not a scalar or has no graph.
+    """
+    if not loss.is_floating_point():
+        raise TypeError(f"{argument}: expected a real floating point scalar, got {loss.dtype}")
+    if loss.numel() != 1:
+        raise ValueError(f"{argument}: expected a scalar, got shape {tuple(loss.shape)}; take the mean or the sum")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{argument}: expected a loss with a graph, got one that does not require grad; "
+            "compute it from params with gradients enabled"
+        )
+
+
+@contextlib.contextmanager
+def buffers_kept(module: nn.Module | None) -> Iterator[None]:
+    """Put a module's buffers back after a forward pass that is not part of the user's training."""
+    saved = [
+        (part._buffers, name, buffer, buffer.clone())
+        for part in ([] if module is None else module.modules())
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, value in saved:
+            # Through .data: the graph may have saved the buffer, and only its old values are put back.
+            buffer.data.copy_(value)
+            buffers[name] = buffer

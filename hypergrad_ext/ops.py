@@ -1,0 +1,86 @@
+"""Every fused kernel as a torch op: schema, reference, fake and kernels in one block per op.
+
+Calling an op object runs the fastest backend for its device directly (a pybind11 call costs about
+1 us). While torch traces or compiles, the registered op ``torch.ops.hypergrad_ext.<name>`` is
+called instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext import _native, backends, reference
+from hypergrad_ext import kernels as triton_kernels
+
+_library = torch.library.Library("hypergrad_ext", "FRAGMENT")
+
+
+class Op:
+    """One fused op and its implementations.
+
+    Attributes:
+        name: Name of the op, the same in csrc, kernels, tests and bench.
+        kernels: Backend name to function.
+    """
+
+    def __init__(self, schema: str, reference: Callable, fake: Callable, device_of: int) -> None:
+        """Register the op.
+
+        Args:
+            schema: Schema in the dispatcher's language.
+            reference: Plain torch implementation, used where no kernel can run.
+            fake: Shape function for tracing.
+            device_of: Position of the argument whose device chooses the backend.
+        """
+        self.name = schema.partition("(")[0]
+        self._device_of = device_of
+        _library.define(schema)
+        _library.impl(self.name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hypergrad_ext::{self.name}", fake, lib=_library)
+        self.kernels: dict[str, Callable] = {"torch": reference}
+        if _native._C is not None and hasattr(_native._C, self.name):
+            native = getattr(_native._C, self.name)
+            self.kernels |= {"cpp": native, "cuda": native}
+        if hasattr(triton_kernels, self.name):
+            self.kernels["triton"] = getattr(triton_kernels, self.name)
+        self.registered = getattr(torch.ops.hypergrad_ext, self.name).default
+
+    def kernel(self, device: torch.device, backend: str | None = None) -> Callable:
+        """The function that runs this op on ``device``: look it up once, call it every step."""
+        if _tracing():
+            return self.registered
+        return self.kernels[backends.select(self.kernels, device.type, backend)[0]]
+
+    def __call__(self, *args: object) -> None:
+        """Run the op on the backend chosen for its device."""
+        device = args[self._device_of].device  # type: ignore[attr-defined]
+        self.kernel(device)(*args)
+
+
+def _tracing() -> bool:
+    # Under a dispatch mode (make_fx, FakeTensorMode) tensors have no memory for a kernel to touch.
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _fake_in_place(*args: Tensor | float) -> None:
+    """In-place ops return nothing, whatever the shapes."""
+
+
+neumann_step_ = Op(
+    "neumann_step_(Tensor(a!)[] v, Tensor(b!)[] p, Tensor[] hv, Tensor(c!) stats, float alpha, float damping=0.0) -> ()",
+    reference=reference.neumann_step_,
+    fake=_fake_in_place,
+    device_of=3,
+)
+
+cg_step_ = Op(
+    "cg_step_(Tensor(a!)[] x, Tensor(b!)[] r, Tensor(c!)[] p, Tensor[] hp, Tensor(d!) state, float damping=0.0) -> ()",
+    reference=reference.cg_step_,
+    fake=_fake_in_place,
+    device_of=4,
+)
+
+ALL = (neumann_step_, cg_step_)

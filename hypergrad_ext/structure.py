@@ -1,0 +1,213 @@
+"""Between what people pass (tensor, list, dict, module) and one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+Tree = Any
+"""A tensor, or a list, tuple or dict (nested if you like) of tensors."""
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """A tree taken apart: its tensors, a readable name for each, and the way back."""
+
+    tensors: list[Tensor]
+    names: list[str]
+    keys: list[str]
+    keyed: bool
+    rebuild: Callable[[Sequence[Any]], Tree]
+
+
+def take_apart(argument: str, tree: Tree) -> Leaves:
+    """Flatten ``tree``; a module stands for the dict of its trainable parameters.
+
+    Args:
+        argument: Name of the argument, for messages.
+        tree: Tensor, list, tuple, dict or ``nn.Module``.
+
+    Returns:
+        The leaves in order.
+
+    Raises:
+        TypeError: If a leaf is not a tensor.
+        ValueError: If there are no leaves.
+    """
+    if isinstance(tree, nn.Module):
+        tree = {name: p for name, p in tree.named_parameters() if p.requires_grad}
+        if not tree:
+            raise ValueError(f"{argument}: expected a module with parameters that require grad, got none")
+    if isinstance(tree, (set, frozenset, str)) or callable(tree):
+        raise TypeError(f"{argument}: expected a tensor, list, tuple, dict or nn.Module, got {type(tree).__name__}")
+    if not isinstance(tree, (Tensor, list, tuple, dict)) and hasattr(tree, "__iter__"):
+        tree = list(tree)  # model.parameters()
+    flat, spec = pytree.tree_flatten_with_path(tree)
+    keys = [pytree.keystr(path) for path, _ in flat]
+    names = [argument + key for key in keys]
+    for name, (_, leaf) in zip(names, flat, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(leaf).__name__}")
+    if not flat:
+        raise ValueError(f"{argument}: expected at least one tensor, got an empty {type(tree).__name__}")
+    return Leaves(
+        [leaf for _, leaf in flat],
+        names,
+        keys,
+        keyed=isinstance(tree, dict),
+        rebuild=lambda leaves: pytree.tree_unflatten(list(leaves), spec),
+    )
+
+
+def check_real(leaves: Leaves) -> None:
+    """Refuse integer and complex tensors.
+
+    Raises:
+        TypeError: Naming the first such tensor.
+    """
+    for name, t in zip(leaves.names, leaves.tensors, strict=True):
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected a real floating point tensor, got {t.dtype}")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Vectors of a `Space` in one buffer of shape ``(n,)``, or ``(k, n)`` for a batch of k."""
+
+    flat: Tensor
+    restore: Callable[[Tensor], Tree]
+
+    @property
+    def rows(self) -> int | None:
+        """The batch size k, or None for a single vector."""
+        return self.flat.shape[0] if self.flat.dim() == 2 else None
+
+
+class Space:
+    """The vector space of some parameters: shapes, dtypes, device, and their order in a flat buffer.
+
+    Solver state is float32 for parameters of any lower precision (bfloat16 state loses the Neumann
+    series), float64 for float64.
+    """
+
+    def __init__(self, leaves: Leaves) -> None:
+        """Describe the space of ``leaves``.
+
+        Args:
+            leaves: The parameters.
+
+        Raises:
+            TypeError: If a parameter is not a real floating point tensor.
+            ValueError: If parameters are on several devices, or one occurs twice.
+        """
+        check_real(leaves)
+        self.leaves = leaves
+        self.device = leaves.tensors[0].device
+        seen: dict[int, str] = {}
+        for name, t in zip(leaves.names, leaves.tensors, strict=True):
+            if t.device != self.device:
+                raise ValueError(
+                    f"{name}: expected all tensors on {self.device}, the device of {leaves.names[0]}, got {t.device}"
+                )
+            if id(t) in seen:
+                raise ValueError(f"{name}: expected every tensor once, got the same tensor as {seen[id(t)]}")
+            seen[id(t)] = name
+        self.names = leaves.names
+        self.shapes = [t.shape for t in leaves.tensors]
+        self.dtypes = [t.dtype for t in leaves.tensors]
+        self.sizes = [t.numel() for t in leaves.tensors]
+        self.numel = sum(self.sizes)
+        if self.numel == 0:
+            raise ValueError(f"{leaves.names[0]}: expected at least one element in all, got shape {tuple(self.shapes[0])}")
+        self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
+        self.exact = all(dtype == self.dtype for dtype in self.dtypes)
+
+    def pack(self, argument: str, tree: Tree, *, rows: int | None = None) -> Packed:
+        """Copy a vector, or a batch of vectors, of this space into a new flat buffer.
+
+        Args:
+            argument: Name of the argument, for messages.
+            tree: Leaves of the parameters' shapes, or with one more leading dimension k on every leaf.
+            rows: Expected batch size; by default whatever the leaves have.
+
+        Returns:
+            The buffer, in the state's dtype, and the way back to the structure and dtypes of ``tree``.
+
+        Raises:
+            TypeError: If a leaf has another dtype than its parameter or the solver state.
+            ValueError: If number, names, shapes or device do not match the parameters.
+        """
+        leaves = take_apart(argument, tree)
+        order = self._order(argument, leaves)
+        tensors = [leaves.tensors[i] for i in order]
+        batch = self._batch(argument, leaves, order) if rows is None else rows or None
+        for i, t, shape, dtype in zip(order, tensors, self.shapes, self.dtypes, strict=True):
+            expected = shape if batch is None else (batch, *shape)
+            if t.shape != expected:
+                raise ValueError(f"{leaves.names[i]}: expected shape {tuple(expected)}, got {tuple(t.shape)}")
+            if t.dtype not in (dtype, self.dtype):
+                raise TypeError(f"{leaves.names[i]}: expected {dtype} or {self.dtype}, got {t.dtype}")
+            if t.device != self.device:
+                raise ValueError(f"{leaves.names[i]}: expected device {self.device}, got {t.device}")
+        lead = () if batch is None else (batch,)
+        flat = torch.empty(*lead, self.numel, dtype=self.dtype, device=self.device)
+        for t, part in zip(tensors, flat.split(self.sizes, dim=-1), strict=True):
+            part.copy_(t.detach().reshape(*lead, -1))
+        dtypes = [t.dtype for t in tensors]
+
+        def restore(x: Tensor) -> Tree:
+            ordered: list[Tensor] = [x] * len(order)
+            for i, view, dtype in zip(order, self.views(x), dtypes, strict=True):
+                ordered[i] = view.to(dtype).contiguous()
+            return leaves.rebuild(ordered)
+
+        return Packed(flat, restore)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parameters' views of a flat buffer ``(n,)`` or ``(k, n)``; no copy."""
+        lead = flat.shape[:-1]
+        parts = flat.split(self.sizes, dim=-1)
+        return [part.view(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _order(self, argument: str, leaves: Leaves) -> list[int]:
+        """Position in ``leaves`` of every parameter: by key between dicts (or a module), else by place."""
+        mine, theirs = self.leaves.keys, leaves.keys
+        if len(theirs) != len(mine):
+            raise ValueError(f"{argument}: expected {len(mine)} tensors, one for each parameter, got {len(theirs)}")
+        if not (self.leaves.keyed and leaves.keyed):
+            return list(range(len(mine)))
+        position = {key: i for i, key in enumerate(theirs)}
+        for key in mine:
+            if key not in position:
+                raise ValueError(f"{argument}: expected the keys of params, got none for {key}")
+        return [position[key] for key in mine]
+
+    def _batch(self, argument: str, leaves: Leaves, order: list[int]) -> int | None:
+        """Batch size of the leaves, from the first that is not empty of information."""
+        first = leaves.tensors[order[0]]
+        if first.shape == self.shapes[0]:
+            return None
+        if first.dim() == len(self.shapes[0]) + 1 and first.shape[1:] == self.shapes[0]:
+            if first.shape[0] == 0:
+                raise ValueError(f"{argument}: expected at least one vector in the batch, got 0")
+            return first.shape[0]
+        raise ValueError(
+            f"{leaves.names[order[0]]}: expected shape {tuple(self.shapes[0])}, or that with one leading batch "
+            f"dimension, got {tuple(first.shape)}"
+        )
+
+
+def power_of_two_scale(flat: Tensor) -> Tensor:
+    """Power of two per row that brings the largest magnitude into [0.5, 1); 1 for a zero row. Exact to undo.
+
+    With it, squares neither underflow nor overflow whatever the units of the loss.
+    """
+    _, exponent = torch.frexp(flat.abs().amax(-1))
+    limit = 1000 if flat.dtype == torch.float64 else 120
+    return torch.ldexp(torch.ones_like(exponent, dtype=flat.dtype), -exponent.clamp(-limit, limit))
+
