@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
 #include <deque>
@@ -37,6 +38,8 @@ class Lists {
     for (const at::Tensor& t : tensors) {
       TORCH_CHECK_VALUE(t.is_contiguous(), name, " must be contiguous, got sizes ", t.sizes(), " and strides ",
                         t.strides());
+      // Autograd would not see the write.
+      TORCH_CHECK_VALUE(!t.requires_grad() || !c10::GradMode::is_enabled(), name, " must not require grad");
       add(list, name, t, tensors[0]);
     }
     return finish(list, name);

@@ -60,9 +60,10 @@ def cg_step_(
 
     running = flag == 0
     php, pp, hphp = (dot(2, 3), dot(2, 2), dot(3, 3)) if pieces else [torch.zeros_like(flag)] * 3
-    broken = running & ~(php.isfinite() & hphp.isfinite())
+    broken = running & ~php.isfinite()
     eps = torch.finfo(x[0].dtype).eps if pieces else 0.0
-    flat = running & ~broken & (php <= eps * pp.sqrt() * hphp.sqrt())
+    rounding = torch.where(hphp.isfinite(), eps * pp.sqrt() * hphp.sqrt(), 0)
+    flat = running & ~broken & (php <= rounding)
     curvature.copy_(torch.where(running & ~broken, (php / pp).nan_to_num(), curvature))
     flag[broken], flag[flat] = 3.0, 2.0
     running = flag == 0

@@ -172,7 +172,7 @@ class Space:
         """The parameters' views of a flat buffer ``(n,)`` or ``(k, n)``; no copy."""
         lead = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
-        return [part.view(*lead, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part.view((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
 
     def _order(self, argument: str, leaves: Leaves) -> list[int]:
         """Position in ``leaves`` of every parameter: by key between dicts (or a module), else by place."""
