@@ -26,7 +26,7 @@ def say(message):
 
 
 def import_torch():
-    """torch of the environment that will run the package, also under pip's build isolation."""
+    """The torch of the environment that will run the package, also under pip's build isolation."""
     try:
         import torch
     except ModuleNotFoundError:

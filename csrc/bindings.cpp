@@ -92,8 +92,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.doc() = "Compiled kernels of hypergrad_ext.";
   m.def("build_info", &build_info);
-  m.def("neumann_step_", &neumann_step_, py::arg("v"), py::arg("p"), py::arg("hv"), py::arg("stats"),
-        py::arg("alpha"), py::arg("damping") = 0.0);
+  m.def("neumann_step_", &neumann_step_, py::arg("v"), py::arg("p"), py::arg("hv"), py::arg("stats"), py::arg("alpha"),
+        py::arg("damping") = 0.0);
   m.def("cg_step_", &cg_step_, py::arg("x"), py::arg("r"), py::arg("p"), py::arg("hp"), py::arg("state"),
         py::arg("damping") = 0.0);
 }

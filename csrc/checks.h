@@ -90,8 +90,8 @@ class Lists {
     int64_t total = 0;
     for (const Span& span : list.spans) total += span.numel;
     if (lists_.size() == 1) total_ = total;
-    TORCH_CHECK_VALUE(total == total_, name, " must have as many elements as ", first_, ": expected ", total_,
-                      ", got ", total);
+    TORCH_CHECK_VALUE(total == total_, name, " must have as many elements as ", first_, ": expected ", total_, ", got ",
+                      total);
     return list;
   }
 

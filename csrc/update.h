@@ -20,10 +20,10 @@ enum NeumannStats : int { kNormSquared = 0, kNonFinite = 1, kNeumannStats = 2 };
 
 // Columns of the float64 `state` row that cg_step_ reads and updates.
 enum CgState : int {
-  kResidual = 0,    // r.r
-  kStop = 1,        // stop once r.r <= this
-  kCurvature = 2,   // p.(H + dI)p / p.p of the last step
-  kFlag = 3,        // one of the values below
+  kResidual = 0,   // r.r
+  kStop = 1,       // stop once r.r <= this
+  kCurvature = 2,  // p.(H + dI)p / p.p of the last step
+  kFlag = 3,       // one of the values below
   kCgState = 4,
 };
 // Values of state[kFlag].

@@ -64,8 +64,8 @@ class AlignedPieces {
   // Calls f(pointers, size) for the contiguous runs of elements [begin, end) of one row.
   template <class F>
   void visit(int64_t row, int64_t begin, int64_t end, const F& f) const {
-    auto piece = std::upper_bound(pieces_.begin(), pieces_.end(), begin,
-                                  [](int64_t e, const Piece& p) { return e < p.begin; });
+    auto piece =
+        std::upper_bound(pieces_.begin(), pieces_.end(), begin, [](int64_t e, const Piece& p) { return e < p.begin; });
     for (--piece; begin < end; ++piece) {
       const int64_t piece_end = piece + 1 == pieces_.end() ? numel_ : (piece + 1)->begin;
       const int64_t stop = std::min(end, piece_end);

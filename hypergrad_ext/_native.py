@@ -8,7 +8,7 @@ import torch  # noqa: F401  (must be loaded first: _C links against its librarie
 
 _C: ModuleType | None
 try:
-    from hypergrad_ext import _C  # type: ignore[attr-defined, no-redef]
+    from hypergrad_ext import _C
 
     MISSING = ""
 except ImportError as error:

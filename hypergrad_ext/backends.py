@@ -27,9 +27,9 @@ def unavailable(backend: str, device_type: str) -> str:
         if not _native.build_info()["cuda"]:
             return "hypergrad_ext._C was built without CUDA (HYPERGRAD_EXT_BUILD=cuda builds it)"
         return "" if device_type == "cuda" else f"the CUDA kernels do not run on {device_type}"
-    from hypergrad_ext import kernels
+    import hypergrad_ext.kernels as triton_kernels
 
-    return kernels.unavailable(device_type)
+    return triton_kernels.unavailable(device_type)
 
 
 def select(kernels: Mapping[str, Callable], device_type: str, requested: str | None = None) -> tuple[str, str]:
@@ -39,6 +39,9 @@ def select(kernels: Mapping[str, Callable], device_type: str, requested: str | N
     backend. ``"auto"`` takes the first that can run: ``cpp`` on the CPU; ``cuda``, then ``triton`` on
     a GPU; ``torch`` anywhere.
 
+    Returns:
+        The name, and why this one.
+
     Raises:
         ValueError: If the name is unknown.
         RuntimeError: If the backend asked for cannot run, with the reason.
@@ -47,13 +50,13 @@ def select(kernels: Mapping[str, Callable], device_type: str, requested: str | N
     if asked not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
     if asked != "auto":
-        reason = unavailable(asked, device_type) if asked in kernels else "this op has no such kernel"
+        reason = _unavailable(asked, kernels, device_type)
         if reason:
             raise RuntimeError(f"backend {asked!r} was asked for and cannot run: {reason}")
         return asked, "asked for"
-    rejected = []
+    rejected: list[str] = []
     for name in ("cpp",) if device_type == "cpu" else ("cuda", "triton"):
-        reason = unavailable(name, device_type) if name in kernels else "no such kernel for this op"
+        reason = _unavailable(name, kernels, device_type)
         if not reason:
             return name, "; ".join(rejected) or "first choice"
         rejected.append(f"{name}: {reason}")
@@ -62,3 +65,7 @@ def select(kernels: Mapping[str, Callable], device_type: str, requested: str | N
         _logged.add(why)
         _logger.warning("falling back to torch ops on %s: %s", device_type, why)
     return "torch", why
+
+
+def _unavailable(backend: str, kernels: Mapping[str, Callable], device_type: str) -> str:
+    return unavailable(backend, device_type) or ("" if backend in kernels else "no such kernel for this op")

@@ -111,12 +111,19 @@ def hypergradient(
         >>> hg.hypergradient(val, train, w, lam)
         tensor(-2.2500)
     """
-    hessian = Hessian(train_loss, params, unused=unused)
+    hessian = Hessian(train_loss, params, unused=unused, name="train_loss")
     outer = take_apart("hparams", hparams)
     _check_hparams(outer, hessian.params)
     v, direct = _validation_gradients(val_loss, hessian, outer)
     solution = solve_for(
-        hessian, hessian.params.rebuild(v), "params", solver, damping=damping, x0=x0, residual=return_solution, backend=backend
+        hessian,
+        hessian.params.rebuild(v),
+        "params",
+        solver,
+        damping=damping,
+        x0=x0,
+        residual=return_solution,
+        backend=backend,
     )
     report(solution, throw)
     x = take_apart("x", solution.value).tensors
@@ -176,13 +183,13 @@ def implicit(
         >>> lam.grad
         tensor(-2.2500)
     """
-    hessian = Hessian(train_loss, params)
+    hessian = Hessian(train_loss, params, name="train_loss")
     outer = take_apart("hparams", hparams)
     _check_hparams(outer, hessian.params)
 
     def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.
-        now = Hessian(train_loss, params)
+        now = Hessian(train_loss, params, name="train_loss")
         v = now.params.rebuild(grad_w)
         solution = solve_for(now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend)
         report(solution, throw)
@@ -203,7 +210,7 @@ class _OptimalWeights(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_w: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grad_w: Tensor) -> tuple[Any, ...]:
         return None, None, *ctx.pull_back(grad_w)
 
 
@@ -235,7 +242,8 @@ def _validation_gradients(
         )
     # The graph is kept: it is the caller's, and may be shared with the training loss.
     grads = torch.autograd.grad(loss, [*leaves, *hparams.tensors], retain_graph=True, allow_unused=True)
-    inner, direct = grads[: len(leaves)], list(grads[len(leaves) :])
+    inner: list[Tensor | None] = list(grads[: len(leaves)])
+    direct: list[Tensor | None] = list(grads[len(leaves) :])
     if all(g is None for g in inner):
         raise ValueError("val_loss: expected a loss that depends on params, got one that depends on none of them")
     return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, inner, strict=True)], direct

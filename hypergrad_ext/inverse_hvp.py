@@ -171,6 +171,9 @@ def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alph
 def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
     """The solver to run for ``"auto"``, or the one given.
 
+    Returns:
+        The solver.
+
     Raises:
         TypeError: If ``solver`` is neither.
         ValueError: If it needs a symmetric operator and this one is not.

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import hypergrad_ext.kernels as triton_kernels
 from hypergrad_ext import _native, backends, reference
-from hypergrad_ext import kernels as triton_kernels
 
 _library = torch.library.Library("hypergrad_ext", "FRAGMENT")
 
@@ -70,7 +70,8 @@ def _fake_in_place(*args: Tensor | float) -> None:
 
 
 neumann_step_ = Op(
-    "neumann_step_(Tensor(a!)[] v, Tensor(b!)[] p, Tensor[] hv, Tensor(c!) stats, float alpha, float damping=0.0) -> ()",
+    "neumann_step_(Tensor(a!)[] v, Tensor(b!)[] p, Tensor[] hv, Tensor(c!) stats, float alpha, float damping=0.0)"
+    " -> ()",
     reference=reference.neumann_step_,
     fake=_fake_in_place,
     device_of=3,

@@ -9,9 +9,12 @@ from torch import Tensor
 
 
 def aligned(rows: int, *lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Walk several tensor lists as one vector per row, in views of equal shape ``(rows, m)``.
+    """Walk several tensor lists as one vector per row.
 
     The lists need not be cut at the same places; their totals must agree.
+
+    Yields:
+        One view ``(rows, m)`` per list, of the elements that come next in all of them.
     """
     rest = [[t.reshape(rows, -1) for t in tensors if t.numel()] for tensors in lists]
     while all(rest):

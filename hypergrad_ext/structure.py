@@ -123,9 +123,12 @@ class Space:
         self.sizes = [t.numel() for t in leaves.tensors]
         self.numel = sum(self.sizes)
         if self.numel == 0:
-            raise ValueError(f"{leaves.names[0]}: expected at least one element in all, got shape {tuple(self.shapes[0])}")
+            raise ValueError(
+                f"{leaves.names[0]}: expected at least one element in all, got shape {tuple(self.shapes[0])}"
+            )
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
-        self.exact = all(dtype == self.dtype for dtype in self.dtypes)
+        self.uniform = len(set(self.dtypes)) == 1
+        self.exact = self.uniform and self.dtypes[0] == self.dtype
 
     def pack(self, argument: str, tree: Tree, *, rows: int | None = None) -> Packed:
         """Copy a vector, or a batch of vectors, of this space into a new flat buffer.
@@ -206,8 +209,10 @@ def power_of_two_scale(flat: Tensor) -> Tensor:
     """Power of two per row that brings the largest magnitude into [0.5, 1); 1 for a zero row. Exact to undo.
 
     With it, squares neither underflow nor overflow whatever the units of the loss.
+
+    Returns:
+        Shape ``()`` or ``(k,)``, in the dtype of ``flat``.
     """
     _, exponent = torch.frexp(flat.abs().amax(-1))
     limit = 1000 if flat.dtype == torch.float64 else 120
     return torch.ldexp(torch.ones_like(exponent, dtype=flat.dtype), -exponent.clamp(-limit, limit))
-

@@ -72,18 +72,17 @@ void cg_step(const VectorList& x, const VectorList& r, const VectorList& p, cons
 
   const auto advance =
       for_dtypes<AdvancePiece, char*, char*, const char*, const char*, int64_t, double, double, double*>(x.dtype,
-                                                                                                       hp.dtype);
-  const auto squares = for_each_block<1>(pieces, rows, running,
-                                         [&](int64_t row, const auto& at, int64_t n, double* out) {
-                                           advance(at[0], at[1], at[2], at[3], n, factor[row], damping, out);
-                                         });
+                                                                                                         hp.dtype);
+  const auto squares =
+      for_each_block<1>(pieces, rows, running, [&](int64_t row, const auto& at, int64_t n, double* out) {
+        advance(at[0], at[1], at[2], at[3], n, factor[row], damping, out);
+      });
   for (int64_t row = 0; row < rows; ++row)
     if (running(row)) factor[row] = scalars(row).conjugation(squares[row][0]);
 
   const auto direction = for_dtypes<DirectionPiece, const char*, char*, int64_t, double>(x.dtype, x.dtype);
-  for_each_block<1>(pieces, rows, running, [&](int64_t row, const auto& at, int64_t n, double*) {
-    direction(at[1], at[2], n, factor[row]);
-  });
+  for_each_block<1>(pieces, rows, running,
+                    [&](int64_t row, const auto& at, int64_t n, double*) { direction(at[1], at[2], n, factor[row]); });
 }
 
 }  // namespace hg::cpu

@@ -39,9 +39,7 @@ inline Isa isa() {
 #endif
 }
 
-inline const char* isa_name() {
-  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base";
-}
+inline const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; }
 
 // Body::run compiled for every instruction set; get() returns the pointer to the right one.
 template <class Body, class... Args>
@@ -50,9 +48,7 @@ struct ForIsa {
   static void base(Args... args) { Body::run(args...); }
   HG_TARGET_AVX2 static void avx2(Args... args) { Body::run(args...); }
   HG_TARGET_AVX512 static void avx512(Args... args) { Body::run(args...); }
-  static Function get() {
-    return isa() == Isa::avx512 ? &avx512 : isa() == Isa::avx2 ? &avx2 : &base;
-  }
+  static Function get() { return isa() == Isa::avx512 ? &avx512 : isa() == Isa::avx2 ? &avx2 : &base; }
 };
 
 }  // namespace hg::cpu

@@ -17,11 +17,10 @@ constexpr int64_t kBlock = 16384;
 // Blocks per thread below which forking threads costs more than it saves.
 constexpr int64_t kGrain = 4;
 
-
 // Runs f(pointers, size, sums) over all rows that are `live`; returns rows x S sums.
 template <int S, int N, class Live, class F>
-std::vector<std::array<double, S>> for_each_block(const AlignedPieces<N>& pieces, int64_t rows,
-                                                  const Live& live, const F& f) {
+std::vector<std::array<double, S>> for_each_block(const AlignedPieces<N>& pieces, int64_t rows, const Live& live,
+                                                  const F& f) {
   const int64_t blocks = (pieces.numel() + kBlock - 1) / kBlock;
   std::vector<std::array<double, S>> partial(rows * blocks, std::array<double, S>{});
   at::parallel_for(0, rows * blocks, kGrain, [&](int64_t first, int64_t last) {

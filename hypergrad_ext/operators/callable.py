@@ -41,6 +41,9 @@ class Callable(LinearOperator):
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` by the function given.
 
+        Returns:
+            One tensor per leaf, without a graph.
+
         Raises:
             ValueError: If the function returns other shapes than it was given.
         """

@@ -32,6 +32,7 @@ class Hessian(LinearOperator):
         params: Tensor, list, tuple, dict or ``nn.Module`` (its parameters that require grad).
         unused: What to do with parameters that the loss does not depend on: ``"zeros"`` gives them
             zero rows, ``"error"`` raises and names them.
+        name: What the caller calls the loss, for messages.
 
     Raises:
         TypeError: If ``loss`` is neither, or complex; if a parameter is not real floating point.
@@ -45,7 +46,7 @@ class Hessian(LinearOperator):
     """
 
     def __init__(  # noqa: D107 (documented in the class)
-        self, loss: Loss, params: Tree, *, unused: Literal["zeros", "error"] = "zeros"
+        self, loss: Loss, params: Tree, *, unused: Literal["zeros", "error"] = "zeros", name: str = "loss"
     ) -> None:
         if unused not in ("zeros", "error"):
             raise ValueError(f"unused: expected 'zeros' or 'error', got {unused!r}")
@@ -55,16 +56,19 @@ class Hessian(LinearOperator):
         self.module = params if isinstance(params, nn.Module) else None
         self._gradient: RetainedGradient | None = None
         if isinstance(loss, Tensor):
-            check_loss("loss", loss)
-            for name, t in zip(self.params.names, self.params.tensors, strict=True):
+            check_loss(name, loss)
+            for param, t in zip(self.params.names, self.params.tensors, strict=True):
                 if not t.requires_grad:
                     raise ValueError(
-                        f"{name}: expected a parameter that requires grad, got one that does not; "
+                        f"{param}: expected a parameter that requires grad, got one that does not; "
                         "leave it out, or pass the loss as a function of the parameters"
                     )
         elif not callable(loss):
-            raise TypeError(f"loss: expected a scalar tensor or a function of the parameters, got {type(loss).__name__}")
+            raise TypeError(
+                f"{name}: expected a scalar tensor or a function of the parameters, got {type(loss).__name__}"
+            )
         self._loss = loss
+        self._name = name
 
     @classmethod
     def of_gradient(cls, gradient: Tree, params: Tree) -> Hessian:
@@ -104,7 +108,9 @@ class Hessian(LinearOperator):
             if self._unused == "error" and unused:
                 raise ValueError(f"params: expected every parameter in the loss, got unused {', '.join(unused)}")
             if not any(self._gradient.used):
-                raise ValueError("loss: expected a loss that depends on params, got one that depends on none of them")
+                raise ValueError(
+                    f"{self._name}: expected a loss that depends on params, got one that depends on none of them"
+                )
         return self._gradient
 
     @property
@@ -127,13 +133,13 @@ class Hessian(LinearOperator):
             except RuntimeError as error:
                 if "second time" in str(error):
                     raise ValueError(
-                        "loss: expected a loss that still has its graph, got one whose graph was freed; "
+                        f"{self._name}: expected a loss that still has its graph, got one whose graph was freed; "
                         "call backward(retain_graph=True), or pass a function of the parameters"
                     ) from error
                 raise
         leaves = [t.detach().requires_grad_() for t in self.params.tensors]
         with torch.enable_grad(), buffers_kept(self.module):
-            loss = evaluate("loss", self._loss, self.params, leaves)
+            loss = evaluate(self._name, self._loss, self.params, leaves)
         return RetainedGradient.of(loss, leaves)
 
 

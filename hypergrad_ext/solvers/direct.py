@@ -42,7 +42,9 @@ class Direct(Solver):
         """Factorise and solve for all rows at once."""
         n, rows = b.shape[-1], b.shape[0] if b.dim() == 2 else 1
         if n > self.max_size:
-            raise ValueError(f"max_size: expected at most {self.max_size} unknowns for Direct, got {n}; use CG or raise it")
+            raise ValueError(
+                f"max_size: expected at most {self.max_size} unknowns for Direct, got {n}; use CG or raise it"
+            )
         matrix = system.operator.dense()
         system.hvps += n
         if not bool(matrix.isfinite().all()):

@@ -108,7 +108,7 @@ class Watch:
         self.detail = ""
 
     def over(self, stats: Tensor, step: int) -> bool:
-        """Take in the stats after a step; True when every row has converged, or any has failed."""
+        """Take in the stats after a step; True when every row has converged or failed."""
         norms = []
         for row, (square, non_finite) in enumerate(stats.view(-1, 2).tolist()):
             norm = math.sqrt(square) if square < math.inf else math.inf
@@ -119,7 +119,7 @@ class Watch:
             elif non_finite or not norm < math.inf or self._grew[row] >= 2 or norm > 1.01 * self._first[row]:
                 self._fail(row, Status.DIVERGED, f"|v_{step}| = {norm / (self._first[row] or 1):.3g} |b|")
         self._last = norms
-        return any(self._failed) or all(map(self._converged, range(len(norms))))
+        return all(failed or self._converged(row) for row, failed in enumerate(self._failed))
 
     def statuses(self) -> list[Status]:
         """One status per row."""

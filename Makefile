@@ -1,0 +1,60 @@
+# make demo and make test are all a new machine needs; everything happens in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+# Any torch >= 2.10 will do; TORCH= keeps the one that is installed.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+MAX_JOBS ?= 2
+export MAX_JOBS
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.hypergrad_ext
+SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench build format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# setuptools, ninja and pybind11 are what the build needs when it is not isolated.
+$(STAMP): $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet $(TORCH) $(TRITON) "setuptools>=77" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --no-build-isolation --quiet -e ".[demo,test,bench,lint]"
+	@touch $@
+
+demo: $(STAMP) ## Set up, build, and run the main job on real data (results in out/)
+	$(BIN)/python -m hypergrad_ext info
+	$(BIN)/python -m hypergrad_ext demo --out out
+
+# The op tests once more for every instruction set that the CPU may be told to use, and Triton's
+# kernels in its interpreter, which is switched on per process.
+test: $(STAMP) ## Set up, build, and run all tests
+	$(BIN)/python -m pytest
+	for isa in default avx2; do ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q tests/test_ops.py || exit 1; done
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton.py
+
+lint: $(STAMP) ## Style, types, C++ format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy kernels
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(STAMP) ## Rewrite all files in the project's style
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+build: $(BIN)/python ## Rebuild the extension in place (seconds after a small change)
+	$(BIN)/python setup.py build_ext --inplace
+
+bench: $(STAMP) ## Run the benchmarks (QUICK=1 for few rounds, SAVE=1 to keep the results)
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' $(if $(QUICK),--quick) $(if $(SAVE),--save-results)
+
+clean: ## Remove what was built
+	rm -rf build dist out *.egg-info hypergrad_ext/*.so

@@ -1,0 +1,44 @@
+"""Collects the rows that benchmarks report, prints them as a table, and saves them on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from bench import measure
+
+_rows: dict[str, list[dict[str, object]]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--save-results", action="store_true", help="write bench/results/<name>.json")
+    parser.addoption("--quick", action="store_true", help="fewer rounds")
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    """Whether to be brief."""
+    return request.config.getoption("--quick")
+
+
+@pytest.fixture
+def report(benchmark) -> Callable[[str, dict[str, object]], None]:
+    """Put a row into the table of that name, and into pytest-benchmark's own record."""
+
+    def add(name: str, row: dict[str, object]) -> None:
+        _rows.setdefault(name, []).append(row)
+        benchmark.extra_info.update(row)
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _rows:
+        return
+    terminalreporter.section("hypergrad_ext")
+    terminalreporter.write_line("  ".join(f"{key}={value}" for key, value in measure.environment().items()))
+    for name, rows in _rows.items():
+        terminalreporter.write_line(f"\n{name}\n{measure.table(rows)}")
+        if terminalreporter.config.getoption("--save-results"):
+            terminalreporter.write_line(f"saved {measure.save(name, rows).relative_to(measure.RESULTS.parent.parent)}")

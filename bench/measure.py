@@ -1,0 +1,86 @@
+"""Honest timing on a shared machine: variants in turn within one run, medians, and where it was measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import hypergrad_ext
+from hypergrad_ext import _native
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleave(variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+    """Seconds per call of every variant, timed in turn in every round, each round in another order."""
+    names = list(variants)
+    for name in names * warmup:
+        variants[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(rounds):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            start = time.perf_counter()
+            variants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
+    """How many times faster ``fast`` is: median of the ratios within a round, and their quartiles."""
+    ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
+
+
+def median(values: list[float]) -> float:
+    """The median."""
+    return statistics.median(values)
+
+
+def cpu_name() -> str:
+    """Name of the CPU as the operating system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, object]:
+    """What a number means nothing without."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
+        "cpu": cpu_name(),
+        "cores": torch.multiprocessing.cpu_count(),
+        "isa": _native.build_info().get("isa", "none"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hypergrad_ext": hypergrad_ext.__version__,
+        "commit": commit.stdout.strip() + ("+changes" if dirty else ""),
+    }
+
+
+def save(name: str, rows: list[dict[str, object]]) -> Path:
+    """Write rows with their environment to ``bench/results/NAME.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Rows of equal keys as aligned text."""
+    cells = [list(rows[0]), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)

@@ -1,0 +1,231 @@
+"""Bad input: the message names the argument, what was expected and what came; nothing is half-written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import hypergrad_ext as hg
+
+W = torch.ones(3, requires_grad=True)
+V = torch.ones(3)
+
+
+def quadratic(w):
+    return (w**2).sum()
+
+
+LOSS_CASES = {
+    "not scalar": (lambda: W**2, ValueError, r"loss: expected a scalar, got shape \(3,\)"),
+    "no graph": (lambda: (W.detach() ** 2).sum(), ValueError, "loss: expected a loss with a graph"),
+    "integer": (lambda: torch.tensor(3), TypeError, "loss: expected a real floating point scalar, got torch.int64"),
+    "complex": (lambda: (W * 1j).sum(), TypeError, "loss: .* got torch.complex64"),
+    "a float": (lambda: 3.0, TypeError, "loss: expected a scalar tensor or a function of the parameters, got float"),
+    "function of nothing": (lambda: lambda w: torch.ones(()), ValueError, "loss: expected a loss with a graph"),
+    "function that returns a float": (lambda: lambda w: 1.0, TypeError, "loss: expected a function that returns"),
+    "function that returns a vector": (lambda: lambda w: w, ValueError, r"loss: expected a scalar, got shape \(3,\)"),
+    "independent of params": (lambda: (torch.ones(2, requires_grad=True) ** 2).sum(), ValueError, "depends on none"),
+}
+
+PARAMS_CASES = {
+    "integer": (
+        torch.ones(3, dtype=torch.int64),
+        TypeError,
+        "params: expected a real floating point tensor, got torch.int64",
+    ),
+    "complex": (torch.ones(3, dtype=torch.complex64), TypeError, "params: .* got torch.complex64"),
+    "empty list": ([], ValueError, "params: expected at least one tensor, got an empty list"),
+    "no elements": (torch.ones(0, requires_grad=True), ValueError, "params: expected at least one element"),
+    "not a tensor": ([W, 1.0], TypeError, r"params\[1\]: expected a tensor, got float"),
+    "two devices": (
+        [W, torch.ones(3, device="meta")],
+        ValueError,
+        r"params\[1\]: expected all tensors on cpu.*got meta",
+    ),
+    "twice": (
+        {"a": W, "b": W},
+        ValueError,
+        r"params\['b'\]: expected every tensor once, got the same tensor as params\['a'\]",
+    ),
+    "frozen": ([W, torch.ones(3)], ValueError, r"params\[1\]: expected a parameter that requires grad"),
+    "frozen module": (nn.ReLU(), ValueError, "params: expected a module with parameters that require grad"),
+    "a string": ("weights", TypeError, "params: expected a tensor, list, tuple, dict or nn.Module, got str"),
+}
+
+VECTOR_CASES = {
+    "shape": (torch.ones(4), ValueError, r"v: expected shape \(3,\), or that with one leading batch.* got \(4,\)"),
+    "two leading dimensions": (torch.ones(2, 2, 3), ValueError, r"v: expected shape \(3,\), or"),
+    "empty batch": (torch.ones(0, 3), ValueError, "v: expected at least one vector in the batch, got 0"),
+    "count": ([V, V], ValueError, "v: expected 1 tensors, one for each parameter, got 2"),
+    "integer": (torch.ones(3, dtype=torch.int64), TypeError, "v: expected torch.float32.*got torch.int64"),
+    "another float": (V.double(), TypeError, "v: expected torch.float32.*got torch.float64"),
+    "device": (torch.ones(3, device="meta"), ValueError, "v: expected device cpu, got meta"),
+    "none": (None, TypeError, "v: expected a tensor"),
+}
+
+
+def cases(table):
+    return pytest.mark.parametrize(("value", "error", "message"), table.values(), ids=table.keys())
+
+
+@cases(LOSS_CASES)
+def test_loss(value, error, message):
+    with pytest.raises(error, match=message):
+        hg.inverse_hvp(value(), W, V)
+
+
+@cases(PARAMS_CASES)
+def test_params(value, error, message):
+    with pytest.raises(error, match=message):
+        hg.inverse_hvp((W**2).sum(), value, V)
+
+
+@cases(VECTOR_CASES)
+def test_vector(value, error, message):
+    with pytest.raises(error, match=message):
+        hg.inverse_hvp(quadratic, W, value)
+
+
+def test_members_of_a_batch_must_agree():
+    params = [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    loss = lambda p: quadratic(p[0]) + quadratic(p[1])  # noqa: E731
+    with pytest.raises(ValueError, match=r"v\[1\]: expected shape \(4, 3\), got \(5, 3\)"):
+        hg.inverse_hvp(loss, params, [torch.ones(4, 2), torch.ones(5, 3)])
+    with pytest.raises(ValueError, match=r"v\[1\]: expected shape \(4, 3\), got \(3,\)"):
+        hg.inverse_hvp(loss, params, [torch.ones(4, 2), torch.ones(3)])
+
+
+def test_names_of_a_dict_must_agree():
+    with pytest.raises(ValueError, match=r"v: expected the keys of params, got none for \['a'\]"):
+        hg.inverse_hvp(lambda p: quadratic(p["a"]), {"a": W}, {"b": V})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"damping": -1.0}, ValueError, "damping: expected a finite number >= 0, got -1.0"),
+        ({"damping": float("nan")}, ValueError, "damping: expected a finite number >= 0, got nan"),
+        ({"damping": float("inf")}, ValueError, "damping: expected a finite number >= 0, got inf"),
+        ({"damping": "auto"}, TypeError, "damping: expected a number, got 'auto'"),
+        ({"solver": "cg"}, TypeError, "solver: expected 'auto' or a solver such as Neumann.* got 'cg'"),
+        ({"solver": hg.CG}, TypeError, "solver: expected 'auto' or a solver"),
+        ({"unused": "ignore"}, ValueError, "unused: expected 'zeros' or 'error', got 'ignore'"),
+        ({"x0": torch.ones(4)}, ValueError, r"x0: expected shape \(3,\), got \(4,\)"),
+        ({"x0": torch.ones(2, 3)}, ValueError, r"x0: expected shape \(3,\), got \(2, 3\)"),
+        ({"backend": "fast"}, ValueError, "backend must be one of .* got 'fast'"),
+        ({"backend": "cuda"}, RuntimeError, "backend 'cuda' was asked for and cannot run"),
+    ],
+    ids=str,
+)
+def test_options(changes, error, message):
+    with pytest.raises(error, match=message):
+        hg.inverse_hvp(quadratic, W, V, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: hg.Neumann(steps=-1), ValueError, "steps: expected at least 0, got -1"),
+        (lambda: hg.Neumann(steps=2.5), TypeError, "steps: expected an integer, got 2.5"),
+        (lambda: hg.Neumann(alpha=0.0), ValueError, "alpha: expected a finite number > 0, got 0.0"),
+        (lambda: hg.Neumann(alpha=torch.ones(())), TypeError, "alpha: expected a number"),
+        (lambda: hg.Neumann(tol=-1e-3), ValueError, "tol: expected a finite number > 0"),
+        (lambda: hg.CG(tol=0.0), ValueError, "tol: expected a finite number > 0, got 0.0"),
+        (lambda: hg.CG(max_steps=0), ValueError, "max_steps: expected at least 1, got 0"),
+        (lambda: hg.CG(max_steps=True), TypeError, "max_steps: expected an integer, got True"),
+        (lambda: hg.Identity(alpha=-1.0), ValueError, "alpha: expected a finite number > 0"),
+        (lambda: hg.Direct(max_size=0), ValueError, "max_size: expected at least 1, got 0"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_solver_settings(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_direct_refuses_systems_that_do_not_fit():
+    w = torch.ones(11, requires_grad=True)
+    with pytest.raises(ValueError, match="max_size: expected at most 10 unknowns for Direct, got 11"):
+        hg.inverse_hvp(quadratic, w, torch.ones(11), hg.Direct(max_size=10))
+
+
+def test_freed_graph():
+    loss = quadratic(torch.sin(W))
+    loss.backward()
+    W.grad = None
+    with pytest.raises(ValueError, match="loss: expected a loss that still has its graph"):
+        hg.inverse_hvp(loss, W, V)
+
+
+def test_solve_wants_an_operator():
+    with pytest.raises(TypeError, match="operator: expected a LinearOperator"):
+        hg.solve(torch.eye(3), V)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "error", "message"),
+    [
+        (torch.ones(2, 3), ValueError, r"matrix: expected shape \(n, n\), got \(2, 3\)"),
+        (torch.ones(3), ValueError, r"matrix: expected shape \(n, n\), got \(3,\)"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, "matrix: expected a real floating point tensor"),
+        (torch.ones(0, 0), ValueError, "matrix: expected at least one element"),
+        ([[1.0]], TypeError, "matrix"),
+    ],
+    ids=str,
+)
+def test_dense_matrix(matrix, error, message):
+    with pytest.raises(error, match=message):
+        hg.DenseMatrix(matrix)
+
+
+class TestHypergradient:
+    lam = torch.zeros(3, requires_grad=True)
+
+    def train(self, w):
+        return ((w - 1) ** 2 + self.lam.exp() * w**2).sum()
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"hparams": torch.zeros(3)}, ValueError, "hparams: expected a hyperparameter that requires grad"),
+            ({"hparams": []}, ValueError, "hparams: expected at least one tensor"),
+            ({"hparams": [W]}, ValueError, r"hparams\[0\]: expected a tensor that is not among params, got params"),
+            ({"hparams": "lam"}, TypeError, "hparams: expected a tensor, list, tuple, dict or nn.Module, got str"),
+            ({"val_loss": lambda w: w}, ValueError, r"val_loss: expected a scalar, got shape \(3,\)"),
+            ({"val_loss": 1.0}, TypeError, "val_loss: expected a scalar tensor or a function"),
+            ({"val_loss": quadratic(lam)}, ValueError, "val_loss: expected a loss that depends on params"),
+            ({"train_loss": lambda w: w}, ValueError, r"train_loss: expected a scalar, got shape \(3,\)"),
+            ({"damping": -1}, ValueError, "damping: expected a finite number >= 0, got -1"),
+        ],
+        ids=lambda x: None,
+    )
+    def test_refuses(self, changes, error, message):
+        arguments = {"val_loss": quadratic, "train_loss": self.train, "params": W, "hparams": self.lam} | changes
+        with pytest.raises(error, match=message):
+            hg.hypergradient(**arguments)
+        assert self.lam.grad is None and W.grad is None
+
+    def test_implicit_checks_before_the_backward_pass(self):
+        with pytest.raises(ValueError, match="hparams: expected a hyperparameter that requires grad"):
+            hg.implicit(self.train, W, torch.zeros(3))
+        with pytest.raises(TypeError, match="train_loss: expected a scalar tensor or a function"):
+            hg.implicit(None, W, self.lam)
+
+
+class TestApproxInverseHvp:
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"f": [torch.ones(3)]}, ValueError, "f: expected a gradient with its graph"),
+            ({"f": [2 * W, 2 * W]}, ValueError, "f: expected the shapes of params"),
+            ({"v": [torch.ones(4)]}, ValueError, r"v\[0\]: expected shape"),
+            ({"iterations": -1}, ValueError, "iterations: expected at least 0, got -1"),
+            ({"alpha": 0}, ValueError, "alpha: expected a finite number > 0, got 0"),
+        ],
+        ids=str,
+    )
+    def test_refuses(self, changes, error, message):
+        arguments = {"v": [V], "f": [2 * W], "params": [W]} | changes
+        with pytest.raises(error, match=message):
+            hg.approx_inverse_hvp(**arguments)

@@ -1,0 +1,199 @@
+"""Parameters as people have them: modules, shared and frozen parts, buffers, random masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from tests.compare import assert_close
+
+X, Y = torch.randn(30, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(30) % 3
+CG = hg.CG(tol=1e-12)
+
+
+def loss_of(model: nn.Module):
+    """Loss as a function of the dict of trainable parameters, with a penalty that makes it convex enough."""
+
+    def loss(params: dict) -> torch.Tensor:
+        penalty = sum((p**2).sum() for p in params.values())
+        return F.cross_entropy(functional_call(model, params, (X,)), Y) + penalty
+
+    return loss
+
+
+def loss_tensor(model: nn.Module) -> torch.Tensor:
+    penalty = sum((p**2).sum() for p in model.parameters() if p.requires_grad)
+    return F.cross_entropy(model(X), Y) + penalty
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def trainable(model: nn.Module) -> dict:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def random_like(params: dict) -> dict:
+    return {name: torch.randn_like(p) for name, p in params.items()}
+
+
+def test_module_dict_and_list_agree():
+    model = net()
+    v = random_like(trainable(model))
+    by_module = hg.inverse_hvp(loss_of(model), model, v, CG)
+    assert list(by_module) == list(v)
+    by_tensor = hg.inverse_hvp(loss_tensor(model), model, v, CG)
+    by_list = hg.inverse_hvp(loss_tensor(model), model.parameters(), list(v.values()), CG)
+    by_dict = hg.inverse_hvp(loss_of(model), dict(model.named_parameters()), v, CG)
+    assert isinstance(by_list, list)
+    for other in (by_tensor, by_list, by_dict):
+        assert_close(other, by_module, 1e-10)
+
+
+def test_dicts_are_matched_by_name_not_by_order():
+    model = net()
+    v = random_like(trainable(model))
+    shuffled = dict(reversed(v.items()))
+    x, y = hg.inverse_hvp(loss_of(model), model, v, CG), hg.inverse_hvp(loss_of(model), model, shuffled, CG)
+    assert list(y) == list(shuffled)
+    for name in v:
+        assert_close(y[name], x[name], 1e-12)
+
+
+def test_batched_vectors_in_a_dict():
+    model = net()
+    v = {name: torch.randn(4, *p.shape).double() for name, p in trainable(model).items()}
+    x = hg.inverse_hvp(loss_of(model), model, v, CG)
+    for j in range(4):
+        single = hg.inverse_hvp(loss_of(model), model, {name: t[j] for name, t in v.items()}, CG)
+        assert_close({name: t[j] for name, t in x.items()}, single, 1e-10)
+
+
+def test_frozen_parameters_are_left_out():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    v = random_like(trainable(model))
+    assert len(v) == 3
+    assert_close(hg.inverse_hvp(loss_of(model), model, v, CG), hg.inverse_hvp(loss_tensor(model), model, v, CG), 1e-10)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.shared = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.shared(torch.tanh(self.shared(self.second(torch.tanh(self.first(x)))))))
+
+
+def test_tied_weights_and_shared_modules_count_once():
+    model = Tied().double()
+    v = random_like(trainable(model))
+    assert "second.weight" not in v
+    x = hg.inverse_hvp(loss_tensor(model), model, v, CG)
+    assert_close(hg.inverse_hvp(loss_of(model), model, v, CG), x, 1e-10)
+    operator = hg.Hessian(loss_tensor(model), model)
+    assert_close(operator @ x, v, 1e-9)
+
+
+class TestBatchNorm:
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+    def test_function_leaves_the_buffers_as_they_were(self):
+        model = self.model()
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        hg.inverse_hvp(loss_of(model), model, random_like(trainable(model)), hg.CG(tol=1e-8), damping=1.0)
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+    def test_train_and_eval_mode_are_those_of_the_model(self):
+        model = self.model()
+        model(X)
+        v = random_like(trainable(model))
+        in_train = hg.inverse_hvp(loss_of(model), model, v, CG, damping=1.0)
+        model.eval()
+        in_eval = hg.inverse_hvp(loss_of(model), model, v, CG, damping=1.0)
+        assert_close(in_eval, hg.inverse_hvp(loss_tensor(model), model, v, CG, damping=1.0), 1e-9)
+        with pytest.raises(AssertionError):
+            assert_close(in_eval, in_train, 1e-3)
+
+    def test_hypergradient_evaluates_both_losses_without_a_trace(self):
+        model = self.model()
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        lam = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+        train = lambda p: loss_of(model)(p) + lam.exp() * sum((t**2).sum() for t in p.values())  # noqa: E731
+        val = lambda p: F.cross_entropy(functional_call(model, p, (X + 0.1,)), Y)  # noqa: E731
+        assert hg.hypergradient(val, train, model, lam).isfinite()
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_dropout_uses_one_mask_per_solve():
+    """With a new mask per product CG would see another matrix each time and could not reach 1e-12."""
+    model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 3)).double()
+    operator = hg.Hessian(loss_of(model), model)
+    v = random_like(trainable(model))
+    assert_close(operator @ v, operator @ v, 0.0)
+    solution = hg.solve(operator, v, CG)
+    assert solution.converged and solution.residual_norm < 1e-11
+    other = hg.Hessian(loss_of(model), model) @ v
+    with pytest.raises(AssertionError):
+        assert_close(other, operator @ v, 1e-6)
+
+
+class TestUnusedParameters:
+    def setup_method(self) -> None:
+        self.w = torch.ones(3, requires_grad=True)
+        self.idle = torch.ones(2, requires_grad=True)
+        self.params = {"w": self.w, "idle": self.idle}
+        self.v = {"w": torch.ones(3), "idle": torch.ones(2)}
+
+    @pytest.mark.parametrize("solver", ["auto", hg.CG(), hg.Neumann(100), hg.Direct(), hg.Identity(0.5)], ids=str)
+    def test_give_zeros(self, solver):
+        x = hg.inverse_hvp((self.w**2).sum(), self.params, self.v, solver)
+        assert_close(x["w"], torch.full((3,), 0.5), 1e-5)
+        assert torch.equal(x["idle"], torch.zeros(2))
+
+    def test_with_damping_give_the_exact_solution(self):
+        x = hg.inverse_hvp((self.w**2).sum(), self.params, self.v, hg.CG(tol=1e-6), damping=2.0)
+        assert_close(x["idle"], torch.full((2,), 0.5), 1e-5)
+
+    def test_can_be_named(self):
+        with pytest.raises(ValueError, match=r"unused params\['idle'\]"):
+            hg.inverse_hvp((self.w**2).sum(), self.params, self.v, unused="error")
+
+    def test_product_is_zero_there(self):
+        product = hg.Hessian((self.w**2).sum(), self.params) @ self.v
+        assert torch.equal(product["idle"], torch.zeros(2))
+
+    def test_linear_part_has_zero_curvature_but_is_used(self):
+        loss = (self.w**2).sum() + self.idle.sum()
+        operator = hg.Hessian(loss, self.params, unused="error")
+        assert torch.equal((operator @ self.v)["idle"], torch.zeros(2))
+        assert hg.solve(operator, self.v, hg.Direct()).status == "singular"
+
+    def test_wholly_linear_loss_is_singular(self):
+        assert hg.solve(hg.Hessian(self.w.sum(), self.w), torch.ones(3), hg.Neumann()).status == "singular"
+
+
+def test_nested_structures():
+    params = {"layers": [torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)]}
+    v = {"layers": [torch.ones(2), torch.ones(3)]}
+    x = hg.inverse_hvp(lambda p: sum((t**2).sum() for t in p["layers"]), params, v)
+    assert_close(x, {"layers": [torch.full((2,), 0.5), torch.full((3,), 0.5)]}, 1e-4)
+
+
+def test_mixed_dtypes_use_the_higher_state():
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.float64, requires_grad=True)
+    loss = (a.double() ** 2).sum() + (b**2).sum() + (a.double() * b).sum()
+    x = hg.inverse_hvp(loss, [a, b], [torch.ones(2), torch.ones(2, dtype=torch.float64)], hg.CG(tol=1e-6))
+    assert [t.dtype for t in x] == [torch.float32, torch.float64]
+    assert_close(x, [torch.full((2,), 1 / 3)] * 2, 1e-6)

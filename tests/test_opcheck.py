@@ -1,0 +1,104 @@
+"""The registered ops: schema, fake, mutation and tracing, by torch's own checker; and under torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from hypergrad_ext import ops
+from tests.compare import assert_close
+
+
+def neumann_arguments(rows=None, state=torch.float32, product=torch.float32, sizes=(5, 130, 1)):
+    lead = () if rows is None else (rows,)
+    v, p = ([torch.randn(*lead, n, dtype=state) for n in sizes] for _ in range(2))
+    hv = [torch.randn(*lead, n).to(product) for n in sizes]
+    return v, p, hv, torch.zeros(*lead, 2, dtype=torch.float64), 0.3, 0.1
+
+
+def cg_arguments(rows=None, state=torch.float32, product=torch.float32, sizes=(5, 130, 1)):
+    x, r, hp, _, _, _ = neumann_arguments(rows, state, product, sizes)
+    p = [t.clone() for t in r]
+    hp = [(2 * t).to(product) for t in p]
+    scalars = torch.tensor([7.0, 1e-9, 0.0, 0.0], dtype=torch.float64)
+    return x, r, p, hp, scalars if rows is None else scalars.repeat(rows, 1), 0.1
+
+
+ARGUMENTS = {"neumann_step_": neumann_arguments, "cg_step_": cg_arguments}
+
+
+def test_every_op_is_checked():
+    assert {op.name for op in ops.ALL} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+@pytest.mark.parametrize("rows", [None, 2])
+@pytest.mark.parametrize(
+    ("state", "product"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16)],
+    ids=str,
+)
+def test_opcheck(op, rows, state, product):
+    arguments = ARGUMENTS[op.name](rows, state, product if state is not torch.float64 else torch.float64)
+    arguments = [
+        [t.to(product) for t in a] if i == {"neumann_step_": 2, "cg_step_": 3}[op.name] else a
+        for i, a in enumerate(arguments)
+    ]
+    results = torch.library.opcheck(op.registered, tuple(arguments))
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("op", ops.ALL, ids=lambda op: op.name)
+def test_registered_op_equals_the_direct_call(op):
+    torch.manual_seed(0)
+    direct = ARGUMENTS[op.name]()
+    torch.manual_seed(0)
+    registered = ARGUMENTS[op.name]()
+    op(*direct)
+    op.registered(*registered)
+    for a, b in zip(direct[:-2], registered[:-2], strict=True):
+        assert_close(a, b, 0.0)
+
+
+def neumann_loop(hv, b):
+    v, p = b.clone(), b.clone()
+    stats = torch.zeros(2, dtype=torch.float64)
+    for _ in range(3):
+        ops.neumann_step_([v], [p], [hv @ v], stats, 0.1, 0.01)
+    return p, stats
+
+
+def cg_loop(a, b):
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    state = torch.stack([(b @ b).double(), *torch.zeros(3, dtype=torch.float64)])
+    for _ in range(3):
+        ops.cg_step_([x], [r], [p], [a @ p], state, 0.01)
+    return x, state
+
+
+@pytest.mark.parametrize("loop", [neumann_loop, cg_loop])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break(loop, backend):
+    a = torch.randn(17, 17)
+    a, b = a @ a.T / 17 + torch.eye(17), torch.randn(17)
+    torch._dynamo.reset()
+    compiled = torch.compile(loop, fullgraph=True, backend=backend)
+    for value, truth in zip(compiled(a, b), loop(a, b), strict=True):
+        assert_close(value, truth, 1e-6)
+
+
+def test_no_recompilation_for_other_values():
+    torch._dynamo.reset()
+    compiled = torch.compile(neumann_loop, fullgraph=True, backend="aot_eager")
+    a = torch.eye(17)
+    compiled(a, torch.randn(17))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(2 * a, torch.randn(17))
+
+
+def test_make_fx_keeps_the_op_in_the_graph():
+    graph = make_fx(neumann_loop)(torch.eye(5), torch.ones(5))
+    calls = [str(node.target) for node in graph.graph.nodes if "hypergrad_ext" in str(node.target)]
+    assert calls == ["hypergrad_ext.neumann_step_.default"] * 3
+    assert_close(graph(torch.eye(5), torch.ones(5)), neumann_loop(torch.eye(5), torch.ones(5)), 1e-6)
