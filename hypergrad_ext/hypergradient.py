@@ -97,7 +97,8 @@ def hypergradient(
         ValueError: If an argument has the wrong shape or value, or a loss depends on nothing; the message names it.
         SolveError: If the solve failed, and ``throw``.
 
-    Cost: a training gradient, a validation gradient, the solve, and one product with the mixed derivative.
+    Cost: a training gradient, a validation gradient, the solve, one product with the mixed derivative, and
+    with ``return_solution`` one Hessian-vector product for the true residual.
 
     References:
         Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit
@@ -132,7 +133,8 @@ def hypergradient(
     if unused == "error" and idle or len(idle) == len(mixed):
         raise ValueError(f"hparams: expected hyperparameters that a loss depends on, got unused {', '.join(idle)}")
     grads = [_difference(t, d, m) for t, d, m in zip(outer.tensors, direct, mixed, strict=True)]
-    result = tuple(grads) if isinstance(hparams, list) else outer.rebuild(grads)
+    result = outer.rebuild(grads)
+    result = tuple(result) if isinstance(result, list) else result
     return (result, solution) if return_solution else result
 
 

@@ -56,7 +56,8 @@ def inverse_hvp(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape, device or value; the message names it.
-        SolveError: If the series diverged, the operator is singular, or something was not finite, and ``throw``.
+        SolveError: If the series diverged, the operator is singular, negative curvature left nothing of
+            use, or something was not finite, and ``throw``.
 
     Cost: one forward and backward pass, then the solver's Hessian-vector products.
 
@@ -121,7 +122,7 @@ def solve(
             f"operator: expected a LinearOperator (Hessian, DenseMatrix, Callable), got {type(operator).__name__}"
         )
     solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend)
-    if throw and solution.status.failed:
+    if throw and solution.useless:
         raise SolveError(solution)
     return solution
 
@@ -219,7 +220,9 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
     bad = [not ok for ok in finite.reshape(-1).tolist()]
     if all(bad):
         x = torch.full_like(b, torch.nan)
-        return _solution(packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(bad), 0), system, solver, None)
+        return _solution(
+            packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(bad), 0), system, solver, None, b_norm=None
+        )
     if any(bad):
         b = torch.where(finite[..., None], b, 0)
         x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
@@ -246,31 +249,44 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
             Status.NON_FINITE_INPUT if row_bad else status
             for row_bad, status in zip(bad, outcome.statuses, strict=True)
         ]
-    return _solution(packed, x, outcome, system, solver, relative)
+    return _solution(packed, x, outcome, system, solver, relative, b_norm * scale)
 
 
 def _solution(
-    packed: Packed, x: Tensor, outcome: Outcome, system: System, solver: Solver, relative: Tensor | None
+    packed: Packed,
+    x: Tensor,
+    outcome: Outcome,
+    system: System,
+    solver: Solver,
+    relative: Tensor | None,
+    b_norm: Tensor | None,
 ) -> Solution:
+    status = worst(outcome.statuses)
+    useless = status.failed
+    if outcome.residuals is not None and b_norm is not None:
+        # On an indefinite operator the iterate before the bad direction can be worse than zero.
+        useless |= any(
+            s is Status.NEGATIVE_CURVATURE and residual >= norm
+            for s, residual, norm in zip(outcome.statuses, outcome.residuals, b_norm.reshape(-1).tolist(), strict=True)
+        )
     return Solution(
         value=packed.restore(x),
-        status=worst(outcome.statuses),
+        status=status,
         steps=outcome.steps,
         hvps=system.hvps,
         residual_norm=relative if relative is None or packed.rows is not None else float(relative),
         solver=solver,
         detail=outcome.detail,
+        alpha=outcome.alpha,
+        useless=useless,
         statuses=None if packed.rows is None else tuple(outcome.statuses),
     )
 
 
 def report(solution: Solution, throw: bool) -> None:
     """For callers that get only the value: raise a failure, warn where a tolerance was missed."""
-    status = solution.status
-    # Negative curvature at the first step leaves nothing but the starting point.
-    failed = status.failed or (status is Status.NEGATIVE_CURVATURE and solution.steps <= 1)
-    if throw and failed:
+    if throw and solution.useless:
         raise SolveError(solution)
-    missed = status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
-    if failed or missed or status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
+    missed = solution.status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
+    if solution.useless or missed or solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
         warnings.warn(solution.message, SolveWarning, stacklevel=3)

@@ -52,9 +52,9 @@ _MESSAGES = {
         "Use float64, add damping, or loosen tol."
     ),
     Status.NEGATIVE_CURVATURE: (
-        "The operator is not positive definite: a direction of zero or negative curvature was met, and the iterate "
-        "before it is returned. Add damping above the most negative eigenvalue's magnitude, train the inner problem "
-        "further, or use a Gauss-Newton operator."
+        "The operator is not positive definite: a direction of zero or negative curvature was met, and the solve "
+        "ended with the iterate before it. Add damping above the magnitude of the most negative eigenvalue, train the "
+        "inner problem further, or use a Gauss-Newton operator."
     ),
     Status.SINGULAR: "The operator is singular to working precision. Add damping.",
     Status.DIVERGED: (
@@ -93,6 +93,9 @@ class Solution:
             for a batch; None if it was not asked for.
         solver: The solver that ran, after any automatic choice.
         detail: The numbers behind the status.
+        alpha: The step size of a series, given or found.
+        useless: Whether the value is no better than none: the solve failed, or met negative curvature
+            while the residual was not below that of ``x = 0``.
         statuses: For a batch, the status of every member.
     """
 
@@ -103,6 +106,8 @@ class Solution:
     residual_norm: float | Tensor | None
     solver: Solver
     detail: str = ""
+    alpha: float | None = None
+    useless: bool = False
     statuses: tuple[Status, ...] | None = None
 
     @property

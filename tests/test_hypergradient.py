@@ -77,7 +77,11 @@ class TestStructure:
 
     def test_structure_of_hparams_is_kept(self):
         problem = mlp()
-        for hparams, kind in [(problem.hparams, tuple), (tuple(problem.hparams), tuple)]:
+        for hparams, kind in [
+            (problem.hparams, tuple),
+            (tuple(problem.hparams), tuple),
+            (iter(problem.hparams), tuple),
+        ]:
             grads = hg.hypergradient(problem.val, problem.train, problem.params, hparams)
             assert type(grads) is kind and [g.shape for g in grads] == [t.shape for t in problem.hparams]
         named = {f"l{i}": t for i, t in enumerate(problem.hparams)}

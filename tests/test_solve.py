@@ -115,6 +115,14 @@ class TestNeumann:
         spent = [hg.solve(operator, b, hg.Neumann(7), residual=False).hvps for _ in range(2)]
         assert spent == [12, 7]
 
+    def test_step_size_can_be_read_back_and_is_the_same_in_every_precision(self):
+        a, b = spd(10, 5.0), torch.randn(10, dtype=torch.float64)
+        found = [
+            hg.solve(hg.DenseMatrix(a.to(t)), b.to(t), hg.Neumann(3)).alpha for t in (torch.float64, torch.float32)
+        ]
+        assert found[0] == pytest.approx(found[1], rel=1e-5)
+        assert hg.solve(hg.DenseMatrix(a), b, hg.Neumann(3, alpha=0.25)).alpha == 0.25
+
     def test_divergence_raises_with_cause_and_remedy(self, backend):
         w = torch.ones(4, requires_grad=True)
         with pytest.raises(hg.SolveError, match=r"diverged .*alpha is above 2 / lambda_max.*Decrease alpha") as error:
@@ -168,9 +176,20 @@ class TestCG:
         with pytest.raises(hg.SolveError, match="negative_curvature"):
             hg.inverse_hvp(-(w**2).sum(), w, torch.ones(2), hg.CG())
         with pytest.warns(hg.SolveWarning, match="negative_curvature.*Add damping"):
-            hg.inverse_hvp((torch.tensor([1.0, -0.9]) * w**2).sum(), w, torch.tensor([1.0, 0.5]), hg.CG())
+            u = torch.ones(3, requires_grad=True)
+            hg.inverse_hvp((torch.tensor([3.0, 2.0, -1.0]) * u**2).sum(), u, torch.tensor([1.0, 1.0, 0.1]), hg.CG())
         damped = hg.inverse_hvp((signs * w**2).sum(), w, torch.ones(2), hg.CG(tol=1e-6), damping=3.0)
         assert_close(damped, torch.tensor([1 / 5, 1.0]), 1e-6)
+
+    def test_iterate_worse_than_none_is_useless(self):
+        """Negative curvature found late: by then the residual can be far above that of zero."""
+        w = torch.ones(2, requires_grad=True)
+        loss, v = (torch.tensor([1.0, -0.9]) * w**2).sum(), torch.tensor([1.0, 0.5])
+        solution = hg.solve(hg.Hessian(loss, w), v, hg.CG())
+        assert solution.status == "negative_curvature" and solution.steps == 2
+        assert solution.residual_norm > 1 and solution.useless
+        with pytest.raises(hg.SolveError, match="negative_curvature"):
+            hg.inverse_hvp(loss, w, v, hg.CG())
 
     def test_missed_tolerance_warns(self):
         w = torch.ones(50, requires_grad=True)

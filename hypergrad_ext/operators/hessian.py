@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
@@ -145,6 +146,12 @@ class Hessian(LinearOperator):
 
 def evaluate(argument: str, loss: Callable[[Tree], Tensor], params: Leaves, leaves: Sequence[Tensor]) -> Tensor:
     """Call a loss function on ``leaves`` in the structure of ``params`` and check what it returns."""
+    try:
+        inspect.signature(loss).bind(None)
+    except TypeError:
+        raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one") from None
+    except ValueError:
+        pass  # a builtin without a signature
     value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,23 @@ _LOOK_EVERY = 8
 
 @dataclass
 class Outcome:
-    """What a solver hands back: ``x`` in the flat layout, one status per row, steps, and the numbers to show."""
+    """What a solver hands back.
+
+    Attributes:
+        x: The solution in the flat layout.
+        statuses: One status per row.
+        steps: Steps taken.
+        detail: The numbers behind the status.
+        residuals: Per row, the norm of the residual that the recurrence knows, if it knows one.
+        alpha: The step size, if there is one.
+    """
 
     x: Tensor
     statuses: list[Status]
     steps: int
     detail: str = ""
+    residuals: list[float] | None = None
+    alpha: float | None = None
 
 
 class System:
@@ -84,7 +96,9 @@ class System:
         """
         if self.operator.lambda_max is None:
             generator = torch.Generator().manual_seed(0)
-            q = torch.randn(self._space.numel, generator=generator, dtype=self._space.dtype).to(self._space.device)
+            # Drawn in float64, so that one problem has one step size in every precision.
+            q = torch.randn(self._space.numel, generator=generator, dtype=torch.float64)
+            q = q.to(self._space.device, self._space.dtype)
             norm = torch.linalg.vector_norm(q, dtype=torch.float64)
             for _ in range(steps):
                 q /= norm.to(q.dtype)
@@ -127,7 +141,7 @@ def check_count(argument: str, value: object, minimum: int) -> None:
         TypeError: If it is not an integer.
         ValueError: If it is too small.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected an integer, got {value!r}")
     if value < minimum:
         raise ValueError(f"{argument}: expected at least {minimum}, got {value}")
@@ -140,7 +154,8 @@ def check_number(argument: str, value: object, *, positive: bool) -> None:
         TypeError: If it is not a real number.
         ValueError: If it is out of range.
     """
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{argument}: expected a number, got {value!r}")
-    if not (0 < value if positive else 0 <= value) or value == float("inf"):
+    number = float(value)
+    if not (0 < number if positive else 0 <= number) or number == float("inf"):
         raise ValueError(f"{argument}: expected a finite number {'> 0' if positive else '>= 0'}, got {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,9 @@ class CG(Solver):
                     step -= 1
                     break
             step_([x], [r], [p], system.product(views), state, system.damping)
-        curvature, flags = state.view(-1, 4)[:, 2:].T.tolist()
+        residual, _, curvature, flags = state.view(-1, 4).T.tolist()
         negative = [c for c, flag in zip(curvature, flags, strict=True) if flag == 2.0]
         detail = f"step {step}, curvature {min(negative):.3g}" if negative else ""
-        return Outcome(x, [_STATUS[flag] for flag in flags], step, detail)
+        return Outcome(
+            x, [_STATUS[flag] for flag in flags], step, detail, residuals=[math.sqrt(square) for square in residual]
+        )

@@ -73,7 +73,7 @@ class Neumann(Solver):
 
         watch = Watch(b, b_norm, self.tol)
         x, step = series(system, b, self.steps, alpha, watch)
-        return Outcome(x, watch.statuses(), step, f"alpha {alpha:.3g}{watch.detail}")
+        return Outcome(x, watch.statuses(), step, f"alpha {alpha:.3g}{watch.detail}", alpha=alpha)
 
 
 def series(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | None = None) -> tuple[Tensor, int]:
