@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 Tree = Any
 """A tensor, or a list, tuple or dict (nested if you like) of tensors."""
@@ -43,25 +42,46 @@ def take_apart(argument: str, tree: Tree) -> Leaves:
         tree = {name: p for name, p in tree.named_parameters() if p.requires_grad}
         if not tree:
             raise ValueError(f"{argument}: expected a module with parameters that require grad, got none")
-    if isinstance(tree, (set, frozenset, str)) or callable(tree):
-        raise TypeError(f"{argument}: expected a tensor, list, tuple, dict or nn.Module, got {type(tree).__name__}")
-    if not isinstance(tree, (Tensor, list, tuple, dict)) and hasattr(tree, "__iter__"):
+    elif not isinstance(tree, (Tensor, list, tuple, dict, str, set, frozenset)) and isinstance(tree, Iterable):
         tree = list(tree)  # model.parameters()
-    flat, spec = pytree.tree_flatten_with_path(tree)
-    keys = [pytree.keystr(path) for path, _ in flat]
-    names = [argument + key for key in keys]
-    for name, (_, leaf) in zip(names, flat, strict=True):
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(leaf).__name__}")
-    if not flat:
+    tensors: list[Tensor] = []
+    keys: list[str] = []
+    _walk(argument, tree, "", tensors, keys)
+    if not tensors:
         raise ValueError(f"{argument}: expected at least one tensor, got an empty {type(tree).__name__}")
     return Leaves(
-        [leaf for _, leaf in flat],
-        names,
+        tensors,
+        [argument + key for key in keys],
         keys,
         keyed=isinstance(tree, dict),
-        rebuild=lambda leaves: pytree.tree_unflatten(list(leaves), spec),
+        rebuild=lambda leaves: _rebuild(tree, iter(leaves)),
     )
+
+
+def _walk(argument: str, tree: Tree, key: str, tensors: list[Tensor], keys: list[str]) -> None:
+    if isinstance(tree, Tensor):
+        tensors.append(tree)
+        keys.append(key)
+    elif isinstance(tree, dict):
+        for name, part in tree.items():
+            _walk(argument, part, f"{key}[{name!r}]", tensors, keys)
+    elif isinstance(tree, (list, tuple)):
+        for i, part in enumerate(tree):
+            _walk(argument, part, f"{key}[{i}]", tensors, keys)
+    else:
+        expected = "a tensor" if key else "a tensor, list, tuple, dict or nn.Module"
+        raise TypeError(f"{argument}{key}: expected {expected}, got {type(tree).__name__}")
+
+
+def _rebuild(tree: Tree, leaves: Iterator[Any]) -> Tree:
+    if isinstance(tree, Tensor):
+        return next(leaves)
+    if isinstance(tree, dict):
+        return {name: _rebuild(part, leaves) for name, part in tree.items()}
+    parts = [_rebuild(part, leaves) for part in tree]
+    if isinstance(tree, list):
+        return parts
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
 def check_real(leaves: Leaves) -> None:
