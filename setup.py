@@ -10,7 +10,9 @@
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -56,6 +58,13 @@ def find_cuda_home():
     return None
 
 
+def default_arch_list(home):
+    """Architectures to compile for where TORCH_CUDA_ARCH_LIST is unset and no GPU is visible."""
+    text = subprocess.run([Path(home, "bin", "nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = map(int, re.search(r"release (\d+)\.(\d+)", text).groups())
+    return "8.0;9.0;10.0+PTX" if (major, minor) >= (12, 8) else "8.0;9.0+PTX"
+
+
 def find_compiler():
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
 
@@ -89,18 +98,33 @@ def choose(mode, torch):
     return "cpu", "no CUDA toolkit found" if torch.version.cuda else "this torch has no CUDA"
 
 
-def build_extension(kind):
+def build_extension(kind, torch):
     from torch.utils import cpp_extension
 
     sources = [*HERE.glob("csrc/*.cpp"), *HERE.glob("csrc/cpu/*.cpp")]
+    headers = [*HERE.glob("csrc/**/*.h"), *HERE.glob("csrc/**/*.cuh")]
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-    cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter"]
+    cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags = {"cxx": cxx}
     link = ["-fopenmp", "-s", "-Wl,--as-needed"]
+    if kind == "cuda":
+        home = find_cuda_home()
+        # A torch without CUDA leaves this unset, and is enough to compile and link against.
+        cpp_extension.CUDA_HOME = home
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_arch_list(home))
+        sources += HERE.glob("csrc/cuda/*.cu")
+        cxx += ["-DHG_WITH_CUDA"]
+        flags["nvcc"] = ["-O3", "-lineinfo", "-DHG_WITH_CUDA", "-Xcompiler=-fvisibility=hidden"]
+        # With the static runtime the module needs no CUDA library at import, and loads without a driver.
+        runtime = next(Path(home).glob("lib*/libcudart_static.a"), None)
+        if runtime is None:
+            raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD=cuda, but {home} has no libcudart_static.a")
+        link += [str(runtime), "-ldl", "-lrt", "-lpthread"]
     return cpp_extension.CppExtension(
         "hypergrad_ext._C",
         sources=sorted(str(s.relative_to(HERE)) for s in sources),
-        depends=sorted(str(h.relative_to(HERE)) for h in HERE.glob("csrc/**/*.h")),
+        depends=sorted(str(h.relative_to(HERE)) for h in headers),
         extra_compile_args=flags,
         extra_link_args=link,
     )
@@ -125,10 +149,11 @@ def main():
     options = {"package_dir": {"hypergrad_ext.kernels": "kernels"}}
     # Only a command that builds needs a compiler; an sdist is the same on every machine.
     if not {"sdist", "egg_info", "dist_info", "clean"} & set(sys.argv[1:2]):
-        kind, reason = choose(mode, None if mode == "none" else import_torch())
+        torch = None if mode == "none" else import_torch()
+        kind, reason = choose(mode, torch)
         say(f"building {kind} ({reason})")
         if kind != "none":
-            options |= {"ext_modules": [build_extension(kind)], "cmdclass": {"build_ext": build_command()}}
+            options |= {"ext_modules": [build_extension(kind, torch)], "cmdclass": {"build_ext": build_command()}}
     setup(**options)
 
 

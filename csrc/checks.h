@@ -14,6 +14,8 @@ namespace hg {
 
 // The tensor of per-row scalars: float64, contiguous, shape (columns,) or (rows, columns).
 inline int64_t check_rows(const char* name, const at::Tensor& t, int64_t columns) {
+  // Any other device (meta, mps) holds no memory that a kernel here could touch.
+  TORCH_CHECK_VALUE(t.is_cpu() || t.is_cuda(), name, " must be on a CPU or CUDA device, got ", t.device());
   TORCH_CHECK_TYPE(t.scalar_type() == at::kDouble, name, " must be float64, got ", t.scalar_type());
   TORCH_CHECK_VALUE((t.dim() == 1 || t.dim() == 2) && t.size(-1) == columns && t.is_contiguous(), name,
                     " must be contiguous with shape (", columns, ",) or (k, ", columns, "), got ", t.sizes());

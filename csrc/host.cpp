@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cuda/call.h"
 #include "kernels.h"
 
 namespace hg {
@@ -15,7 +16,12 @@ void neumann_step_(at::TensorList v, at::TensorList p, at::TensorList hv, const 
   const VectorList& v_list = lists.state("v", v);
   const VectorList& p_list = lists.state("p", p);
   const VectorList& hv_list = lists.product("hv", hv);
-  cpu::neumann_step(v_list, p_list, hv_list, rows, stats.mutable_data_ptr<double>(), alpha, damping);
+  double* out = stats.mutable_data_ptr<double>();
+  if (stats.is_cpu()) return cpu::neumann_step(v_list, p_list, hv_list, rows, out, alpha, damping);
+  // Instantiated, and so linked, only in a build with CUDA.
+  cuda::call("neumann_step_", stats.device(), [&](const auto& scratch, auto stream) {
+    return cuda::neumann_step(v_list, p_list, hv_list, rows, out, alpha, damping, scratch, stream);
+  });
 }
 
 void cg_step_(at::TensorList x, at::TensorList r, at::TensorList p, at::TensorList hp, const at::Tensor& state,
@@ -27,13 +33,24 @@ void cg_step_(at::TensorList x, at::TensorList r, at::TensorList p, at::TensorLi
   const VectorList& r_list = lists.state("r", r);
   const VectorList& p_list = lists.state("p", p);
   const VectorList& hp_list = lists.product("hp", hp);
-  cpu::cg_step(x_list, r_list, p_list, hp_list, rows, state.mutable_data_ptr<double>(), damping);
+  double* scalars = state.mutable_data_ptr<double>();
+  if (state.is_cpu()) return cpu::cg_step(x_list, r_list, p_list, hp_list, rows, scalars, damping);
+  cuda::call("cg_step_", state.device(), [&](const auto& scratch, auto stream) {
+    return cuda::cg_step(x_list, r_list, p_list, hp_list, rows, scalars, damping, scratch, stream);
+  });
 }
 
-// Schemas and fakes are in hypergrad_ext/ops.py, one block per op.
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) {
+namespace {
+void register_ops(torch::Library& m) {
   m.impl("neumann_step_", &neumann_step_);
   m.impl("cg_step_", &cg_step_);
 }
+}  // namespace
+
+// Schemas and fakes are in hypergrad_ext/ops.py, one block per op.
+TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
+#if defined(HG_WITH_CUDA)
+TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
+#endif
 
 }  // namespace hg

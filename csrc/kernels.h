@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "update.h"
 #include "vector_list.h"
@@ -19,3 +20,22 @@ void cg_step(const VectorList& x, const VectorList& r, const VectorList& p, cons
              double* state, double damping);
 
 }  // namespace hg::cpu
+
+// cudaStream_t, without its header.
+struct CUstream_st;
+
+namespace hg::cuda {
+
+using Stream = CUstream_st*;
+// Device memory for so many doubles, good for all that is launched before the call returns.
+using Scratch = std::function<double*(int64_t)>;
+
+// The same ops on the current device; all pointers are device memory. They launch and never wait, so
+// that a CUDA graph can capture them. They return nullptr, or what CUDA says went wrong.
+const char* neumann_step(const VectorList& v, const VectorList& p, const VectorList& hv, int64_t rows, double* stats,
+                         double alpha, double damping, const Scratch& scratch, Stream stream);
+
+const char* cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
+                    double* state, double damping, const Scratch& scratch, Stream stream);
+
+}  // namespace hg::cuda

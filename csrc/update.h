@@ -29,6 +29,12 @@ enum CgState : int {
 // Values of state[kFlag].
 constexpr double kRunning = 0, kConverged = 1, kNonPositiveCurvature = 2, kBroken = 3;
 
+// NaN and infinities have no difference with themselves.
+template <class A>
+HG_HD bool finite(A x) {
+  return x - x == 0;
+}
+
 // One element of (H + damping I) v.
 template <class A>
 HG_HD A damped(A hv, A v, A damping) {
@@ -39,6 +45,20 @@ HG_HD A damped(A hv, A v, A damping) {
 template <class A>
 HG_HD A neumann_term(A v, A hv, A alpha, A damping) {
   return v - alpha * damped(hv, v, damping);
+}
+
+// Conjugate gradients: x <- x + alpha p, r <- r - alpha (Hp + damping p), p <- r + beta p
+template <class A>
+HG_HD A cg_solution(A x, A p, A alpha) {
+  return x + alpha * p;
+}
+template <class A>
+HG_HD A cg_residual(A r, A hp, A p, A alpha, A damping) {
+  return r - alpha * damped(hp, p, damping);
+}
+template <class A>
+HG_HD A cg_direction(A r, A p, A beta) {
+  return r + beta * p;
 }
 
 // The scalar recurrences of conjugate gradients for one right-hand side. The vector passes in

@@ -13,6 +13,11 @@ enum class DType : int { f64, f32, bf16, f16 };
 
 inline int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
+// Rounding unit of the state's arithmetic.
+inline double epsilon(DType state) {
+  return state == DType::f64 ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+}
+
 // One tensor of a list: `numel` contiguous elements per row, rows `row_stride` elements apart.
 struct Span {
   char* data;
@@ -32,6 +37,13 @@ template <int N>
 class AlignedPieces {
  public:
   using Pointers = std::array<char*, N>;
+
+  // Elements of every row from `begin` to the begin of the next piece, or to numel().
+  struct Piece {
+    Pointers data;
+    std::array<int64_t, N> row_bytes;
+    int64_t begin;
+  };
 
   explicit AlignedPieces(const std::array<VectorList, N>& lists) {
     for (int i = 0; i < N; ++i) item_size_[i] = size_of(lists[i].dtype);
@@ -60,6 +72,10 @@ class AlignedPieces {
   }
 
   int64_t numel() const { return numel_; }
+  const std::vector<Piece>& pieces() const { return pieces_; }
+  int64_t piece_numel(size_t i) const {
+    return (i + 1 < pieces_.size() ? pieces_[i + 1].begin : numel_) - pieces_[i].begin;
+  }
 
   // Calls f(pointers, size) for the contiguous runs of elements [begin, end) of one row.
   template <class F>
@@ -78,12 +94,6 @@ class AlignedPieces {
   }
 
  private:
-  struct Piece {
-    Pointers data;
-    std::array<int64_t, N> row_bytes;
-    int64_t begin;
-  };
-
   std::vector<Piece> pieces_;
   std::array<int64_t, N> item_size_{};
   int64_t numel_ = 0;

@@ -1,9 +1,17 @@
-"""Triton kernels, one module per op, and whether they can run here."""
+"""Triton kernels, one module per op, and whether they can run here.
+
+An op's module, and with it triton, is imported when the op is first called.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def unavailable(device_type: str) -> str:
@@ -15,3 +23,26 @@ def unavailable(device_type: str) -> str:
     if device_type != "cuda":
         return f"triton kernels run on CUDA devices, not {device_type} (TRITON_INTERPRET=1 emulates them)"
     return ""
+
+
+def neumann_step_(
+    v: Sequence[Tensor], p: Sequence[Tensor], hv: Sequence[Tensor], stats: Tensor, alpha: float, damping: float = 0.0
+) -> None:
+    """See `hypergrad_ext.reference.neumann_step_`."""
+    from hypergrad_ext.kernels import neumann_step
+
+    neumann_step.neumann_step_(v, p, hv, stats, alpha, damping)
+
+
+def cg_step_(
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    p: Sequence[Tensor],
+    hp: Sequence[Tensor],
+    state: Tensor,
+    damping: float = 0.0,
+) -> None:
+    """See `hypergrad_ext.reference.cg_step_`."""
+    from hypergrad_ext.kernels import cg_step
+
+    cg_step.cg_step_(x, r, p, hp, state, damping)

@@ -33,8 +33,8 @@ struct AdvancePiece {
     const Product* hp = reinterpret_cast<const Product*>(hp_);
     const State alpha = static_cast<State>(alpha_), damping = static_cast<State>(damping_);
     sum_elements<State, 1>(n, sums, [&](int64_t i, State* square) HG_LAMBDA_INLINE {
-      x[i] += alpha * p[i];
-      const State residual = r[i] - alpha * damped<State>(widen(hp[i]), p[i], damping);
+      x[i] = cg_solution(x[i], p[i], alpha);
+      const State residual = cg_residual<State>(r[i], widen(hp[i]), p[i], alpha, damping);
       r[i] = residual;
       square[0] = residual * residual;
     });
@@ -48,7 +48,7 @@ struct DirectionPiece {
     State* p = reinterpret_cast<State*>(p_);
     const State beta = static_cast<State>(beta_);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) p[i] = r[i] + beta * p[i];
+    for (int64_t i = 0; i < n; ++i) p[i] = cg_direction(r[i], p[i], beta);
   }
 };
 
@@ -57,7 +57,7 @@ struct DirectionPiece {
 void cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
              double* state, double damping) {
   const AlignedPieces<4> pieces({x, r, p, hp});
-  const double eps = x.dtype == DType::f64 ? 2.3e-16 : 1.2e-7;
+  const double eps = epsilon(x.dtype);
   const auto scalars = [&](int64_t row) { return CgScalars{state + row * kCgState}; };
   const auto running = [&](int64_t row) { return scalars(row).running(); };
   std::vector<double> factor(rows, 0);

@@ -1,0 +1,36 @@
+// Elements that one thread moves together: 16 bytes of solver state, and as many elements of the other lists.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace hg::cuda {
+
+template <class T, int W>
+struct alignas(sizeof(T) * W) Pack {
+  T at[W];
+};
+
+// The lists of one piece, from the first element of a tile on.
+template <int N>
+struct Cursor {
+  char* data[N];
+
+  template <class T, int W>
+  __device__ __forceinline__ Pack<T, W> load(int list, int64_t i) const {
+    return *reinterpret_cast<const Pack<T, W>*>(data[list] + i * sizeof(T));
+  }
+  template <class T, int W>
+  __device__ __forceinline__ void store(int list, int64_t i, const Pack<T, W>& pack) const {
+    *reinterpret_cast<Pack<T, W>*>(data[list] + i * sizeof(T)) = pack;
+  }
+};
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+
+}  // namespace hg::cuda

@@ -1,0 +1,222 @@
+"""What only a GPU can show: alignment, long lists, streams, graphs, no waiting, 64-bit addresses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypergrad_ext as hg
+from hypergrad_ext import backends, ops, reference
+from tests.cases import spd
+from tests.compare import assert_close
+from tests.test_ops import DTYPES, ROUNDING, copies, random_list
+
+DEVICE = torch.device("cuda")
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
+]
+
+dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := backends.unavailable(request.param, DEVICE.type):
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+def shifted(tensors: list[Tensor], offset: int) -> list[Tensor]:
+    """The same tensors in memory that starts ``offset`` elements after an aligned address."""
+    result = []
+    for t in tensors:
+        base = torch.full((t.numel() + offset + 8,), float("nan"), dtype=t.dtype, device=t.device)
+        result.append(base[offset : offset + t.numel()].view(t.shape).copy_(t))
+    return result
+
+
+def check_neumann(v, p, hv, backend, rows=None, context=""):
+    stats = torch.full((2,) if rows is None else (rows, 2), float("nan"), dtype=torch.float64, device=DEVICE)
+    truth, true_stats = copies([v, p, hv], torch.float64), stats.clone()
+    reference.neumann_step_(*truth, true_stats, 0.3, 0.7)
+    ops.neumann_step_.kernel(DEVICE, backend)(v, p, hv, stats, 0.3, 0.7)
+    assert_close([v, p], truth[:2], ROUNDING[v[0].dtype], context)
+    assert_close(stats, true_stats, ROUNDING[v[0].dtype], context)
+
+
+def check_cg(x, r, p, hp, backend, rows=None, context=""):
+    state = torch.tensor([3.0, 1e-9, 0.0, 0.0], dtype=torch.float64, device=DEVICE)
+    state = state if rows is None else state.repeat(rows, 1)
+    truth, true_state = copies([x, r, p, hp], torch.float64), state.clone()
+    reference.cg_step_(*truth, true_state, 0.5)
+    ops.cg_step_.kernel(DEVICE, backend)(x, r, p, hp, state, 0.5)
+    assert_close([x, r, p], truth[:3], 4 * ROUNDING[x[0].dtype], context)
+    assert_close(state, true_state, 4 * ROUNDING[x[0].dtype], context)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [None, 3], ids=lambda k: f"rows{k}")
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (3, 3, 3), (0, 0, 1), (1, 2, 3)], ids=str)
+class TestAlignment:
+    """Packs of 16 bytes where all lists allow them, single elements elsewhere, and nothing beyond the ends."""
+
+    SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 31, 2047, 2048, 2049, 5003]
+
+    def test_neumann_step(self, offsets, rows, dtypes, backend):
+        lists = [random_list(self.SIZES, rows, d, DEVICE) for d in (dtypes[0], dtypes[0], dtypes[1])]
+        v, p, hv = (shifted(tensors, offset) for tensors, offset in zip(lists, offsets, strict=True))
+        check_neumann(v, p, hv, backend, rows, f"offsets {offsets}")
+        for t in [*v, *p]:
+            base = t._base
+            begin = t.storage_offset()
+            assert base[:begin].isnan().all() and base[begin + t.numel() :].isnan().all()
+
+    def test_cg_step(self, offsets, rows, dtypes, backend):
+        x, r, p = (random_list(self.SIZES, rows, dtypes[0], DEVICE) for _ in range(3))
+        hp = shifted([(2 * t).to(dtypes[1]) for t in p], offsets[2])
+        check_cg(shifted(x, offsets[0]), shifted(r, offsets[1]), shifted(p, offsets[0]), hp, backend, rows)
+
+
+@pytest.mark.parametrize("rows", [None, 2], ids=lambda k: f"rows{k}")
+def test_lists_of_thousands(rows, backend):
+    sizes = torch.randint(0, 40, (3000,)).tolist()
+    hv = random_list(sizes, rows, torch.float32, DEVICE)
+    v, p, x, r = (random_list([sum(sizes)], rows, torch.float32, DEVICE) for _ in range(4))
+    check_neumann(v, p, hv, backend, rows)
+    hp = [2 * part for part in p[0].split(sizes, dim=-1)]
+    check_cg(x, r, p, hp, backend, rows)
+
+
+def test_more_rows_than_a_grid_dimension_holds(backend):
+    rows = 65535 + 70
+    v, p, hv = (random_list([3, 2], rows, torch.float32, DEVICE) for _ in range(3))
+    check_neumann(v, p, hv, backend, rows)
+
+
+def test_rows_of_cg_stop_one_by_one(backend):
+    n, rows = 40, 5
+    a = spd(n, 30.0).to(DEVICE)
+    b = torch.randn(rows, n, dtype=torch.float64, device=DEVICE)
+    b[2] *= 1e-3
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    squares = b.square().sum(1)
+    stop = squares * torch.tensor([1e-2, 1e-6, 1e-20, 1e-4, 1e-20], dtype=torch.float64, device=DEVICE)
+    state = torch.stack([squares, stop, torch.zeros_like(stop), torch.zeros_like(stop)], 1)
+    seen = {}
+    for _ in range(2 * n):
+        hp = p @ a
+        hp[4] = -hp[4]
+        ops.cg_step_.kernel(DEVICE, backend)([x], [r], [p], [hp], state, 0.0)
+        for row in (state[:, 3] != 0).nonzero().flatten().tolist():
+            seen.setdefault(row, (x[row].clone(), state[row].clone()))
+    assert state[:, 3].tolist() == [1, 1, 1, 1, 2]
+    for row, (x_then, state_then) in seen.items():
+        assert torch.equal(x[row], x_then) and torch.equal(state[row], state_then)
+    assert_close(x[2], torch.linalg.solve(a, b[2]), 1e-9)
+    assert x[4].norm() == 0
+
+
+@pytest.mark.parametrize("n", [777, 3_000_001])
+def test_sums_are_the_same_in_every_run(n, backend):
+    v, p, hv = (torch.randn(n, device=DEVICE) for _ in range(3))
+    results = []
+    for _ in range(5):
+        stats = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+        ops.neumann_step_.kernel(DEVICE, backend)([v.clone()], [p.clone()], [hv], stats, 0.3, 0.1)
+        results.append(stats)
+    assert all(torch.equal(stats, results[0]) for stats in results)
+
+
+def test_no_step_waits_for_the_device(backend):
+    v, p, hv = (torch.randn(3, 1000, device=DEVICE) for _ in range(3))
+    stats = torch.zeros(3, 2, dtype=torch.float64, device=DEVICE)
+    state = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3, dtype=torch.float64, device=DEVICE)
+    neumann, cg = (op.kernel(DEVICE, backend) for op in (ops.neumann_step_, ops.cg_step_))
+
+    def steps():
+        neumann([v], [p], [hv], stats, 0.3, 0.1)
+        cg([v.clone()], [v], [p], [hv], state, 0.1)
+
+    steps()  # Triton compiles, and may wait, in its first call.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_runs_on_the_current_stream(backend):
+    stream = torch.cuda.Stream()
+    n = 1_000_003
+    v, p = torch.zeros(n, device=DEVICE), torch.zeros(n, device=DEVICE)
+    stats = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    step = ops.neumann_step_.kernel(DEVICE, backend)
+    step([v.clone()], [p.clone()], [v], stats, 0.5, 0.0)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        hv = torch.ones(n, device=DEVICE)  # Not there yet for a kernel on any other stream.
+        step([v], [p], [hv], stats, 0.5, 0.0)
+        doubled = 2 * v
+    stream.synchronize()
+    assert (doubled == -1).all() and float(stats[0]) == 0.25 * n
+
+
+def test_can_be_captured_in_a_graph(backend):
+    n = 301
+    a = spd(n, 10.0).to(DEVICE)
+    b = torch.randn(n, dtype=torch.float64, device=DEVICE)
+    v, p, stats = b.clone(), b.clone(), torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    step = ops.neumann_step_.kernel(DEVICE, backend)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # Warm up: Triton compiles, libraries load.
+        step([v], [p], [a @ v], stats, 1.0, 0.0)
+    torch.cuda.synchronize()
+    v.copy_(b), p.copy_(b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step([v], [p], [a @ v], stats, 1.0, 0.0)
+    for _ in range(200):
+        graph.replay()
+    assert_close(p, torch.linalg.solve(a, b), 1e-8)
+    assert float(stats[0]) == pytest.approx(float(v.square().sum()))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device is not two")
+def test_runs_on_the_device_of_its_tensors(backend):
+    other = torch.device("cuda", 1)
+    v, p, hv = (torch.ones(1000, device=other) for _ in range(3))
+    stats = torch.zeros(2, dtype=torch.float64, device=other)
+    with torch.cuda.device(0):
+        ops.neumann_step_.kernel(other, backend)([v], [p], [hv], stats, 0.5, 0.0)
+    assert (v == 0.5).all() and (p == 1.5).all() and float(stats[0]) == 250
+
+
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count(backend):
+    n = 2**31 + 4099
+    if torch.cuda.mem_get_info()[0] < 11 * n:
+        pytest.skip(f"needs {11 * n / 2**30:.0f} GiB of device memory")
+    v, p = torch.ones(n, device=DEVICE), torch.zeros(n, device=DEVICE)
+    hv = torch.ones(n, dtype=torch.bfloat16, device=DEVICE)
+    hv[-1] = 2
+    stats = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    ops.neumann_step_.kernel(DEVICE, backend)([v], [p], [hv], stats, 0.5, 0.0)
+    assert stats.tolist() == [0.25 * (n - 1), 0.0]
+    assert v[-2:].tolist() == [0.5, 0.0] and bool((p[:-1] == 0.5).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [None, 4], ids=lambda k: f"rows{k}")
+@pytest.mark.parametrize("solver", [hg.CG(tol=1e-6), hg.Neumann(steps=150)], ids=lambda s: type(s).__name__)
+def test_whole_solve(solver, rows, dtype, backend):
+    a = spd(37, 8.0).to(DEVICE)
+    b = torch.randn(*(() if rows is None else (rows,)), 37, dtype=torch.float64, device=DEVICE)
+    matrix, b = a.to(dtype), b.to(dtype)
+    operator = hg.Callable(lambda v: matrix @ v, like=torch.empty(37, dtype=dtype, device=DEVICE))
+    solution = hg.solve(operator, b, solver, backend=backend)
+    truth = b.double() @ torch.linalg.inv(matrix.double())
+    assert_close(solution.value, truth, {torch.bfloat16: 3e-2}.get(dtype, 1e-4))

@@ -1,0 +1,145 @@
+"""The Triton kernels in the interpreter, on the CPU: ``TRITON_INTERPRET=1 python -m pytest tests/test_triton.py``."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypergrad_ext as hg
+from hypergrad_ext import ops, reference
+from tests.cases import spd
+from tests.compare import assert_close
+from tests.test_ops import DTYPES, ROUNDING, copies, random_list
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a process of its own with TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton", reason="triton is not installed")
+
+from hypergrad_ext.kernels import lists  # noqa: E402
+
+CPU = torch.device("cpu")
+CUTS = [([1], [1]), ([5, 300, 7], [312]), ([312], [100, 0, 212]), ([17, 0, 1030, 3], [1047, 3])]
+
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy does the arithmetic
+
+neumann_step_ = ops.neumann_step_.kernel(CPU, "triton")
+cg_step_ = ops.cg_step_.kernel(CPU, "triton")
+
+
+@pytest.fixture(params=[128, None], ids=["many-programs", "one-program"])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also split pieces into several programs, as on a GPU."""
+    if request.param:
+        monkeypatch.setattr(lists, "launch_parameters", lambda numel: {"BLOCK": request.param})
+
+
+def running_state(rows: int | None) -> Tensor:
+    state = torch.tensor([3.0, 1e-9, 0.0, 0.0], dtype=torch.float64)
+    return state if rows is None else state.repeat(rows, 1)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("rows", [None, 3], ids=lambda k: f"rows{k}")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("cuts", CUTS, ids=str)
+class TestAgainstReference:
+    def test_neumann_step(self, cuts, dtypes, rows):
+        v, p, hv = (random_list(cuts[i], rows, d, CPU) for i, d in zip((0, 1, 1), (dtypes[0], *dtypes), strict=True))
+        stats = torch.full((2,) if rows is None else (rows, 2), float("nan"), dtype=torch.float64)
+        truth, true_stats = copies([v, p, hv], torch.float64), stats.clone()
+        reference.neumann_step_(*truth, true_stats, 0.3, 0.7)
+        neumann_step_(v, p, hv, stats, 0.3, 0.7)
+        assert_close([v, p], truth[:2], ROUNDING[dtypes[0]])
+        assert_close(stats, true_stats, ROUNDING[dtypes[0]])
+
+    def test_cg_step(self, cuts, dtypes, rows):
+        x, p = (random_list(cuts[1], rows, dtypes[0], CPU) for _ in range(2))
+        r = random_list(cuts[0], rows, dtypes[0], CPU)
+        hp = [(2 * t).to(dtypes[1]) for t in p]
+        state = running_state(rows)
+        truth, true_state = copies([x, r, p, hp], torch.float64), state.clone()
+        reference.cg_step_(*truth, true_state, 0.5)
+        cg_step_(x, r, p, hp, state, 0.5)
+        assert_close([x, r, p], truth[:3], 4 * ROUNDING[dtypes[0]])
+        assert_close(state, true_state, 4 * ROUNDING[dtypes[0]])
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_is_flagged_in_its_row_only(bad):
+    v, p, hv = (torch.ones(3, 301) for _ in range(3))
+    hv[1, 300] = bad
+    stats = torch.zeros(3, 2, dtype=torch.float64)
+    neumann_step_([v], [p], [hv], stats, 0.5, 0.0)
+    assert stats[:, 1].tolist() == [0.0, 1.0, 0.0] and stats[0, 0] == 301 / 4
+
+
+def test_overflow_of_a_square_is_not_a_non_finite_element():
+    v, p, hv = torch.full((100,), 1e30), torch.zeros(100), torch.zeros(100)
+    stats = torch.zeros(2, dtype=torch.float64)
+    neumann_step_([v], [p], [hv], stats, 0.5, 0.0)
+    assert stats[1] == 0 and float(stats[0]) == pytest.approx(1e62, rel=1e-6)
+
+
+def test_float64_scalars_are_not_rounded():
+    v, p, hv = (torch.ones(3, dtype=torch.float64) for _ in range(3))
+    stats = torch.zeros(2, dtype=torch.float64)
+    neumann_step_([v], [p], [hv], stats, 0.1, 1e-9)
+    assert torch.equal(v, torch.full_like(v, 1 - 0.1 * (1 + 1e-9)))
+
+
+def test_empty_lists():
+    stats = torch.full((2,), float("nan"), dtype=torch.float64)
+    neumann_step_([], [], [], stats, 0.5, 0.0)
+    assert stats.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.usefixtures("block")
+def test_cg_rows_stop_by_themselves():
+    rows, n = 5, 150
+    x, r, p = (torch.randn(rows, n, dtype=torch.float64) for _ in range(3))
+    hp = 2 * p
+    hp[1] *= -1
+    hp[2, 149] = float("nan")
+    state = running_state(rows)
+    state[3, 3] = 1.0
+    state[4, 1] = 1e30
+    truth, true_state = copies([[x], [r], [p], [hp]]), state.clone()
+    before = copies([[x], [r], [p]])
+    reference.cg_step_(*truth, true_state, 0.0)
+    cg_step_([x], [r], [p], [hp], state, 0.0)
+    assert state[:, 3].tolist() == [0, 2, 3, 1, 1] == true_state[:, 3].tolist()
+    assert_close(state, true_state, 1e-14)
+    for ours, theirs, old in zip((x, r, p), truth, before, strict=False):
+        assert torch.equal(ours[1:4], old[0][1:4])
+        assert_close(ours[0], theirs[0][0], 1e-14)
+    assert_close([x[4], r[4]], [truth[0][0][4], truth[1][0][4]], 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"p": [torch.zeros(4)]}, ValueError, "p must have as many elements as v: expected 3, got 4"),
+        ({"p": [torch.zeros(3).double()]}, TypeError, "p must be float64 or float32 and have the dtype of v"),
+        ({"v": [torch.zeros(3).bfloat16()]}, TypeError, "v must be float64 or float32"),
+        ({"v": [torch.zeros(6)[::2]]}, ValueError, "v must be contiguous"),
+        ({"stats": torch.zeros(2)}, ValueError, "stats must be float64"),
+    ],
+)
+def test_refuses(changes, error, message):
+    arguments = {k: [torch.zeros(3)] for k in ("v", "p", "hv")} | {"stats": torch.zeros(2).double(), "alpha": 0.5}
+    with pytest.raises(error, match=message):
+        neumann_step_(**(arguments | changes))
+
+
+@pytest.mark.parametrize("rows", [None, 2], ids=lambda k: f"rows{k}")
+@pytest.mark.parametrize("solver", [hg.CG(tol=1e-8), hg.Neumann(steps=120)], ids=lambda s: type(s).__name__)
+def test_whole_solve(solver, rows):
+    a = spd(13, 4.0)
+    b = torch.randn(13, dtype=torch.float64) if rows is None else torch.randn(rows, 13, dtype=torch.float64)
+    solution = hg.solve(hg.DenseMatrix(a), b, solver, damping=0.1, backend="triton")
+    truth = b @ torch.linalg.inv(a + 0.1 * torch.eye(13, dtype=torch.float64))
+    assert_close(solution.value, truth, 1e-6)
