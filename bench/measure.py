@@ -55,10 +55,20 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def commit() -> str:
+    """The commit that was measured, marked if files differ from it; "unknown" outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+
+    try:
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")
+    except FileNotFoundError:
+        return "unknown"
+
+
 def environment() -> dict[str, object]:
     """What a number means nothing without."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
         "cpu": cpu_name(),
@@ -67,7 +77,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hypergrad_ext": hypergrad_ext.__version__,
-        "commit": commit.stdout.strip() + ("+changes" if dirty else ""),
+        "commit": commit(),
     }
 
 

@@ -58,6 +58,55 @@ void cg_step_(py::handle x, py::handle r, py::handle p, py::handle hp, py::handl
   hg::cg_step_(x_list, r_list, p_list, hp_list, state_tensor, damping);
 }
 
+py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+
+// The tensors that every op of the GLM family starts with.
+struct GlmArguments {
+  at::Tensor x, weights, v;
+  std::optional<at::Tensor> l2;
+
+  GlmArguments(py::handle x_, py::handle weights_, const char* name, py::handle v_, py::handle l2_)
+      : x(TensorSequence::tensor("x", x_.ptr())),
+        weights(TensorSequence::tensor("weights", weights_.ptr())),
+        v(TensorSequence::tensor(name, v_.ptr())) {
+    if (!l2_.is_none()) l2 = TensorSequence::tensor("l2", l2_.ptr());
+  }
+};
+
+py::object glm_hvp(py::handle x, py::handle weights, py::handle v, py::handle l2, double scale, bool intercept) {
+  const GlmArguments a(x, weights, "v", v, l2);
+  at::Tensor out;
+  {
+    const py::gil_scoped_release release;
+    out = hg::glm_hvp(a.x, a.weights, a.v, a.l2, scale, intercept);
+  }
+  return wrap(out);
+}
+
+py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
+                            double alpha, double damping, int64_t steps, py::handle stop) {
+  const GlmArguments a(x, weights, "b", b, l2);
+  const at::Tensor& limit = TensorSequence::tensor("stop", stop.ptr());
+  std::tuple<at::Tensor, at::Tensor> result;
+  {
+    const py::gil_scoped_release release;
+    result = hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit);
+  }
+  return py::make_tuple(wrap(std::get<0>(result)), wrap(std::get<1>(result)));
+}
+
+py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
+                       double damping, int64_t steps, py::handle state) {
+  const GlmArguments a(x, weights, "b", b, l2);
+  const at::Tensor& scalars = TensorSequence::tensor("state", state.ptr());
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> result;
+  {
+    const py::gil_scoped_release release;
+    result = hg::glm_cg_solve(a.x, a.weights, a.v, a.l2, scale, intercept, damping, steps, scalars);
+  }
+  return py::make_tuple(wrap(std::get<0>(result)), wrap(std::get<1>(result)), wrap(std::get<2>(result)));
+}
+
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
@@ -96,4 +145,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("damping") = 0.0);
   m.def("cg_step_", &cg_step_, py::arg("x"), py::arg("r"), py::arg("p"), py::arg("hp"), py::arg("state"),
         py::arg("damping") = 0.0);
+  m.def("glm_hvp", &glm_hvp, py::arg("x"), py::arg("weights"), py::arg("v"), py::arg("l2"), py::arg("scale"),
+        py::arg("intercept"));
+  m.def("glm_neumann_solve", &glm_neumann_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),
+        py::arg("scale"), py::arg("intercept"), py::arg("alpha"), py::arg("damping"), py::arg("steps"),
+        py::arg("stop"));
+  m.def("glm_cg_solve", &glm_cg_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"), py::arg("scale"),
+        py::arg("intercept"), py::arg("damping"), py::arg("steps"), py::arg("state"));
 }

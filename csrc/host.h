@@ -4,6 +4,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+#include <tuple>
+
 namespace hg {
 
 // Shapes: every tensor of a list has `stats.size(0)` rows when stats is (k, 2), else stats is (2,).
@@ -13,5 +16,23 @@ void neumann_step_(at::TensorList v, at::TensorList p, at::TensorList hv, const 
 // state is (4,) or (k, 4), laid out as CgState.
 void cg_step_(at::TensorList x, at::TensorList r, at::TensorList p, at::TensorList hp, const at::Tensor& state,
               double damping);
+
+// Generalised linear models, H = scale x^T D x + diag(l2). x: (n, d); weights: (n,) for a diagonal D, or
+// probabilities (n, classes); v and b: (k, weights of the model), the intercepts last; l2: like one row of v.
+at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,
+                   const std::optional<at::Tensor>& l2, double scale, bool intercept);
+
+// The whole Neumann series; stop: (k,), squared norms. Returns x and the stats of every step, (steps, k, 2),
+// -1 for steps not taken.
+std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const at::Tensor& weights,
+                                                     const at::Tensor& b, const std::optional<at::Tensor>& l2,
+                                                     double scale, bool intercept, double alpha, double damping,
+                                                     int64_t steps, const at::Tensor& stop);
+
+// Conjugate gradients; state: (k, 4) as for cg_step_. Returns x, the final state, and the number of steps taken.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,
+                                                            const at::Tensor& b, const std::optional<at::Tensor>& l2,
+                                                            double scale, bool intercept, double damping, int64_t steps,
+                                                            const at::Tensor& state);
 
 }  // namespace hg

@@ -6,4 +6,28 @@ def build_info() -> dict[str, object]: ...
 def neumann_step_(
     v: _Tensors, p: _Tensors, hv: _Tensors, stats: Tensor, alpha: float, damping: float = 0.0
 ) -> None: ...
+def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor: ...
+def glm_neumann_solve(
+    x: Tensor,
+    weights: Tensor,
+    b: Tensor,
+    l2: Tensor | None,
+    scale: float,
+    intercept: bool,
+    alpha: float,
+    damping: float,
+    steps: int,
+    stop: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+def glm_cg_solve(
+    x: Tensor,
+    weights: Tensor,
+    b: Tensor,
+    l2: Tensor | None,
+    scale: float,
+    intercept: bool,
+    damping: float,
+    steps: int,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...

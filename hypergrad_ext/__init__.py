@@ -12,6 +12,7 @@ from hypergrad_ext.inverse_hvp import inverse_hvp as inverse_hvp
 from hypergrad_ext.inverse_hvp import solve as solve
 from hypergrad_ext.operators import Callable as Callable
 from hypergrad_ext.operators import DenseMatrix as DenseMatrix
+from hypergrad_ext.operators import GLMHessian as GLMHessian
 from hypergrad_ext.operators import Hessian as Hessian
 from hypergrad_ext.operators import LinearOperator as LinearOperator
 from hypergrad_ext.solution import Solution as Solution
@@ -39,6 +40,7 @@ __all__ = [
     # Operators: what H is
     "Callable",
     "DenseMatrix",
+    "GLMHessian",
     "Hessian",
     "LinearOperator",
     # Solvers: how H^{-1} b is found

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.inverse_hvp import SolverChoice, report, solve_for
-from hypergrad_ext.operators import Hessian
+from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Loss, buffers_kept, check_loss, evaluate
 from hypergrad_ext.solution import Solution
 from hypergrad_ext.structure import Leaves, Tree, check_real, take_apart
@@ -29,6 +29,7 @@ def hypergradient(
     throw: bool = True,
     unused: Literal["zeros", "error"] = "zeros",
     backend: str | None = None,
+    operator: LinearOperator | None = None,
     return_solution: Literal[False] = False,
 ) -> Tree: ...
 
@@ -46,6 +47,7 @@ def hypergradient(
     throw: bool = True,
     unused: Literal["zeros", "error"] = "zeros",
     backend: str | None = None,
+    operator: LinearOperator | None = None,
     return_solution: Literal[True],
 ) -> tuple[Tree, Solution]: ...
 
@@ -62,6 +64,7 @@ def hypergradient(
     throw: bool = True,
     unused: Literal["zeros", "error"] = "zeros",
     backend: str | None = None,
+    operator: LinearOperator | None = None,
     return_solution: bool = False,
 ) -> Any:
     r"""Gradient of the validation loss by the hyperparameters, through the optimal weights.
@@ -86,6 +89,8 @@ def hypergradient(
         throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
         unused: ``"zeros"`` or ``"error"``, for parameters and hyperparameters that nothing depends on.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
+        operator: Solve with this instead of the Hessian of ``train_loss``: a faster form of it, such as
+            `GLMHessian`, or an approximation of your own.
         return_solution: Also return the `Solution` of the solve.
 
     Returns:
@@ -117,7 +122,7 @@ def hypergradient(
     _check_hparams(outer, hessian.params)
     v, direct = _validation_gradients(val_loss, hessian, outer)
     solution = solve_for(
-        hessian,
+        hessian if operator is None else operator,
         hessian.params.rebuild(v),
         "params",
         solver,

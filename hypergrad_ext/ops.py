@@ -8,6 +8,7 @@ called instead.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,14 @@ class Op:
         kernels: Backend name to function.
     """
 
-    def __init__(self, schema: str, reference: Callable, fake: Callable, device_of: int) -> None:
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable,
+        fake: Callable,
+        device_of: int,
+        native: tuple[str, ...] = ("cpp", "cuda"),
+    ) -> None:
         """Register the op.
 
         Args:
@@ -34,6 +42,7 @@ class Op:
             reference: Plain torch implementation, used where no kernel can run.
             fake: Shape function for tracing.
             device_of: Position of the argument whose device chooses the backend.
+            native: Backends that the compiled module has for it.
         """
         self.name = schema.partition("(")[0]
         self._device_of = device_of
@@ -42,8 +51,7 @@ class Op:
         torch.library.register_fake(f"hypergrad_ext::{self.name}", fake, lib=_library)
         self.kernels: dict[str, Callable] = {"torch": reference}
         if _native._C is not None and hasattr(_native._C, self.name):
-            native = getattr(_native._C, self.name)
-            self.kernels |= {"cpp": native, "cuda": native}
+            self.kernels |= dict.fromkeys(native, getattr(_native._C, self.name))
         if hasattr(triton_kernels, self.name):
             self.kernels["triton"] = getattr(triton_kernels, self.name)
         self.registered = getattr(torch.ops.hypergrad_ext, self.name).default
@@ -54,10 +62,9 @@ class Op:
             return self.registered
         return self.kernels[backends.select(self.kernels, device.type, backend)[0]]
 
-    def __call__(self, *args: object) -> None:
+    def __call__(self, *args: Any) -> Any:
         """Run the op on the backend chosen for its device."""
-        device = args[self._device_of].device  # type: ignore[attr-defined]
-        self.kernel(device)(*args)
+        return self.kernel(args[self._device_of].device)(*args)
 
 
 def _tracing() -> bool:
@@ -84,4 +91,37 @@ cg_step_ = Op(
     device_of=4,
 )
 
-ALL = (neumann_step_, cg_step_)
+glm_hvp = Op(
+    "glm_hvp(Tensor x, Tensor weights, Tensor v, Tensor? l2, float scale, bool intercept) -> Tensor",
+    reference=reference.glm_hvp,
+    fake=lambda x, weights, v, l2, scale, intercept: torch.empty_like(v),
+    device_of=2,
+    native=("cpp",),
+)
+
+glm_neumann_solve = Op(
+    "glm_neumann_solve(Tensor x, Tensor weights, Tensor b, Tensor? l2, float scale, bool intercept, float alpha,"
+    " float damping, int steps, Tensor stop) -> (Tensor, Tensor)",
+    reference=reference.glm_neumann_solve,
+    fake=lambda x, weights, b, l2, scale, intercept, alpha, damping, steps, stop: (
+        torch.empty_like(b),
+        stop.new_empty(steps, b.shape[0], 2),
+    ),
+    device_of=2,
+    native=("cpp",),
+)
+
+glm_cg_solve = Op(
+    "glm_cg_solve(Tensor x, Tensor weights, Tensor b, Tensor? l2, float scale, bool intercept, float damping,"
+    " int steps, Tensor state) -> (Tensor, Tensor, Tensor)",
+    reference=reference.glm_cg_solve,
+    fake=lambda x, weights, b, l2, scale, intercept, damping, steps, state: (
+        torch.empty_like(b),
+        torch.empty_like(state),
+        torch.empty((), dtype=torch.int64, device="cpu"),
+    ),
+    device_of=2,
+    native=("cpp",),
+)
+
+ALL = (neumann_step_, cg_step_, glm_hvp, glm_neumann_solve, glm_cg_solve)

@@ -11,7 +11,8 @@ from torch import Tensor
 def aligned(rows: int, *lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Walk several tensor lists as one vector per row.
 
-    The lists need not be cut at the same places; their totals must agree.
+    The lists need not be cut at the same places; their totals must agree. Only views of contiguous
+    tensors can be written through.
 
     Yields:
         One view ``(rows, m)`` per list, of the elements that come next in all of them.
@@ -26,10 +27,18 @@ def aligned(rows: int, *lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]
                 tensors.pop(0)
 
 
+def _check_contiguous(**lists: Sequence[Tensor]) -> None:
+    for name, tensors in lists.items():
+        for t in tensors:
+            if not t.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got sizes {list(t.shape)} and strides {list(t.stride())}")
+
+
 def neumann_step_(
     v: Sequence[Tensor], p: Sequence[Tensor], hv: Sequence[Tensor], stats: Tensor, alpha: float, damping: float = 0.0
 ) -> None:
     """``v <- v - alpha (hv + damping v)``, ``p <- p + v``, ``stats <- (||v||^2, any v not finite)``."""
+    _check_contiguous(v=v, p=p)
     rows = stats.shape[0] if stats.dim() == 2 else 1
     squares, bad = stats.new_zeros(rows), torch.zeros(rows, dtype=torch.bool, device=stats.device)
     for v_i, p_i, hv_i in aligned(rows, v, p, hv):
@@ -54,6 +63,7 @@ def cg_step_(
     ``p.(H + damping I)p / p.p`` and a flag: 0 running, 1 converged, 2 non-positive curvature,
     3 not finite. A row whose flag is set is left alone.
     """
+    _check_contiguous(x=x, r=r, p=p)
     rows = state.shape[0] if state.dim() == 2 else 1
     residual, stop, curvature, flag = state.view(rows, 4).unbind(1)
     pieces = [(x_i, r_i, p_i, hp_i.to(p_i.dtype) + damping * p_i) for x_i, r_i, p_i, hp_i in aligned(rows, x, r, p, hp)]
@@ -81,8 +91,79 @@ def cg_step_(
         r_i.copy_(torch.where(keep, r_i - where(alpha, x_i) * hp_i, r_i))
     rr = dot(1, 1) if pieces else torch.zeros_like(flag)
     beta = rr / residual
-    for _, r_i, p_i, _ in pieces:
-        p_i.copy_(torch.where(running[:, None], r_i + where(beta, p_i) * p_i, p_i))
     residual.copy_(torch.where(running, rr, residual))
     flag[running & ~rr.isfinite()] = 3.0
     flag[running & (rr <= stop)] = 1.0
+    running = flag == 0
+    for _, r_i, p_i, _ in pieces:
+        p_i.copy_(torch.where(running[:, None], r_i + where(beta, p_i) * p_i, p_i))
+
+
+def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
+    """``scale X^T D X v + l2 v`` for the rows of ``v``.
+
+    ``x`` is ``(n, d)``; ``weights`` is ``(n,)``, the diagonal of D, or ``(n, classes)``, probabilities p
+    with ``D = diag(p) - p p^T``; a row of ``v`` holds ``classes x d`` weights, then ``classes`` intercepts
+    if there are any.
+
+    Returns:
+        A tensor like ``v``.
+    """
+    (n, d), k = x.shape, v.shape[0]
+    classes = 1 if weights.dim() == 1 else weights.shape[1]
+    p, x = weights.reshape(n, 1, classes), x.to(v.dtype)
+    v_w, v_b = v[:, : classes * d].reshape(k, classes, d), v[:, classes * d :]
+    z = torch.einsum("nd,kcd->nkc", x, v_w) + (v_b if intercept else 0)
+    z = p * z if weights.dim() == 1 else p * (z - (p * z).sum(2, keepdim=True))
+    out = torch.einsum("nkc,nd->kcd", z, x).reshape(k, -1)
+    out = scale * (torch.cat([out, z.sum(0)], 1) if intercept else out)
+    return out if l2 is None else out + l2.reshape(-1) * v
+
+
+def glm_neumann_solve(
+    x: Tensor,
+    weights: Tensor,
+    b: Tensor,
+    l2: Tensor | None,
+    scale: float,
+    intercept: bool,
+    alpha: float,
+    damping: float,
+    steps: int,
+    stop: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``alpha sum_j (I - alpha (H + damping I))^j b`` over ``steps + 1`` terms, and the stats of every step.
+
+    Ends once the squared norm of every row's term is at most its ``stop``, or not finite; stats of steps
+    that are not taken are -1.
+
+    Returns:
+        The sum, like ``b``, and the stats, ``(steps, k, 2)``.
+    """
+    v, p = b.clone(), b.clone()
+    history = stop.new_full((steps, b.shape[0], 2), -1.0)
+    for stats in history:
+        neumann_step_([v], [p], [glm_hvp(x, weights, v, l2, scale, intercept)], stats, alpha, damping)
+        if not bool(((stats[:, 0] > stop) & stats[:, 0].isfinite()).any()):
+            break
+    return p * alpha, history
+
+
+def glm_cg_solve(
+    x: Tensor,
+    weights: Tensor,
+    b: Tensor,
+    l2: Tensor | None,
+    scale: float,
+    intercept: bool,
+    damping: float,
+    steps: int,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At most ``steps`` iterations of `cg_step_` from zero: the solution, the final state, the steps taken."""
+    solution, r, p, state = torch.zeros_like(b), b.clone(), b.clone(), state.clone()
+    step = 0
+    while step < steps and bool((state[:, 3] == 0).any()):
+        cg_step_([solution], [r], [p], [glm_hvp(x, weights, p, l2, scale, intercept)], state, damping)
+        step += 1
+    return solution, state, torch.tensor(step)

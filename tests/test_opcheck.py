@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from hypergrad_ext import ops
 from tests.compare import assert_close
@@ -25,7 +26,30 @@ def cg_arguments(rows=None, state=torch.float32, product=torch.float32, sizes=(5
     return x, r, p, hp, scalars if rows is None else scalars.repeat(rows, 1), 0.1
 
 
-ARGUMENTS = {"neumann_step_": neumann_arguments, "cg_step_": cg_arguments}
+def glm_arguments(rows=None, state=torch.float32, product=torch.float32):
+    k = rows or 1
+    x, weights = torch.randn(20, 6).to(product), torch.randn(20, 3).to(state).softmax(1)
+    return x, weights, torch.randn(k, 21).to(state), torch.rand(21).to(state), 0.05, True
+
+
+def glm_neumann_arguments(*args):
+    arguments = glm_arguments(*args)
+    return *arguments, 0.5, 0.1, 5, torch.full((len(arguments[2]),), 1e-3, dtype=torch.float64)
+
+
+def glm_cg_arguments(*args):
+    arguments = glm_arguments(*args)
+    squares = arguments[2].double().square().sum(1)
+    return *arguments, 0.1, 5, torch.stack([squares, 1e-6 * squares, 0 * squares, 0 * squares], 1)
+
+
+ARGUMENTS = {
+    "neumann_step_": neumann_arguments,
+    "cg_step_": cg_arguments,
+    "glm_hvp": glm_arguments,
+    "glm_neumann_solve": glm_neumann_arguments,
+    "glm_cg_solve": glm_cg_arguments,
+}
 
 
 def test_every_op_is_checked():
@@ -40,12 +64,7 @@ def test_every_op_is_checked():
     ids=str,
 )
 def test_opcheck(op, rows, state, product):
-    arguments = ARGUMENTS[op.name](rows, state, product if state is not torch.float64 else torch.float64)
-    arguments = [
-        [t.to(product) for t in a] if i == {"neumann_step_": 2, "cg_step_": 3}[op.name] else a
-        for i, a in enumerate(arguments)
-    ]
-    results = torch.library.opcheck(op.registered, tuple(arguments))
+    results = torch.library.opcheck(op.registered, ARGUMENTS[op.name](rows, state, product))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -55,10 +74,10 @@ def test_registered_op_equals_the_direct_call(op):
     direct = ARGUMENTS[op.name]()
     torch.manual_seed(0)
     registered = ARGUMENTS[op.name]()
-    op(*direct)
-    op.registered(*registered)
-    for a, b in zip(direct[:-2], registered[:-2], strict=True):
-        assert_close(a, b, 0.0)
+    results = op(*direct), op.registered(*registered)
+    for a, b in zip((direct, results[0]), (registered, results[1]), strict=True):
+        leaves = [[t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in (a, b)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*leaves, strict=True))
 
 
 def neumann_loop(hv, b):

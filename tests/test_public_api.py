@@ -13,6 +13,7 @@ NAMES = [
     "Callable",
     "DenseMatrix",
     "Direct",
+    "GLMHessian",
     "Hessian",
     "Identity",
     "LinearOperator",

@@ -42,6 +42,45 @@ class LinearOperator(ABC):
         products = [self.matvec([t[j] for t in v]) for j in range(v[0].shape[0])]
         return [torch.stack(parts) for parts in zip(*products, strict=True)]
 
+    def prepare(self, products: int, rows: int) -> LinearOperator:
+        """An equal operator that is faster for about this many products with ``rows`` vectors, or itself."""
+        return self
+
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole Neumann series in one call, for operators that have a kernel for it.
+
+        Args:
+            b: Right-hand sides, flat, ``(k, n)``.
+            alpha: Step size.
+            damping: Damping.
+            steps: Steps at the most.
+            stop: Squared norm at which a row's terms are small enough, ``(k,)``.
+            backend: Backend asked for.
+
+        Returns:
+            The sum and the stats of every step, ``(steps, k, 2)``, -1 for steps not taken; None without a kernel.
+        """
+        return None
+
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A whole CG solve in one call, for operators that have a kernel for it.
+
+        Args:
+            b: Right-hand sides, flat, ``(k, n)``.
+            damping: Damping.
+            steps: Steps at the most.
+            state: Scalars of `ops.cg_step_`, ``(k, 4)``.
+            backend: Backend asked for.
+
+        Returns:
+            The solution, the final state, the number of steps; None without a kernel.
+        """
+        return None
+
     def __matmul__(self, v: Tree) -> Tree:
         """``H v`` in the structure of ``v``: one vector, or a batch with a leading dimension on every leaf."""
         packed = self.space.pack("v", v)

@@ -51,11 +51,11 @@ class System:
         self.damping = damping
         self.hvps = 0
         self._space = operator.space
-        self._backend = backend
+        self.backend = backend
 
     def kernel(self, op: Op) -> Callable:
         """The function that runs a fused op on this system's device."""
-        return op.kernel(self._space.device, self._backend)
+        return op.kernel(self._space.device, self.backend)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parameters' views of a flat buffer: take them once, they follow the buffer."""
@@ -80,6 +80,10 @@ class System:
         for out, part in zip(self.views(result), self.product(self.views(x)), strict=True):
             out.add_(part)
         return result
+
+    def prepare(self, products: int, b: Tensor) -> None:
+        """Let the operator choose its fastest form for a solve of about this many products."""
+        self.operator = self.operator.prepare(products, b.shape[0] if b.dim() == 2 else 1)
 
     def looks(self, step: int, last: int) -> bool:
         """Whether to read flags from the device after this step."""

@@ -58,24 +58,33 @@ class CG(Solver):
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``x = 0``; all scalars stay in ``state``, on the device."""
-        x, r, p = torch.zeros_like(b), b, b.clone()
-        views = system.views(p)
-        step_ = system.kernel(ops.cg_step_)
         # Residual and threshold are squared norms; curvature and flag start at 0.
         squared = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).square()
         stop = (self.tol * b_norm).square()
         state = torch.stack([squared, stop, torch.zeros_like(squared), (squared <= stop).double()], dim=-1)
-        step, running = 0, True
-        for step in range(1, self.max_steps + 1):
-            if system.looks(step - 1, self.max_steps):
-                running = 0.0 in state[..., 3].reshape(-1).tolist()
-                if not running:
-                    step -= 1
-                    break
-            step_([x], [r], [p], system.product(views), state, system.damping)
+        rows = b if b.dim() == 2 else b[None]
+        whole = system.operator.conjugate_gradients(
+            rows, system.damping, self.max_steps, state.view(-1, 4), system.backend
+        )
+        if whole is None:
+            x, step = self._loop(system, b, state)
+        else:
+            x, state, steps = whole
+            x, step = x.view_as(b), int(steps)
+            system.hvps += step * len(rows)
         residual, _, curvature, flags = state.view(-1, 4).T.tolist()
         negative = [c for c, flag in zip(curvature, flags, strict=True) if flag == 2.0]
         detail = f"step {step}, curvature {min(negative):.3g}" if negative else ""
         return Outcome(
             x, [_STATUS[flag] for flag in flags], step, detail, residuals=[math.sqrt(square) for square in residual]
         )
+
+    def _loop(self, system: System, b: Tensor, state: Tensor) -> tuple[Tensor, int]:
+        x, r, p = torch.zeros_like(b), b, b.clone()
+        views = system.views(p)
+        step_ = system.kernel(ops.cg_step_)
+        for step in range(self.max_steps):
+            if system.looks(step, self.max_steps) and 0.0 not in state[..., 3].reshape(-1).tolist():
+                return x, step
+            step_([x], [r], [p], system.product(views), state, system.damping)
+        return x, self.max_steps

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count
 
@@ -46,7 +47,8 @@ class Direct(Solver):
                 f"max_size: expected at most {self.max_size} unknowns for Direct, got {n}; use CG or raise it"
             )
         matrix = system.operator.dense()
-        system.hvps += n
+        if type(system.operator).dense is LinearOperator.dense:
+            system.hvps += n
         if not bool(matrix.isfinite().all()):
             return Outcome(b, [Status.NON_FINITE_OPERATOR] * rows, 0)
         diagonal = matrix.diagonal()

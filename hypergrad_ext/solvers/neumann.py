@@ -72,12 +72,16 @@ class Neumann(Solver):
             alpha = 1 / largest
 
         watch = Watch(b, b_norm, self.tol)
+        system.prepare(self.steps, b)
         x, step = series(system, b, self.steps, alpha, watch)
         return Outcome(x, watch.statuses(), step, f"alpha {alpha:.3g}{watch.detail}", alpha=alpha)
 
 
 def series(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | None = None) -> tuple[Tensor, int]:
     """``alpha`` times the sum of ``steps + 1`` terms, and the steps taken; overwrites ``b``."""
+    whole = _in_one_call(system, b, steps, alpha, watch)
+    if whole is not None:
+        return whole
     v, p = b, b.clone()
     views = system.views(v)
     step_ = system.kernel(ops.neumann_step_)
@@ -88,6 +92,29 @@ def series(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | N
         if watch and system.looks(step, steps) and watch.over(stats, step):
             break
     return p.mul_(alpha), step
+
+
+def _in_one_call(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | None) -> tuple[Tensor, int] | None:
+    rows = b if b.dim() == 2 else b[None]
+    result = system.operator.neumann_series(
+        rows, alpha, system.damping, steps, watch.stop(b) if watch else _never(rows), system.backend
+    )
+    if result is None:
+        return None
+    x, history = result
+    step = 0
+    for step, stats in enumerate(history, 1):
+        if bool((stats[:, 0] == -1).all()):
+            step -= 1
+            break
+        if watch and watch.over(stats, step):
+            break
+    system.hvps += step * len(rows)
+    return x.view_as(b), step
+
+
+def _never(rows: Tensor) -> Tensor:
+    return torch.full((len(rows),), -1.0, dtype=torch.float64, device=rows.device)
 
 
 class Watch:
@@ -106,6 +133,11 @@ class Watch:
         self._grew = [0] * len(self._stop)
         self._failed: list[Status | None] = [None] * len(self._stop)
         self.detail = ""
+
+    def stop(self, b: Tensor) -> Tensor:
+        """Squared norms at which rows are done, ``(k,)``, on the device of ``b``."""
+        squares = [limit * limit if limit >= 0 else -1.0 for limit in self._stop]
+        return torch.tensor(squares, dtype=torch.float64, device=b.device)
 
     def over(self, stats: Tensor, step: int) -> bool:
         """Take in the stats after a step; True when every row has converged or failed."""

@@ -1,0 +1,175 @@
+// What the product of a generalised linear model does with one block of rows of X while the block is
+// in cache: Z = X V^T, Z <- D Z, G += Z^T X. The next block is fetched during the last of the three.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace hg::cpu {
+
+// One block of rows. K = k * classes columns: the k vectors, each with one column per class.
+template <class X, class Real>
+struct GlmBlock {
+  const X* x;             // rows x d, rows `stride` elements apart
+  const X* next;          // the block after this one, or null
+  const Real* weights;    // rows x classes: D if classes is 1, else the probabilities
+  const Real* const* v;   // K pointers to d elements
+  const Real* intercept;  // K elements of v that belong to a feature of ones, or null
+  Real* z;                // scratch, rows x K
+  Real* g;                // K x d, accumulated
+  Real* g_intercept;      // K, accumulated
+  int64_t rows, d, stride, K, classes;
+};
+
+template <class Tiles, class X, class Real>
+struct GlmBlockBody {
+  using S = Simd<Real, Tiles::bytes>;
+  using V = typename S::V;
+  using Block = GlmBlock<X, Real>;
+  static constexpr int W = S::width;
+
+  static HG_INLINE void run(const Block& b) {
+    // Tiles of equal width: eight columns are 4 + 4, not 5 + 3.
+    const int64_t tiles = (b.K + Tiles::columns - 1) / Tiles::columns, width = (b.K + tiles - 1) / tiles;
+    int64_t r = 0;
+    for (; r + Tiles::rows <= b.rows; r += Tiles::rows)
+      for (int64_t c = 0; c < b.K; c += width) dot_columns<Tiles::rows>(b, r, c, std::min(width, b.K - c));
+    for (; r < b.rows; ++r)
+      for (int64_t c = 0; c < b.K; c += width) dot_columns<1>(b, r, c, std::min(width, b.K - c));
+    for (r = 0; r < b.rows; ++r) weigh(b.z + r * b.K, b.weights + r * b.classes, b);
+    for (int64_t c = 0; c < b.K; c += width) outer_columns(b, c, std::min(width, b.K - c));
+    if (b.intercept)
+      for (int64_t c = 0; c < b.K; ++c) {
+        Real sum = 0;
+        for (r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c];
+        b.g_intercept[c] += sum;
+      }
+  }
+
+ private:
+  template <int R>
+  static HG_INLINE void dot_columns(const Block& b, int64_t r, int64_t c, int64_t count) {
+    switch (count) {
+      case 1:
+        return dots<R, 1>(b, r, c);
+      case 2:
+        return dots<R, 2>(b, r, c);
+      case 3:
+        return dots<R, 3>(b, r, c);
+      case 4:
+        return dots<R, std::min(4, Tiles::columns)>(b, r, c);
+      default:
+        return dots<R, Tiles::columns>(b, r, c);
+    }
+  }
+
+  // z[r .. r+R, c .. c+C] = X V^T
+  template <int R, int C>
+  static HG_INLINE void dots(const Block& b, int64_t r, int64_t c) {
+    const X* x = b.x + r * b.stride;
+    const Real* const* v = b.v + c;
+    V sums[R][C] = {};
+    int64_t j = 0;
+    for (; j + W <= b.d; j += W) {
+      V row[R];
+      for (int i = 0; i < R; ++i) row[i] = S::load(x + i * b.stride + j);
+      for (int k = 0; k < C; ++k) {
+        const V column = S::load(v[k] + j);
+        for (int i = 0; i < R; ++i) sums[i][k] += row[i] * column;
+      }
+    }
+    Real z[R * C];
+    const V* flat = &sums[0][0];
+    int t = 0;
+    for (; t + 4 <= R * C; t += 4) S::sum4(flat[t], flat[t + 1], flat[t + 2], flat[t + 3], z + t);
+    for (; t < R * C; ++t) z[t] = S::sum(flat[t]);
+    for (int i = 0; i < R; ++i)
+      for (int k = 0; k < C; ++k) {
+        Real sum = z[i * C + k];
+        for (int64_t l = j; l < b.d; ++l) sum += static_cast<Real>(widen(x[i * b.stride + l])) * v[k][l];
+        if (b.intercept) sum += b.intercept[c + k];
+        b.z[(r + i) * b.K + c + k] = sum;
+      }
+  }
+
+  // z <- D z for one row: a weight, or p * (z - <p, z>) for each of the k vectors.
+  static HG_INLINE void weigh(Real* z, const Real* weights, const Block& b) {
+    if (b.classes == 1) {
+      for (int64_t c = 0; c < b.K; ++c) z[c] *= weights[0];
+      return;
+    }
+    for (Real* end = z + b.K; z < end; z += b.classes) {
+      Real mean = 0;
+      for (int64_t c = 0; c < b.classes; ++c) mean += weights[c] * z[c];
+      for (int64_t c = 0; c < b.classes; ++c) z[c] = weights[c] * (z[c] - mean);
+    }
+  }
+
+  static HG_INLINE void outer_columns(const Block& b, int64_t c, int64_t count) {
+    switch (count) {
+      case 1:
+        return outer_strips<1>(b, c);
+      case 2:
+        return outer_strips<2>(b, c);
+      case 3:
+        return outer_strips<3>(b, c);
+      case 4:
+        return outer_strips<std::min(4, Tiles::columns)>(b, c);
+      default:
+        return outer_strips<Tiles::columns>(b, c);
+    }
+  }
+
+  template <int C>
+  static HG_INLINE void outer_strips(const Block& b, int64_t c) {
+    // Fewer columns leave registers for wider strips; rows are unrolled where both are few.
+    constexpr int kWide = C == 1 ? 2 * Tiles::strip : Tiles::strip;
+    int64_t j = 0;
+    for (; j + kWide * W <= b.d; j += kWide * W) outer<C, kWide, 1>(b, c, j);
+    for (; j + 2 * W <= b.d; j += 2 * W) outer<C, 2, C == 1 ? 4 : C == 2 ? 2 : 1>(b, c, j);
+    for (; j + W <= b.d; j += W) outer < C, 1, C == 1 ? 4 : C<4 ? 2 : 1>(b, c, j);
+    for (int k = 0; k < C; ++k)
+      for (int64_t l = j; l < b.d; ++l) {
+        Real sum = 0;
+        for (int64_t r = 0; r < b.rows; ++r)
+          sum += b.z[r * b.K + c + k] * static_cast<Real>(widen(b.x[r * b.stride + l]));
+        b.g[(c + k) * b.d + l] += sum;
+      }
+  }
+
+  // g[c .. c+C, j .. j+Strip*W] += Z^T X over all rows, Unroll of them at a time.
+  template <int C, int Strip, int Unroll>
+  static HG_INLINE void outer(const Block& b, int64_t c, int64_t j) {
+    V sums[Unroll][C][Strip] = {};
+    const bool fetch = c == 0 && b.next;
+    int64_t r = 0;
+    for (; r + Unroll <= b.rows; r += Unroll)
+      for (int u = 0; u < Unroll; ++u) add_row<C, Strip>(b, r + u, c, j, fetch, sums[u]);
+    for (; r < b.rows; ++r) add_row<C, Strip>(b, r, c, j, fetch, sums[0]);
+    for (int k = 0; k < C; ++k)
+      for (int s = 0; s < Strip; ++s) {
+        Real* g = b.g + (c + k) * b.d + j + s * W;
+        V sum = sums[0][k][s];
+        for (int u = 1; u < Unroll; ++u) sum += sums[u][k][s];
+        S::store(g, S::load(g) + sum);
+      }
+  }
+
+  // One row of it; the same elements of the next block are sent for.
+  template <int C, int Strip>
+  static HG_INLINE void add_row(const Block& b, int64_t r, int64_t c, int64_t j, bool fetch, V (&sums)[C][Strip]) {
+    constexpr int kLine = 64 / sizeof(X);
+    const int64_t at = r * b.stride + j;
+    if (fetch)
+      for (int l = 0; l < Strip * W; l += kLine) __builtin_prefetch(b.next + at + l);
+    const Real* z = b.z + r * b.K + c;
+    V row[Strip];
+    for (int s = 0; s < Strip; ++s) row[s] = S::load(b.x + at + s * W);
+    for (int k = 0; k < C; ++k)
+      for (int s = 0; s < Strip; ++s) sums[k][s] += z[k] * row[s];
+  }
+};
+
+}  // namespace hg::cpu

@@ -1,0 +1,88 @@
+// Hessian-vector products of generalised linear models on the CPU: every row block of X is read once.
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "../glm.h"
+#include "glm_block.h"
+
+namespace hg::cpu {
+namespace {
+
+// One vector: a block stays in L1 between its two uses. Several: it is used often enough to live in L2.
+constexpr int64_t kSingleBytes = 24 << 10, kManyBytes = 256 << 10;
+// Multiply-adds per thread below which forking threads costs more than it saves.
+constexpr int64_t kGrainOps = 1 << 20;
+// Blocks summed before they are added to the total: keeps the rounding error of long sums down.
+constexpr int64_t kFlush = 64;
+
+template <class X, class Real>
+struct Product {
+  template <class Tiles>
+  struct Body {
+    static HG_INLINE void run(const GlmBlock<X, Real>& block) { GlmBlockBody<Tiles, X, Real>::run(block); }
+  };
+
+  static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
+    const int64_t d = data.d, classes = data.classes, K = k * classes;
+    const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
+    const int64_t row_bytes = std::max<int64_t>(1, d * sizeof(X));
+    const int64_t block = std::clamp<int64_t>((K == 1 ? kSingleBytes : kManyBytes) / row_bytes, 8, 1024);
+    const int64_t blocks = (data.n + block - 1) / block;
+    const int64_t grain = std::max<int64_t>(1, kGrainOps / std::max<int64_t>(1, 2 * block * d * K));
+    const auto multiply = ForTiles<Body, const GlmBlock<X, Real>&>::get();
+
+    std::vector<const Real*> columns(K);
+    std::vector<Real> intercepts(data.intercept ? K : 0);
+    for (int64_t c = 0; c < K; ++c) {
+      const Real* vector = v + c / classes * n_weights;
+      columns[c] = vector + c % classes * d;
+      if (data.intercept) intercepts[c] = vector[classes * d + c % classes];
+    }
+
+    const int threads = blocks > grain ? at::get_num_threads() : 1;
+    std::vector<Real> totals(threads * size, Real(0));
+    at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
+      Real* total = totals.data() + (threads > 1 ? at::get_thread_num() * size : 0);
+      std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
+      Real* g = partial.empty() ? total : partial.data();
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t row = i * block;
+        const X* x = static_cast<const X*>(data.x) + row * data.stride;
+        const bool more = i + 1 < last && row + 2 * block <= data.n;
+        multiply({x, more ? x + block * data.stride : nullptr, static_cast<const Real*>(data.weights) + row * classes,
+                  columns.data(), data.intercept ? intercepts.data() : nullptr, z.data(), g, g + K * d,
+                  std::min(block, data.n - row), d, data.stride, K, classes});
+        if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
+          for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
+      }
+    });
+
+    for (int t = 1; t < threads; ++t)
+      for (int64_t j = 0; j < size; ++j) totals[j] += totals[t * size + j];
+    const Real scale = static_cast<Real>(data.scale);
+    for (int64_t c = 0; c < K; ++c) {
+      Real* vector = out + c / classes * n_weights;
+      for (int64_t j = 0; j < d; ++j) vector[c % classes * d + j] = scale * totals[c * d + j];
+      if (data.intercept) vector[classes * d + c % classes] = scale * totals[K * d + c];
+    }
+    if (data.l2) {
+      const Real* l2 = static_cast<const Real*>(data.l2);
+      for (int64_t i = 0; i < k; ++i)
+        for (int64_t j = 0; j < n_weights; ++j) out[i * n_weights + j] += l2[j] * v[i * n_weights + j];
+    }
+  }
+};
+
+}  // namespace
+
+void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
+  if (data.x_dtype == DType::f64)
+    Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
+  else if (data.x_dtype == DType::bf16)
+    Product<BFloat16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+  else
+    Product<float, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+}
+
+}  // namespace hg::cpu

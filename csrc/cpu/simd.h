@@ -1,0 +1,95 @@
+// Vectors of one register, for kernels whose register tiles depend on the instruction set: compiler
+// vector types, so that one source serves AVX-512, AVX2 and plain x86-64 or Arm.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "half.h"
+#include "isa.h"
+
+namespace hg::cpu {
+
+// Register bytes, and the tiles that fill the register file: `rows` x `columns` accumulators for dot
+// products, `columns` x `strip` accumulators for outer products.
+struct TilesAvx512 {
+  static constexpr int bytes = 64, rows = 5, columns = 5, strip = 4;
+};
+struct TilesAvx2 {
+  static constexpr int bytes = 32, rows = 3, columns = 3, strip = 3;
+};
+struct TilesBase {
+  static constexpr int bytes = 16, rows = 3, columns = 3, strip = 3;
+};
+
+template <class T, int Bytes>
+struct Vector {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+
+template <class Real, int Bytes>
+struct Simd {
+  using V = typename Vector<Real, Bytes>::type;
+  typedef Real Unaligned __attribute__((vector_size(Bytes), aligned(sizeof(Real)), may_alias));
+  using Halves = typename Vector<uint16_t, Bytes / 2>::type;
+  using Words = typename Vector<uint32_t, Bytes>::type;
+  static constexpr int width = Bytes / sizeof(Real);
+
+  static HG_INLINE V load(const Real* at) { return *reinterpret_cast<const Unaligned*>(at); }
+
+  static HG_INLINE V load(const BFloat16* at) {
+    Halves halves;
+    std::memcpy(&halves, at, sizeof halves);
+    return reinterpret_cast<V>(__builtin_convertvector(halves, Words) << 16);
+  }
+
+  static HG_INLINE void store(Real* at, V x) { *reinterpret_cast<Unaligned*>(at) = x; }
+
+  static HG_INLINE Real sum(V x) { return sum(x, Lanes()); }
+
+  // The sums of four vectors at once, in a third of the instructions of four sums.
+  static HG_INLINE void sum4(V a, V b, V c, V d, Real* out) { sum4(a, b, c, d, out, Lanes()); }
+
+ private:
+  using Lanes = std::make_integer_sequence<int, width>;
+
+  template <int... L>
+  static HG_INLINE Real sum(V x, std::integer_sequence<int, L...>) {
+    if constexpr (width > 8) x += __builtin_shufflevector(x, x, (L + 8) % width...);
+    if constexpr (width > 4) x += __builtin_shufflevector(x, x, (L + 4) % width...);
+    if constexpr (width > 2) x += __builtin_shufflevector(x, x, (L + 2) % width...);
+    x += __builtin_shufflevector(x, x, (L + 1) % width...);
+    return x[0];
+  }
+
+  template <int... L>
+  static HG_INLINE void sum4(V a, V b, V c, V d, Real* out, std::integer_sequence<int, L...> lanes) {
+    if constexpr (width < 4) {
+      out[0] = sum(a, lanes), out[1] = sum(b, lanes), out[2] = sum(c, lanes), out[3] = sum(d, lanes);
+    } else {
+      // Neighbours within a and b, alternating: a01 b01 a23 b23 ...
+      const V ab = __builtin_shufflevector(a, b, (L % 2 * width + L / 2 * 2)...) +
+                   __builtin_shufflevector(a, b, (L % 2 * width + L / 2 * 2 + 1)...);
+      const V cd = __builtin_shufflevector(c, d, (L % 2 * width + L / 2 * 2)...) +
+                   __builtin_shufflevector(c, d, (L % 2 * width + L / 2 * 2 + 1)...);
+      // Quadruples: a0123 b0123 c0123 d0123 a4567 ...
+      V abcd = __builtin_shufflevector(ab, cd, (L % 4 / 2 * width + L / 4 * 4 + L % 2)...) +
+               __builtin_shufflevector(ab, cd, (L % 4 / 2 * width + L / 4 * 4 + L % 2 + 2)...);
+      if constexpr (width > 8) abcd += __builtin_shufflevector(abcd, abcd, (L + 8) % width...);
+      if constexpr (width > 4) abcd += __builtin_shufflevector(abcd, abcd, (L + 4) % width...);
+      for (int i = 0; i < 4; ++i) out[i] = abcd[i];
+    }
+  }
+};
+
+// Body<Tiles>::run compiled for every instruction set with the tiles that suit it.
+template <template <class> class Body, class... Args>
+struct ForTiles {
+  using Function = void (*)(Args...);
+  static void base(Args... args) { Body<TilesBase>::run(args...); }
+  HG_TARGET_AVX2 static void avx2(Args... args) { Body<TilesAvx2>::run(args...); }
+  HG_TARGET_AVX512 static void avx512(Args... args) { Body<TilesAvx512>::run(args...); }
+  static Function get() { return isa() == Isa::avx512 ? &avx512 : isa() == Isa::avx2 ? &avx2 : &base; }
+};
+
+}  // namespace hg::cpu

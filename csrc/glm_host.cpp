@@ -1,0 +1,137 @@
+// Host functions of the GLM family: tensors in, memory-safety checks, kernel calls.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
+#include <c10/core/GradMode.h>
+#include <torch/library.h>
+
+#include "glm.h"
+#include "host.h"
+#include "kernels.h"
+
+namespace hg {
+namespace {
+
+DType dtype_of(const char* name, const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kDouble:
+      return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
+  }
+}
+
+// x: (n, d); weights: (n,) or (n, classes); v: (k, weights of the model), contiguous.
+GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,
+                const std::optional<at::Tensor>& l2, double scale, bool intercept) {
+  GlmData data;
+  data.x_dtype = dtype_of("x", x);
+  const auto vectors = data.x_dtype == DType::f64 ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
+                    "x must have shape (n, d) with contiguous rows, got ", x.sizes(), " with strides ", x.strides());
+  data.n = x.size(0), data.d = x.size(1), data.stride = x.stride(0);
+  TORCH_CHECK_VALUE((weights.dim() == 1 || weights.dim() == 2) && weights.size(0) == data.n && weights.is_contiguous(),
+                    "weights must be contiguous with shape (", data.n, ",) or (", data.n, ", classes), got ",
+                    weights.sizes());
+  data.classes = weights.dim() == 2 ? weights.size(1) : 1;
+  TORCH_CHECK_VALUE(weights.dim() == 1 || data.classes > 1, "weights must have at least 2 classes, got ", data.classes);
+  const int64_t numel = data.classes * (data.d + intercept);
+  TORCH_CHECK_VALUE(v.dim() == 2 && v.size(1) == numel && v.is_contiguous(), "v must be contiguous with shape (k, ",
+                    numel, "), got ", v.sizes());
+  TORCH_CHECK_TYPE(weights.scalar_type() == vectors && v.scalar_type() == vectors, "weights and v must be ", vectors,
+                   " beside x of ", x.scalar_type(), ", got ", weights.scalar_type(), " and ", v.scalar_type());
+  TORCH_CHECK_VALUE(x.is_cpu() && weights.is_cpu() && v.is_cpu(), "x, weights and v must be on one device, got ",
+                    x.device(), ", ", weights.device(), " and ", v.device());
+  if (l2)
+    TORCH_CHECK_VALUE(l2->numel() == numel && l2->is_contiguous() && l2->scalar_type() == vectors && l2->is_cpu(),
+                      "l2 must be like one row of v: ", numel, " elements of ", vectors, ", got ", l2->sizes(), " of ",
+                      l2->scalar_type());
+  // Autograd does not see the kernel.
+  TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
+  data.x = x.const_data_ptr();
+  data.weights = weights.const_data_ptr();
+  data.l2 = l2 ? l2->const_data_ptr() : nullptr;
+  data.intercept = intercept;
+  data.scale = scale;
+  return data;
+}
+
+VectorList as_list(const at::Tensor& t) {
+  const DType dtype = t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
+  return {{{static_cast<char*>(t.data_ptr()), t.size(1), t.size(1)}}, dtype};
+}
+
+}  // namespace
+
+at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,
+                   const std::optional<at::Tensor>& l2, double scale, bool intercept) {
+  const GlmData data = checked(x, weights, v, l2, scale, intercept);
+  at::Tensor out = at::empty_like(v);
+  cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const at::Tensor& weights,
+                                                     const at::Tensor& b, const std::optional<at::Tensor>& l2,
+                                                     double scale, bool intercept, double alpha, double damping,
+                                                     int64_t steps, const at::Tensor& stop) {
+  const GlmData data = checked(x, weights, b, l2, scale, intercept);
+  const int64_t k = b.size(0);
+  TORCH_CHECK_VALUE(stop.dim() == 1 && stop.size(0) == k && stop.scalar_type() == at::kDouble && stop.is_contiguous(),
+                    "stop must be float64 with shape (", k, ",), got ", stop.scalar_type(), " ", stop.sizes());
+  TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
+  at::Tensor v = b.clone(), p = b.clone(), hv = at::empty_like(b);
+  // Steps that are not taken keep a squared norm of -1.
+  at::Tensor history = at::full({steps, k, kNeumannStats}, -1.0, stop.options());
+  const VectorList v_list = as_list(v), p_list = as_list(p), hv_list = as_list(hv);
+  const double* limit = stop.const_data_ptr<double>();
+  double* stats = history.mutable_data_ptr<double>();
+  int64_t step = 0;
+  for (bool running = true; running && step < steps; ++step, stats += k * kNeumannStats) {
+    cpu::glm_hvp(data, v.const_data_ptr(), k, hv.mutable_data_ptr());
+    cpu::neumann_step(v_list, p_list, hv_list, k, stats, alpha, damping);
+    running = false;
+    for (int64_t row = 0; row < k; ++row) {
+      const double square = stats[row * kNeumannStats + kNormSquared];
+      // A norm that is not finite goes on being so: nothing to wait for in that row.
+      running |= square > limit[row] && square - square == 0;
+    }
+  }
+  return {p.mul_(alpha), history};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,
+                                                            const at::Tensor& b, const std::optional<at::Tensor>& l2,
+                                                            double scale, bool intercept, double damping, int64_t steps,
+                                                            const at::Tensor& state) {
+  const GlmData data = checked(x, weights, b, l2, scale, intercept);
+  const int64_t k = b.size(0);
+  TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == k && state.size(1) == kCgState &&
+                        state.scalar_type() == at::kDouble && state.is_contiguous(),
+                    "state must be float64 with shape (", k, ", ", static_cast<int>(kCgState), "), got ",
+                    state.scalar_type(), " ", state.sizes());
+  at::Tensor solution = at::empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = at::empty_like(b);
+  at::Tensor scalars = state.clone();
+  const VectorList x_list = as_list(solution), r_list = as_list(r), p_list = as_list(p), hp_list = as_list(hp);
+  double* rows = scalars.mutable_data_ptr<double>();
+  int64_t step = 0;
+  for (; step < steps; ++step) {
+    bool running = false;
+    for (int64_t row = 0; row < k; ++row) running |= CgScalars{rows + row * kCgState}.running();
+    if (!running) break;
+    cpu::glm_hvp(data, p.const_data_ptr(), k, hp.mutable_data_ptr());
+    cpu::cg_step(x_list, r_list, p_list, hp_list, k, rows, damping);
+  }
+  return {solution, scalars, at::full({}, step, at::kLong)};
+}
+
+TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) {
+  m.impl("glm_hvp", &glm_hvp);
+  m.impl("glm_neumann_solve", &glm_neumann_solve);
+  m.impl("glm_cg_solve", &glm_cg_solve);
+}
+
+}  // namespace hg

@@ -1,0 +1,270 @@
+"""Generalised linear models: kernels against the reference, the operator against autograd's Hessian."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from hypergrad_ext import backends, ops, reference
+from tests.compare import assert_close, assert_no_worse_than_torch, relative_error
+
+FAMILIES = ["logistic", "softmax", "squared", "poisson"]
+SHAPES = [(1, 1), (2, 3), (37, 13), (130, 64), (257, 129), (64, 785)]
+
+
+@pytest.fixture(params=["cpp", "torch"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if reason := backends.unavailable(request.param, "cpu"):
+        pytest.skip(reason)
+    return request.param
+
+
+def model(n, d, classes, k, intercept, dtype=torch.float64, l2=True):
+    """Arguments of glm_hvp: x is a slice of something larger, so that rows have a stride."""
+    x = torch.randn(n, d + 3, dtype=torch.float64)[:, 1 : d + 1]
+    weights = torch.rand(n, dtype=torch.float64) if classes == 1 else torch.randn(n, classes).double().softmax(1)
+    size = classes * (d + intercept)
+    penalty = torch.rand(size, dtype=torch.float64) if l2 else None
+    v = torch.randn(k, size, dtype=torch.float64)
+    vectors = torch.float64 if dtype == torch.float64 else torch.float32
+    stored = torch.empty(n, d + 3, dtype=dtype)
+    stored[:, 1 : d + 1] = x
+    cast = [None if t is None else t.to(vectors) for t in (weights, v, penalty)]
+    return stored[:, 1 : d + 1], *cast, 1 / max(n, 1), intercept
+
+
+class TestProduct:
+    @pytest.mark.parametrize("intercept", [False, True])
+    @pytest.mark.parametrize("classes", [1, 2, 10])
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_float64(self, shape, classes, intercept, backend):
+        for k in (1, 2, 5):
+            arguments = model(*shape, classes, k, intercept)
+            value = ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments)
+            assert_close(value, reference.glm_hvp(*arguments), 1e-13, f"{shape} classes={classes} k={k}")
+
+    @pytest.mark.parametrize("k", range(1, 34))
+    def test_any_number_of_vectors(self, k, backend):
+        arguments = model(61, 35, 1, k, True)
+        assert_close(ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments), reference.glm_hvp(*arguments), 1e-13)
+
+    @pytest.mark.parametrize("classes", [1, 10])
+    @pytest.mark.parametrize("shape", [(1000, 129), (20_000, 33)], ids=str)
+    def test_float32_is_no_less_accurate_than_torch(self, shape, classes, backend):
+        arguments = model(*shape, classes, 3, True, torch.float32)
+        truth = reference.glm_hvp(*[t.double() if isinstance(t, torch.Tensor) else t for t in arguments])
+        value = ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments)
+        assert_no_worse_than_torch(value, reference.glm_hvp(*arguments), truth, 1e-7)
+
+    @pytest.mark.parametrize("classes", [1, 10])
+    def test_bfloat16_data_are_read_exactly(self, classes, backend):
+        arguments = model(500, 67, classes, 3, True, torch.bfloat16)
+        truth = reference.glm_hvp(*[t.double() if isinstance(t, torch.Tensor) else t for t in arguments])
+        value = ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments)
+        assert value.dtype == torch.float32
+        assert_close(value, truth, 1e-6)
+
+    def test_no_rows_leave_the_penalty(self, backend):
+        arguments = model(0, 5, 1, 2, False)
+        assert_close(ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments), arguments[3] * arguments[2], 1e-15)
+
+    def test_threads_change_nothing_but_rounding(self):
+        arguments = model(50_000, 40, 1, 2, True)
+        results = []
+        for threads in (1, 2):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            results.append(ops.glm_hvp(*arguments))
+            torch.set_num_threads(before)
+        assert_close(results[1], results[0], 1e-13)
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"x": torch.zeros(4, 3, dtype=torch.float16)}, TypeError, "x must be float64, float32 or bfloat16"),
+            ({"x": torch.zeros(3, 4).T}, ValueError, r"x must have shape \(n, d\) with contiguous rows"),
+            ({"weights": torch.zeros(5)}, ValueError, "weights must be contiguous with shape"),
+            ({"weights": torch.zeros(4, 1)}, ValueError, "weights must have at least 2 classes, got 1"),
+            ({"weights": torch.zeros(4, dtype=torch.float64)}, TypeError, "weights and v must be Float"),
+            ({"v": torch.zeros(2, 4)}, ValueError, r"v must be contiguous with shape \(k, 3\)"),
+            ({"v": torch.zeros(2, 3, requires_grad=True)}, ValueError, "v must not require grad"),
+            ({"l2": torch.zeros(2)}, ValueError, "l2 must be like one row of v: 3 elements"),
+            ({"v": None}, TypeError, "v must hold tensors, got NoneType"),
+        ],
+        ids=lambda x: x if isinstance(x, str) else None,
+    )
+    def test_guards(self, change, error, message):
+        if reason := backends.unavailable("cpp", "cpu"):
+            pytest.skip(reason)
+        arguments = {"x": torch.zeros(4, 3), "weights": torch.zeros(4), "v": torch.zeros(2, 3), "l2": None}
+        with pytest.raises(error, match=message):
+            ops.glm_hvp.kernels["cpp"](**(arguments | change), scale=1.0, intercept=False)
+
+
+class TestWholeSolves:
+    def arguments(self, k=3, classes=1, dtype=torch.float64):
+        x, weights, b, l2, scale, intercept = model(90, 17, classes, k, True, dtype)
+        return x, weights, b, l2 + 0.5, scale, intercept
+
+    @pytest.mark.parametrize("classes", [1, 4])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_neumann_series_equals_its_reference(self, classes, dtype, backend):
+        arguments = self.arguments(classes=classes, dtype=dtype)
+        never = torch.full((3,), -1.0, dtype=torch.float64)
+        x, history = ops.glm_neumann_solve.kernel(torch.device("cpu"), backend)(*arguments, 0.3, 0.1, 25, never)
+        exact = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+        true_x, true_history = reference.glm_neumann_solve(*exact, 0.3, 0.1, 25, never)
+        assert_close(x, true_x, 1e-13 if dtype == torch.float64 else 1e-6)
+        assert_close(history, true_history, 1e-12 if dtype == torch.float64 else 1e-4)
+
+    def test_neumann_series_stops_when_all_rows_are_small(self, backend):
+        arguments = self.arguments()
+        stop = torch.full((3,), 1e-8, dtype=torch.float64)
+        _, history = ops.glm_neumann_solve.kernel(torch.device("cpu"), backend)(*arguments, 0.3, 0.1, 500, stop)
+        taken = int((history[:, 0, 0] >= 0).sum())
+        assert 5 < taken < 500 and (history[taken - 1, :, 0] <= 1e-8).all() and (history[taken:] == -1).all()
+
+    @pytest.mark.parametrize("classes", [1, 4])
+    def test_conjugate_gradients_equal_their_reference(self, classes, backend):
+        arguments = self.arguments(classes=classes)
+        squares = arguments[2].square().sum(1)
+        state = torch.stack([squares, 1e-16 * squares, 0 * squares, 0 * squares], 1)
+        solve = ops.glm_cg_solve.kernel(torch.device("cpu"), backend)
+        truth = reference.glm_cg_solve(*arguments, 0.1, 30, state)
+        for ours, exact in zip(solve(*arguments, 0.1, 30, state), truth, strict=True):
+            assert_close(ours, exact, 1e-6)
+
+
+LOSSES = {
+    "logistic": F.binary_cross_entropy_with_logits,
+    "softmax": F.cross_entropy,
+    "squared": F.mse_loss,
+    "poisson": F.poisson_nll_loss,
+}
+
+
+def problem(family, bias, dtype=torch.float64, n=80, d=7, classes=4):
+    """Parameters, operator, and the same loss for autograd, with one penalty per weight."""
+    x = torch.randn(n, d, dtype=dtype)
+    shape = (classes, d) if family == "softmax" else (d,)
+    params = [0.3 * torch.randn(shape, dtype=dtype)]
+    if bias:
+        params.append(0.3 * torch.randn((classes,) if family == "softmax" else (), dtype=dtype))
+    params = [p.requires_grad_() for p in params]
+    y = torch.randint(classes, (n,)) if family == "softmax" else torch.rand(n, dtype=dtype).round()
+    l2 = torch.rand(shape, dtype=dtype) + 0.1
+
+    def loss(params):
+        eta = x @ params[0].T + (params[1] if bias else 0)
+        return LOSSES[family](eta, y) + (l2 * params[0] ** 2).sum()
+
+    return params, hg.GLMHessian(x, params, family, l2=l2), loss
+
+
+class TestOperator:
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_is_the_hessian_of_the_torch_loss(self, family, bias):
+        params, operator, loss = problem(family, bias)
+        truth = hg.Hessian(loss, params).dense()
+        assert_close(operator.dense(), truth, 1e-12, "Gram matrix")
+        assert_close(super(hg.GLMHessian, operator).dense(), truth, 1e-12, "products")
+        v = [torch.randn((3, *p.shape), dtype=p.dtype) for p in params]
+        assert_close(operator @ v, hg.Hessian(loss, params) @ v, 1e-12)
+
+    @pytest.mark.parametrize("solver", [hg.CG(tol=1e-12), hg.Neumann(3000), hg.Direct(), "auto"], ids=str)
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("rows", [None, 3])
+    def test_solves_like_the_hessian(self, family, solver, rows):
+        params, operator, loss = problem(family, bias=True)
+        lead = () if rows is None else (rows,)
+        b = [torch.randn((*lead, *p.shape), dtype=p.dtype) for p in params]
+        # Softmax with a free bias is singular: the same constant may be added to every class.
+        truth = hg.solve(hg.Hessian(loss, params), b, hg.Direct(), damping=0.05).value
+        solution = hg.solve(operator, b, solver, damping=0.05)
+        assert_close(solution.value, truth, 1e-3 if solver == "auto" else 1e-8)
+
+    def test_whole_solve_equals_the_loop_in_every_respect(self, monkeypatch):
+        params, operator, _ = problem("logistic", bias=True)
+        monkeypatch.setattr(operator, "plan", lambda products, rows: ("products", "forced"))
+        b = [torch.randn((2, *p.shape), dtype=p.dtype) for p in params]
+        hg.solve(operator, b, hg.Neumann(0))  # finds and keeps the step size
+        for solver in (hg.Neumann(30), hg.Neumann(500, tol=1e-6), hg.CG(tol=1e-8)):
+            whole = hg.solve(operator, b, solver)
+            with monkeypatch.context() as patch:
+                patch.setattr(operator, "neumann_series", lambda *args: None)
+                patch.setattr(operator, "conjugate_gradients", lambda *args: None)
+                loop = hg.solve(operator, b, solver)
+            assert_close(whole.value, loop.value, 1e-12)
+            assert (whole.status, whole.steps, whole.hvps) == (loop.status, loop.steps, loop.hvps)
+
+    def test_divergence_is_reported_from_the_whole_solve(self, monkeypatch):
+        params, operator, _ = problem("squared", bias=False)
+        monkeypatch.setattr(operator, "plan", lambda products, rows: ("products", "forced"))
+        solution = hg.solve(operator, [torch.randn_like(params[0])], hg.Neumann(2000, alpha=50.0))
+        assert solution.status == "diverged" and solution.steps < 10
+
+    def test_plan_weighs_bytes_and_multiply_adds(self):
+        tall = hg.GLMHessian(torch.randn(4000, 10), torch.zeros(10), "logistic")
+        wide = hg.GLMHessian(torch.randn(40, 300), torch.zeros(300), "logistic")
+        assert tall.plan(100, 1)[0] == "gram" and wide.plan(100, 1)[0] == "products"
+        assert tall.plan(1, 1)[0] == "products"
+        assert "million multiply-adds" in tall.plan(100, 1)[1]
+
+    @pytest.mark.parametrize("products", [1, 1000])
+    def test_prepared_operator_is_equal(self, products):
+        _, operator, _ = problem("logistic", bias=True)
+        prepared = operator.prepare(products, 1)
+        assert isinstance(prepared, hg.DenseMatrix) == (products == 1000)
+        assert_close(prepared.dense(), operator.dense(), 1e-13)
+
+    def test_linear_module_and_dict(self):
+        layer = nn.Linear(5, 3).double()
+        x, y = torch.randn(30, 5).double(), torch.randint(3, (30,))
+        operator = hg.GLMHessian(x, layer, "softmax")
+        v = {"bias": torch.randn(3).double(), "weight": torch.randn(3, 5).double()}
+        assert_close(operator @ v, hg.Hessian(F.cross_entropy(layer(x), y), layer) @ v, 1e-12)
+
+    def test_hypergradient_with_the_closed_form(self):
+        params, operator, loss = problem("softmax", bias=True)
+        lam = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        train = lambda p: loss(p) + (lam * p[0]).sum()  # noqa: E731
+        val = lambda p: (p[0] ** 2).sum() + p[1].sum()  # noqa: E731
+        expected = hg.hypergradient(val, train, params, lam, hg.Direct(), damping=0.1)
+        value = hg.hypergradient(val, train, params, lam, hg.CG(tol=1e-12), damping=0.1, operator=operator)
+        assert_close(value, expected, 1e-9)
+
+    def test_bfloat16_data_move_the_solution_little(self):
+        x, w = torch.randn(2000, 50), torch.zeros(50)
+        b = torch.randn(50)
+        full, half = (hg.GLMHessian(t, w, "logistic", l2=0.05) for t in (x, x.bfloat16()))
+        solver = hg.Neumann(100)
+        assert relative_error(hg.solve(half, b, solver).value, hg.solve(full, b, solver).value) < 2e-3
+
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda x, w: hg.GLMHessian(x, w, "probit"), ValueError, "family: expected one of logistic.*got 'probit'"),
+            (lambda x, w: hg.GLMHessian(x, w, "softmax"), ValueError, r"params: expected shape \(classes, d\)"),
+            (lambda x, w: hg.GLMHessian(x, w[:3], "logistic"), ValueError, r"inputs: expected shape \(n, 3\)"),
+            (lambda x, w: hg.GLMHessian(x[:0], w, "logistic"), ValueError, "inputs: .* with n > 0"),
+            (lambda x, w: hg.GLMHessian(x.double(), w, "logistic"), TypeError, "inputs: expected torch.float32 or"),
+            (lambda x, w: hg.GLMHessian([1.0], w, "logistic"), TypeError, "inputs: expected a tensor, got list"),
+            (lambda x, w: hg.GLMHessian(x, w, "logistic", l2=-1.0), ValueError, "l2: expected values >= 0"),
+            (lambda x, w: hg.GLMHessian(x, w, "logistic", l2=torch.ones(3)), ValueError, "l2: expected a number or"),
+            (lambda x, w: hg.GLMHessian(x, [w, w[:2]], "logistic"), ValueError, r"params\[1\]: expected shape \(\) or"),
+            (
+                lambda x, w: hg.GLMHessian(x, [w, w[:1], w[1:2]], "logistic"),
+                ValueError,
+                "params: expected a weight, or",
+            ),
+            (lambda x, w: hg.GLMHessian(x, w.bfloat16(), "logistic"), ValueError, "params: expected a weight, or"),
+        ],
+        ids=range(11),
+    )
+    def test_refuses(self, make, error, message):
+        with pytest.raises(error, match=message):
+            make(torch.randn(6, 5), torch.zeros(5))
