@@ -1,0 +1,222 @@
+"""Products and whole solves of generalised linear models against torch, double backward and jitted JAX.
+
+The torch baselines are the closed form in two matrix products, in the faster of its two orientations,
+and the retained double backward that any other package runs. JAX takes part if it is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from bench.measure import interleave, median, ratio
+from hypergrad_ext import ops, reference
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError:
+    jax = None
+
+STEPS = 100
+PROBLEMS = [(4096, 784, 1), (4096, 784, 10), (60_000, 784, 1), (60_000, 784, 10), (200_000, 128, 1), (1000, 32, 1)]
+NAMES = [f"{n}x{d}, {'binary' if c == 1 else f'{c} classes'}" for n, d, c in PROBLEMS]
+
+
+class Problem:
+    """Logistic or softmax regression at a random point, with a penalty that gives it a condition number near 100."""
+
+    def __init__(self, n: int, d: int, classes: int, k: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(n, d, generator=generator)
+        self.classes, self.k, self.l2 = classes, k, 0.5e-2
+        self.w = 0.05 * torch.randn((classes, d) if classes > 1 else (d,), generator=generator)
+        self.y = torch.randint(max(classes, 2), (n,), generator=generator)
+        self.b = torch.randn(k, self.w.numel(), generator=generator)
+        family = "softmax" if classes > 1 else "logistic"
+        self.operator = hg.GLMHessian(self.x, self.w, family, l2=self.l2)
+        self.half = hg.GLMHessian(self.x.bfloat16(), self.w, family, l2=self.l2)
+        self.operator.lambda_max = self.half.lambda_max = 0.0
+        self.weights = self.operator.weights
+        self.alpha = 0.9 / float(self._largest())
+
+    def _largest(self) -> Tensor:
+        v = torch.randn(1, self.w.numel())
+        for _ in range(8):
+            v = v / v.norm()
+            v = self.fused(v)
+        return v.norm()
+
+    def fused(self, v: Tensor) -> Tensor:
+        return ops.glm_hvp(*self.operator._model(v))
+
+    def fused_bf16(self, v: Tensor) -> Tensor:
+        return ops.glm_hvp(*self.half._model(v))
+
+    def weigh(self, z: Tensor) -> Tensor:
+        if self.classes == 1:
+            return self.weights[:, None] * z
+        z = z.view(len(z), -1, self.classes)
+        p = self.weights[:, None, :]
+        return (p * (z - (p * z).sum(2, keepdim=True))).view(len(z), -1)
+
+    def rows(self, v: Tensor) -> Tensor:
+        """Two matrix products with vectors in rows."""
+        v2 = v.view(-1, self.x.shape[1])
+        if len(v2) == 1:
+            return ((self.weights * torch.mv(self.x, v2[0])) @ self.x / len(self.x) + 2 * self.l2 * v2[0])[None]
+        z = self.weigh(self.x @ v2.T)
+        return (z.T @ self.x / len(self.x) + 2 * self.l2 * v2).view_as(v)
+
+    def columns(self, v: Tensor) -> Tensor:
+        """Two matrix products with vectors in columns."""
+        v2 = v.view(-1, self.x.shape[1])
+        z = self.weigh(self.x @ v2.T)
+        return ((self.x.T @ z).T / len(self.x) + 2 * self.l2 * v2).reshape(v.shape)
+
+    def double_backward(self) -> Callable[[Tensor], Tensor]:
+        w = self.w.clone().requires_grad_()
+        logits = self.x @ w.T
+        target = self.y if self.classes > 1 else self.y.float()
+        mean = F.cross_entropy if self.classes > 1 else F.binary_cross_entropy_with_logits
+        (g,) = torch.autograd.grad(mean(logits, target) + self.l2 * w.square().sum(), w, create_graph=True)
+
+        def product(v: Tensor) -> Tensor:
+            parts = [torch.autograd.grad(g, w, row.view_as(w), retain_graph=True)[0] for row in v]
+            return torch.stack(parts).view_as(v)
+
+        return product
+
+    def loop(self, product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        def solve() -> Tensor:
+            v, p = self.b.clone(), self.b.clone()
+            for _ in range(STEPS):
+                v.sub_(product(v), alpha=self.alpha)
+                p.add_(v)
+            return p.mul_(self.alpha)
+
+        return solve
+
+    def whole(self, operator: hg.GLMHessian) -> Callable[[], Tensor]:
+        never = torch.full((self.k,), -1.0, dtype=torch.float64)
+        return lambda: ops.glm_neumann_solve(*operator._model(self.b), self.alpha, 0.0, STEPS, never)[0]
+
+    def planned(self) -> Callable[[], Tensor]:
+        """The public call, Gram matrix formed anew each time if the plan says so."""
+
+        def solve() -> Tensor:
+            self.operator._gram = None
+            b = self.b.view(self.k, *self.w.shape)
+            return hg.solve(self.operator, b, hg.Neumann(STEPS, alpha=self.alpha), residual=False).value.view_as(self.b)
+
+        return solve
+
+    def jax_solve(self) -> Callable[[], object]:
+        x, weights, b = (jnp.asarray(t.numpy()) for t in (self.x, self.weights, self.b))
+
+        @jax.jit
+        def solve(x, weights, b):
+            def product(v):
+                z = x @ v.reshape(-1, x.shape[1]).T
+                if self.classes == 1:
+                    z = weights[:, None] * z
+                else:
+                    z3 = z.reshape(len(x), -1, self.classes)
+                    p = weights[:, None, :]
+                    z = (p * (z3 - (p * z3).sum(2, keepdims=True))).reshape(z.shape)
+                return (z.T @ x).reshape(v.shape) / len(x) + 2 * self.l2 * v
+
+            def step(_, state):
+                v, p = state
+                v = v - self.alpha * product(v)
+                return v, p + v
+
+            return self.alpha * jax.lax.fori_loop(0, STEPS, step, (b, b))[1]
+
+        return lambda: solve(x, weights, b).block_until_ready()
+
+
+def exact(problem: Problem) -> list[Tensor | None]:
+    x, weights, _, l2, _, _ = problem.operator._model(problem.b)
+    return [x.double(), weights.double(), problem.b.double(), None if l2 is None else l2.double()]
+
+
+def run(table: str, row: dict, variants: dict, rounds: int, threads: int, benchmark, report) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seconds = interleave(variants, rounds, warmup=1)
+        benchmark.pedantic(variants["fused"], rounds=3)
+    finally:
+        torch.set_num_threads(before)
+    row["fused ms"] = median(seconds["fused"]) * 1e3
+    for other in [*variants][1:]:
+        row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
+    report(table, row)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("shape", PROBLEMS, ids=NAMES)
+def test_glm_hvp(shape, k, threads, benchmark, report, quick):
+    problem = Problem(*shape, k)
+    v = problem.b
+    truth = reference.glm_hvp(*exact(problem), problem.operator.scale, False)
+    error = float((problem.fused(v) - truth).norm() / truth.norm())
+    by_torch = float((problem.rows(v) - truth).norm() / truth.norm())
+    assert error <= 2 * by_torch + 1e-7, f"{error:.2e} against torch's {by_torch:.2e}"
+    double_backward = problem.double_backward()
+    assert (double_backward(v) - truth).norm() < 1e-4 * truth.norm()
+    variants = {
+        "fused": lambda: problem.fused(v),
+        "fused bf16": lambda: problem.fused_bf16(v),
+        "torch rows": lambda: problem.rows(v),
+        "torch columns": lambda: problem.columns(v),
+        "double backward": lambda: double_backward(v),
+    }
+    row = {"problem": NAMES[PROBLEMS.index(shape)], "k": k, "threads": threads, "rel. error": error}
+    size = shape[0] * shape[1] * max(1, k * shape[2] // 8)
+    run(
+        "glm_hvp", row, variants, max(5, min(300, 3 * 10**9 // size // (4 if quick else 1))), threads, benchmark, report
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("k", [1, 8])
+@pytest.mark.parametrize("shape", PROBLEMS, ids=NAMES)
+def test_glm_neumann_solve(shape, k, threads, benchmark, report, quick):
+    n, d, classes = shape
+    if quick and n * d * classes * k > 4 * 10**7:
+        pytest.skip("--quick leaves out solves that take seconds")
+    problem = Problem(*shape, k)
+    never = torch.full((k,), -1.0, dtype=torch.float64)
+    truth, _ = reference.glm_neumann_solve(
+        *exact(problem), problem.operator.scale, False, problem.alpha, 0.0, STEPS, never
+    )
+    whole = problem.whole(problem.operator)
+    errors = [float((solve() - truth).norm() / truth.norm()) for solve in (whole, problem.whole(problem.half))]
+    assert errors[0] < 1e-5, errors
+    variants = {
+        "fused": whole,
+        "fused bf16": problem.whole(problem.half),
+        "planned": problem.planned(),
+        "torch rows": problem.loop(problem.rows),
+        "torch columns": problem.loop(problem.columns),
+        "double backward": problem.loop(problem.double_backward()),
+    }
+    if jax is not None:
+        variants["jitted JAX"] = problem.jax_solve()
+    row = {
+        "problem": NAMES[PROBLEMS.index(shape)],
+        "k": k,
+        "threads": threads,
+        "plan": problem.operator.plan(STEPS, k)[0],
+        "rel. error": errors[0],
+        "bf16 error": errors[1],
+    }
+    run("glm_neumann_solve", row, variants, 3 if n * d * classes * k > 4 * 10**7 else 15, threads, benchmark, report)
