@@ -43,11 +43,19 @@ class System:
     """``(H + damping I) x = b`` in flat coordinates: one buffer ``(n,)``, or ``(k, n)`` for a batch.
 
     Counts products, and applies the operator to views of a flat buffer, so that nothing is copied.
+
+    Attributes:
+        operator: The operator that was given.
+        prepared: The form of it that a solve uses.
+        damping: The damping.
+        backend: The backend asked for, if any.
+        hvps: Products so far; one with a batch of k vectors counts k.
     """
 
     def __init__(self, operator: LinearOperator, damping: float, backend: str | None) -> None:
         """Bind an operator, its damping and the choice of backend."""
         self.operator = operator
+        self.prepared = operator
         self.damping = damping
         self.hvps = 0
         self._space = operator.space
@@ -63,27 +71,28 @@ class System:
 
     def product(self, views: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, without damping (the fused steps add it), for views of one vector or a batch."""
+        return self._times(self.prepared, views)
+
+    def _times(self, operator: LinearOperator, views: Sequence[Tensor]) -> list[Tensor]:
         batched = views[0].dim() > len(self._space.shapes[0])
         self.hvps += views[0].shape[0] if batched else 1
+        multiply = operator.matmat if batched else operator.matvec
         if self._space.exact:
-            return self._multiply(views, batched)
-        product = self._multiply([t.to(dtype) for t, dtype in zip(views, self._space.dtypes, strict=True)], batched)
+            return multiply(views)
+        product = multiply([t.to(dtype) for t, dtype in zip(views, self._space.dtypes, strict=True)])
         # A fused step widens one low precision as it reads; several have to be brought to one first.
         return product if self._space.uniform else [t.to(self._space.dtype) for t in product]
 
-    def _multiply(self, views: Sequence[Tensor], batched: bool) -> list[Tensor]:
-        return self.operator.matmat(views) if batched else self.operator.matvec(views)
-
     def apply(self, x: Tensor) -> Tensor:
-        """``(H + damping I) x`` as a new flat buffer: for residuals, outside the hot loop."""
+        """``(H + damping I) x`` by the operator that was given: for residuals, outside the hot loop."""
         result = self.damping * x
-        for out, part in zip(self.views(result), self.product(self.views(x)), strict=True):
+        for out, part in zip(self.views(result), self._times(self.operator, self.views(x)), strict=True):
             out.add_(part)
         return result
 
     def prepare(self, products: int, b: Tensor) -> None:
         """Let the operator choose its fastest form for a solve of about this many products."""
-        self.operator = self.operator.prepare(products, b.shape[0] if b.dim() == 2 else 1)
+        self.prepared = self.operator.prepare(products, b.shape[0] if b.dim() == 2 else 1)
 
     def looks(self, step: int, last: int) -> bool:
         """Whether to read flags from the device after this step."""
@@ -106,7 +115,7 @@ class System:
             norm = torch.linalg.vector_norm(q, dtype=torch.float64)
             for _ in range(steps):
                 q /= norm.to(q.dtype)
-                h = torch.cat([part.reshape(-1).to(q.dtype) for part in self.product(self.views(q))])
+                h = torch.cat([part.reshape(-1).to(q.dtype) for part in self._times(self.operator, self.views(q))])
                 norm = torch.linalg.vector_norm(h, dtype=torch.float64)
                 if not 0 < float(norm) < float("inf"):
                     return float(norm)

@@ -63,7 +63,7 @@ class CG(Solver):
         stop = (self.tol * b_norm).square()
         state = torch.stack([squared, stop, torch.zeros_like(squared), (squared <= stop).double()], dim=-1)
         rows = b if b.dim() == 2 else b[None]
-        whole = system.operator.conjugate_gradients(
+        whole = system.prepared.conjugate_gradients(
             rows, system.damping, self.max_steps, state.view(-1, 4), system.backend
         )
         if whole is None:

@@ -89,22 +89,22 @@ def series(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | N
     step = 0
     for step in range(1, steps + 1):
         step_([v], [p], system.product(views), stats, alpha, system.damping)
-        if watch and system.looks(step, steps) and watch.over(stats, step):
+        if watch and system.looks(step, steps) and watch.over(stats.view(-1, 2).tolist(), step):
             break
     return p.mul_(alpha), step
 
 
 def _in_one_call(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | None) -> tuple[Tensor, int] | None:
     rows = b if b.dim() == 2 else b[None]
-    result = system.operator.neumann_series(
+    result = system.prepared.neumann_series(
         rows, alpha, system.damping, steps, watch.stop(b) if watch else _never(rows), system.backend
     )
     if result is None:
         return None
     x, history = result
     step = 0
-    for step, stats in enumerate(history, 1):
-        if bool((stats[:, 0] == -1).all()):
+    for step, stats in enumerate(history.tolist(), 1):
+        if stats[0][0] == -1:
             step -= 1
             break
         if watch and watch.over(stats, step):
@@ -139,10 +139,10 @@ class Watch:
         squares = [limit * limit if limit >= 0 else -1.0 for limit in self._stop]
         return torch.tensor(squares, dtype=torch.float64, device=b.device)
 
-    def over(self, stats: Tensor, step: int) -> bool:
+    def over(self, stats: list[list[float]], step: int) -> bool:
         """Take in the stats after a step; True when every row has converged or failed."""
         norms = []
-        for row, (square, non_finite) in enumerate(stats.view(-1, 2).tolist()):
+        for row, (square, non_finite) in enumerate(stats):
             norm = math.sqrt(square) if square < math.inf else math.inf
             norms.append(norm)
             self._grew[row] = self._grew[row] + 1 if norm > self._last[row] * _GROWTH else 0
