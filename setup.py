@@ -107,6 +107,10 @@ def build_extension(kind, torch):
     cxx += ["-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-psabi"]
     flags = {"cxx": cxx}
     link = ["-fopenmp", "-s", "-Wl,--as-needed"]
+    if os.environ.get("HYPERGRAD_EXT_SANITIZE") == "1":
+        sanitize = "-fsanitize=address,undefined"
+        cxx += ["-O1", "-g1", "-fno-omit-frame-pointer", sanitize, "-fno-sanitize-recover=undefined"]
+        link = ["-fopenmp", sanitize]
     if kind == "cuda":
         home = find_cuda_home()
         # A torch without CUDA leaves this unset, and is enough to compile and link against.

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from types import ModuleType
 
 import torch  # noqa: F401  (must be loaded first: _C links against its libraries)
 
-_C: ModuleType | None
+_C: ModuleType | None = None
+MISSING = ""
 try:
-    from hypergrad_ext import _C
-
-    MISSING = ""
+    _C = importlib.import_module("hypergrad_ext._C")
+except ModuleNotFoundError:
+    MISSING = "hypergrad_ext._C is not built (pip install with a C++ compiler builds it)"
 except ImportError as error:
-    _C = None
-    # A built module that does not load is another torch's or a broken build: worth the full text.
-    MISSING = f"hypergrad_ext._C is not built or does not load ({error})"
+    # Built against another torch, or broken: worth the full text.
+    MISSING = f"hypergrad_ext._C does not load ({error})"
 
 
 def build_info() -> dict[str, object]:

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 #include "simd.h"
 
@@ -85,13 +86,14 @@ struct GlmBlockBody {
     int t = 0;
     for (; t + 4 <= R * C; t += 4) S::sum4(flat[t], flat[t + 1], flat[t + 2], flat[t + 3], z + t);
     for (; t < R * C; ++t) z[t] = S::sum(flat[t]);
-    for (int i = 0; i < R; ++i)
-      for (int k = 0; k < C; ++k) {
-        Real sum = z[i * C + k];
-        for (int64_t l = j; l < b.d; ++l) sum += static_cast<Real>(widen(x[i * b.stride + l])) * v[k][l];
-        if (b.intercept) sum += b.intercept[c + k];
-        b.z[(r + i) * b.K + c + k] = sum;
-      }
+    if (j < b.d)
+      for (int i = 0; i < R; ++i)
+        for (int k = 0; k < C; ++k)
+          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += static_cast<Real>(widen(x[i * b.stride + l])) * v[k][l];
+    if (b.intercept)
+      for (int i = 0; i < R; ++i)
+        for (int k = 0; k < C; ++k) z[i * C + k] += b.intercept[c + k];
+    for (int i = 0; i < R; ++i) std::memcpy(b.z + (r + i) * b.K + c, z + i * C, C * sizeof(Real));
   }
 
   // z <- D z for one row: a weight, or p * (z - <p, z>) for each of the k vectors.

@@ -10,7 +10,7 @@ namespace hg::cpu {
 namespace {
 
 // One vector: a block stays in L1 between its two uses. Several: it is used often enough to live in L2.
-constexpr int64_t kSingleBytes = 24 << 10, kManyBytes = 256 << 10;
+constexpr int64_t kSingleBytes = 24 << 10, kManyBytes = 128 << 10;
 // Multiply-adds per thread below which forking threads costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "half.h"
@@ -77,7 +78,7 @@ struct Simd {
                __builtin_shufflevector(ab, cd, (L % 4 / 2 * width + L / 4 * 4 + L % 2 + 2)...);
       if constexpr (width > 8) abcd += __builtin_shufflevector(abcd, abcd, (L + 8) % width...);
       if constexpr (width > 4) abcd += __builtin_shufflevector(abcd, abcd, (L + 4) % width...);
-      for (int i = 0; i < 4; ++i) out[i] = abcd[i];
+      std::memcpy(out, &abcd, 4 * sizeof(Real));
     }
   }
 };
