@@ -9,7 +9,7 @@ from hypergrad_ext.hypergradient import hypergradient as hypergradient
 from hypergrad_ext.hypergradient import implicit as implicit
 from hypergrad_ext.inverse_hvp import approx_inverse_hvp as approx_inverse_hvp
 from hypergrad_ext.inverse_hvp import inverse_hvp as inverse_hvp
-from hypergrad_ext.inverse_hvp import solve as solve
+from hypergrad_ext.linear_solve import solve as solve
 from hypergrad_ext.operators import Callable as Callable
 from hypergrad_ext.operators import DenseMatrix as DenseMatrix
 from hypergrad_ext.operators import GLMHessian as GLMHessian

@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypergrad_ext.inverse_hvp import SolverChoice, report, solve_for
+from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Loss, buffers_kept, check_loss, evaluate
-from hypergrad_ext.solution import Solution
 from hypergrad_ext.structure import Leaves, Tree, check_real, take_apart
-
-
-@overload
-def hypergradient(
-    val_loss: Loss,
-    train_loss: Loss,
-    params: Tree,
-    hparams: Tree,
-    solver: SolverChoice = "auto",
-    *,
-    damping: float = 0.0,
-    x0: Tree | None = None,
-    throw: bool = True,
-    unused: Literal["zeros", "error"] = "zeros",
-    backend: str | None = None,
-    operator: LinearOperator | None = None,
-    return_solution: Literal[False] = False,
-) -> Tree: ...
-
-
-@overload
-def hypergradient(
-    val_loss: Loss,
-    train_loss: Loss,
-    params: Tree,
-    hparams: Tree,
-    solver: SolverChoice = "auto",
-    *,
-    damping: float = 0.0,
-    x0: Tree | None = None,
-    throw: bool = True,
-    unused: Literal["zeros", "error"] = "zeros",
-    backend: str | None = None,
-    operator: LinearOperator | None = None,
-    return_solution: Literal[True],
-) -> tuple[Tree, Solution]: ...
 
 
 def hypergradient(

@@ -1,25 +1,18 @@
-"""The inverse-Hessian-vector product: one line to drop in, and the solve behind it."""
+"""The inverse-Hessian-vector product: one line to drop in."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from hypergrad_ext.operators import Hessian, LinearOperator
+from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
+from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Loss
-from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
-from hypergrad_ext.solvers import CG, Outcome, Solver, System
+from hypergrad_ext.solvers import System
 from hypergrad_ext.solvers.base import check_count, check_number
 from hypergrad_ext.solvers.neumann import series
-from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
-
-SolverChoice = Solver | Literal["auto"]
-
-# A true residual this far above the tolerance means that rounding, not the stopping test, decided.
-_STAGNATION = 2.0
+from hypergrad_ext.structure import Tree
 
 
 def inverse_hvp(
@@ -77,56 +70,6 @@ def inverse_hvp(
     return solution.value
 
 
-def solve(
-    operator: LinearOperator,
-    b: Tree,
-    solver: SolverChoice = "auto",
-    *,
-    damping: float = 0.0,
-    x0: Tree | None = None,
-    throw: bool = False,
-    residual: bool = True,
-    backend: str | None = None,
-) -> Solution:
-    r"""Solve :math:`(H + d I) x = b` and say how it went.
-
-    Args:
-        operator: What H is: `Hessian`, `DenseMatrix`, `Callable`, or your own `LinearOperator`.
-        b: Right-hand side with one leaf per parameter, or a batch with one more leading dimension k.
-        solver: ``"auto"`` or a solver.
-        damping: d >= 0.
-        x0: Start from this instead of zero.
-        throw: Raise `SolveError` on failure instead of returning it as a status.
-        residual: Spend one more product per right-hand side on the true residual.
-        backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
-
-    Returns:
-        The `Solution`: value, status, steps, products spent, true relative residual.
-
-    Raises:
-        TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape, device or value, or the solver needs a
-            symmetric operator and this one is not.
-        SolveError: If the solve failed and ``throw``.
-
-    Cost: the solver's products, one for ``residual`` and one for ``x0``.
-
-    Example:
-        >>> A = torch.tensor([[2.0, 0.0], [0.0, -4.0]], dtype=torch.float64)
-        >>> sol = hg.solve(hg.DenseMatrix(A), torch.ones(2, dtype=torch.float64), hg.CG())
-        >>> str(sol.status)
-        'negative_curvature'
-    """
-    if not isinstance(operator, LinearOperator):
-        raise TypeError(
-            f"operator: expected a LinearOperator (Hessian, DenseMatrix, Callable), got {type(operator).__name__}"
-        )
-    solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend)
-    if throw and solution.useless:
-        raise SolveError(solution)
-    return solution
-
-
 def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alpha: float = 1.0) -> Tree:
     r"""The paper's Algorithm 3, to the letter: :math:`\alpha \sum_{j=0}^{K} (I - \alpha H)^j v`.
 
@@ -167,126 +110,3 @@ def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alph
     with torch.no_grad():
         x, _ = series(System(operator, 0.0, None), packed.flat, iterations, alpha)
     return packed.restore(x)
-
-
-def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
-    """The solver to run for ``"auto"``, or the one given.
-
-    Returns:
-        The solver.
-
-    Raises:
-        TypeError: If ``solver`` is neither.
-        ValueError: If it needs a symmetric operator and this one is not.
-    """
-    if isinstance(solver, str) and solver == "auto":
-        solver = CG(tol=1e-4)
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver: expected 'auto' or a solver such as Neumann(steps=20), got {solver!r}")
-    if solver.needs_symmetry and not operator.symmetric:
-        raise ValueError(f"operator: expected a symmetric operator for {type(solver).__name__}, got one that is not")
-    return solver
-
-
-def solve_for(
-    operator: LinearOperator,
-    b: Tree,
-    argument: str,
-    solver: SolverChoice,
-    *,
-    damping: float,
-    x0: Tree | None,
-    residual: bool,
-    backend: str | None,
-) -> Solution:
-    """Check the arguments, one of which is called ``argument`` by its user, and solve."""
-    solver = choose(solver, operator)
-    check_number("damping", damping, positive=False)
-    packed = operator.space.pack(argument, b)
-    start = None if x0 is None else operator.space.pack("x0", x0, rows=packed.rows or 0).flat
-    with torch.no_grad():
-        return _solve_packed(System(operator, damping, backend), packed, start, solver, residual)
-
-
-def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool) -> Solution:
-    """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
-    b, operator = packed.flat, system.operator
-    if not system.damping:
-        for part, used in zip(b.split(operator.space.sizes, dim=-1), operator.used, strict=True):
-            if not used:
-                part.zero_()
-
-    finite = b.isfinite().all(-1) if x0 is None else b.isfinite().all(-1) & x0.isfinite().all(-1)
-    bad = [not ok for ok in finite.reshape(-1).tolist()]
-    if all(bad):
-        x = torch.full_like(b, torch.nan)
-        return _solution(
-            packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(bad), 0), system, solver, None, b_norm=None
-        )
-    if any(bad):
-        b = torch.where(finite[..., None], b, 0)
-        x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
-
-    rhs = b if x0 is None else b - system.apply(x0)
-    b_norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
-    scale = power_of_two_scale(rhs)
-    outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
-    x = outcome.x / scale[..., None]
-    if x0 is not None:
-        x += x0
-
-    relative = None
-    if residual:
-        norms = torch.linalg.vector_norm(b - system.apply(x), dim=-1, dtype=torch.float64)
-        relative = torch.where(b_norm > 0, norms / b_norm, norms)
-        tol = getattr(solver, "tol", None)
-        for row, value in enumerate(relative.reshape(-1).tolist()):
-            if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
-                outcome.statuses[row] = Status.STAGNATED
-    if any(bad):
-        x = torch.where(finite[..., None], x, torch.nan)
-        outcome.statuses = [
-            Status.NON_FINITE_INPUT if row_bad else status
-            for row_bad, status in zip(bad, outcome.statuses, strict=True)
-        ]
-    return _solution(packed, x, outcome, system, solver, relative, b_norm * scale)
-
-
-def _solution(
-    packed: Packed,
-    x: Tensor,
-    outcome: Outcome,
-    system: System,
-    solver: Solver,
-    relative: Tensor | None,
-    b_norm: Tensor | None,
-) -> Solution:
-    status = worst(outcome.statuses)
-    useless = status.failed
-    if outcome.residuals is not None and b_norm is not None:
-        # On an indefinite operator the iterate before the bad direction can be worse than zero.
-        useless |= any(
-            s is Status.NEGATIVE_CURVATURE and residual >= norm
-            for s, residual, norm in zip(outcome.statuses, outcome.residuals, b_norm.reshape(-1).tolist(), strict=True)
-        )
-    return Solution(
-        value=packed.restore(x),
-        status=status,
-        steps=outcome.steps,
-        hvps=system.hvps,
-        residual_norm=relative if relative is None or packed.rows is not None else float(relative),
-        solver=solver,
-        detail=outcome.detail,
-        alpha=outcome.alpha,
-        useless=useless,
-        statuses=None if packed.rows is None else tuple(outcome.statuses),
-    )
-
-
-def report(solution: Solution, throw: bool) -> None:
-    """For callers that get only the value: raise a failure, warn where a tolerance was missed."""
-    if throw and solution.useless:
-        raise SolveError(solution)
-    missed = solution.status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
-    if solution.useless or missed or solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
-        warnings.warn(solution.message, SolveWarning, stacklevel=3)
