@@ -113,9 +113,10 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
     b, operator = packed.flat, system.operator
     if not system.damping:
-        for part, used in zip(b.split(operator.space.sizes, dim=-1), operator.used, strict=True):
-            if not used:
-                part.zero_()
+        for flat in (b,) if x0 is None else (b, x0):
+            for part, used in zip(flat.split(operator.space.sizes, dim=-1), operator.used, strict=True):
+                if not used:
+                    part.zero_()
 
     finite = b.isfinite().all(-1) if x0 is None else b.isfinite().all(-1) & x0.isfinite().all(-1)
     bad = [not ok for ok in finite.reshape(-1).tolist()]

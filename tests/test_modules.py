@@ -161,6 +161,8 @@ class TestUnusedParameters:
         x = hg.inverse_hvp((self.w**2).sum(), self.params, self.v, solver)
         assert_close(x["w"], torch.full((3,), 0.5), 1e-5)
         assert torch.equal(x["idle"], torch.zeros(2))
+        warm = hg.inverse_hvp((self.w**2).sum(), self.params, self.v, solver, x0=self.v)
+        assert torch.equal(warm["idle"], torch.zeros(2))
 
     def test_with_damping_give_the_exact_solution(self):
         x = hg.inverse_hvp((self.w**2).sum(), self.params, self.v, hg.CG(tol=1e-6), damping=2.0)
