@@ -82,15 +82,25 @@ def environment() -> dict[str, object]:
 
 
 def save(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write rows with their environment to ``bench/results/NAME.json``."""
+    """Write rows with their environment to ``bench/results/NAME.json``, and as a table to ``NAME.md``."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    machine = environment()
+    path = RESULTS / f"{name}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    path.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
+    head, *body = cells(rows)
+    lines = [f"# {name}", "", ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
+    lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
+
+
+def cells(rows: list[dict[str, object]]) -> list[list[str]]:
+    """Rows of equal keys as text, the keys first."""
+    return [list(rows[0]), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
 
 
 def table(rows: list[dict[str, object]]) -> str:
     """Rows of equal keys as aligned text."""
-    cells = [list(rows[0]), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    lines = cells(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

@@ -165,7 +165,13 @@ struct GlmBlockBody {
     constexpr int kLine = 64 / sizeof(X);
     const int64_t at = r * b.stride + j;
     if (fetch)
-      for (int l = 0; l < Strip * W; l += kLine) __builtin_prefetch(b.next + at + l);
+      for (int l = 0; l < Strip * W; l += kLine) {
+        // A block for one vector fits in L1, a block for several in L2.
+        if (b.K == 1)
+          __builtin_prefetch(b.next + at + l, 0, 3);
+        else
+          __builtin_prefetch(b.next + at + l, 0, 2);
+      }
     const Real* z = b.z + r * b.K + c;
     V row[Strip];
     for (int s = 0; s < Strip; ++s) row[s] = S::load(b.x + at + s * W);
