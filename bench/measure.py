@@ -18,14 +18,24 @@ from hypergrad_ext import _native
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(variants: dict[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-    """Seconds per call of every variant, timed in turn in every round, each round in another order."""
+def interleave(
+    variants: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    setup: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds per call of every variant, timed in turn in every round, each round in another order.
+
+    ``setup`` runs before every call, outside its time.
+    """
     names = list(variants)
     for name in names * warmup:
+        setup()
         variants[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds):
         for name in names[r % len(names) :] + names[: r % len(names)]:
+            setup()
             start = time.perf_counter()
             variants[name]()
             seconds[name].append(time.perf_counter() - start)
