@@ -208,18 +208,29 @@ class TestOperator:
         assert solution.status == "diverged" and solution.steps < 10
 
     def test_plan_weighs_bytes_and_multiply_adds(self):
-        tall = hg.GLMHessian(torch.randn(4000, 10), torch.zeros(10), "logistic")
+        tall = hg.GLMHessian(torch.randn(200_000, 10), torch.zeros(10), "logistic")
         wide = hg.GLMHessian(torch.randn(40, 300), torch.zeros(300), "logistic")
-        assert tall.plan(100, 1)[0] == "gram" and wide.plan(100, 1)[0] == "products"
+        small = hg.GLMHessian(torch.randn(1000, 32), torch.zeros(32), "logistic")
+        assert tall.plan(100, 1)[0] == "gram"
+        assert wide.plan(100, 1)[0] == small.plan(100, 1)[0] == "products"
         assert tall.plan(1, 1)[0] == "products"
         assert "million multiply-adds" in tall.plan(100, 1)[1]
 
-    @pytest.mark.parametrize("products", [1, 1000])
-    def test_prepared_operator_is_equal(self, products):
-        _, operator, _ = problem("logistic", bias=True)
-        prepared = operator.prepare(products, 1)
-        assert isinstance(prepared, hg.DenseMatrix) == (products == 1000)
-        assert_close(prepared.dense(), operator.dense(), 1e-13)
+    @pytest.mark.parametrize("choice", ["gram", "products"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_prepared_operator_is_equal(self, family, choice, monkeypatch):
+        params, operator, _ = problem(family, bias=True)
+        monkeypatch.setattr(operator, "plan", lambda products, rows: (choice, "forced"))
+        prepared = operator.prepare(100, 1)
+        assert isinstance(prepared, hg.DenseMatrix) == (choice == "gram")
+        for lead in ((), (2,)):
+            v = [torch.randn((*lead, *p.shape), dtype=p.dtype) for p in params]
+            assert_close(prepared @ v, operator @ v, 1e-13)
+        b = [torch.randn(p.shape, dtype=p.dtype) for p in params]
+        for solver in (hg.Neumann(50), hg.CG(tol=1e-10)):
+            solution = hg.solve(operator, b, solver, damping=0.1)
+            truth = hg.solve(hg.Callable(operator.__matmul__, params), b, solver, damping=0.1)
+            assert_close(solution.value, truth.value, 1e-8)
 
     def test_linear_module_and_dict(self):
         layer = nn.Linear(5, 3).double()

@@ -1,17 +1,16 @@
 // Hessian-vector products of generalised linear models on the CPU: every row block of X is read once.
-#include <ATen/Parallel.h>
-
 #include <vector>
 
 #include "../glm.h"
 #include "glm_block.h"
+#include "share.h"
 
 namespace hg::cpu {
 namespace {
 
 // One vector: a block stays in L1 between its two uses. Several: it is used often enough to live in L2.
 constexpr int64_t kSingleBytes = 24 << 10, kManyBytes = 128 << 10;
-// Multiply-adds per thread below which forking threads costs more than it saves.
+// Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.
 constexpr int64_t kFlush = 64;
@@ -29,7 +28,9 @@ struct Product {
     const int64_t row_bytes = std::max<int64_t>(1, d * sizeof(X));
     const int64_t block = std::clamp<int64_t>((K == 1 ? kSingleBytes : kManyBytes) / row_bytes, 8, 1024);
     const int64_t blocks = (data.n + block - 1) / block;
-    const int64_t grain = std::max<int64_t>(1, kGrainOps / std::max<int64_t>(1, 2 * block * d * K));
+    // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
+    const int64_t threads = threads_for(blocks * block * d * K, kGrainOps);
+    const int64_t ranges = threads == 1 ? 1 : std::min(blocks, 4 * threads);
     const auto multiply = ForTiles<Body, const GlmBlock<X, Real>&>::get();
 
     std::vector<const Real*> columns(K);
@@ -40,10 +41,10 @@ struct Product {
       if (data.intercept) intercepts[c] = vector[classes * d + c % classes];
     }
 
-    const int threads = blocks > grain ? at::get_num_threads() : 1;
-    std::vector<Real> totals(threads * size, Real(0));
-    at::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
-      Real* total = totals.data() + (threads > 1 ? at::get_thread_num() * size : 0);
+    std::vector<Real> totals(ranges * size, Real(0));
+    share(ranges, threads, [&](int64_t range) {
+      const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
+      Real* total = totals.data() + range * size;
       std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
@@ -58,8 +59,8 @@ struct Product {
       }
     });
 
-    for (int t = 1; t < threads; ++t)
-      for (int64_t j = 0; j < size; ++j) totals[j] += totals[t * size + j];
+    for (int64_t range = 1; range < ranges; ++range)
+      for (int64_t j = 0; j < size; ++j) totals[j] += totals[range * size + j];
     const Real scale = static_cast<Real>(data.scale);
     for (int64_t c = 0; c < K; ++c) {
       Real* vector = out + c / classes * n_weights;

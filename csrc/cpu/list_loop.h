@@ -2,20 +2,19 @@
 // every block of elements writes its own partial sums, which are added in order.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <array>
 #include <cstdint>
 #include <vector>
 
 #include "../vector_list.h"
+#include "share.h"
 
 namespace hg::cpu {
 
 // Elements per block. A float32 step touches five streams: 320 KB, well inside a 1 MB L2 cache.
 constexpr int64_t kBlock = 16384;
-// Blocks per thread below which forking threads costs more than it saves.
-constexpr int64_t kGrain = 4;
+// Blocks per thread below which waking another thread costs more than it saves.
+constexpr int64_t kGrain = 24;
 
 // Runs f(pointers, size, sums) over all rows that are `live`; returns rows x S sums.
 template <int S, int N, class Live, class F>
@@ -23,13 +22,11 @@ std::vector<std::array<double, S>> for_each_block(const AlignedPieces<N>& pieces
                                                   const F& f) {
   const int64_t blocks = (pieces.numel() + kBlock - 1) / kBlock;
   std::vector<std::array<double, S>> partial(rows * blocks, std::array<double, S>{});
-  at::parallel_for(0, rows * blocks, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t row = task / blocks, begin = task % blocks * kBlock;
-      if (!live(row)) continue;
+  share(rows * blocks, threads_for(rows * blocks, kGrain), [&](int64_t task) {
+    const int64_t row = task / blocks, begin = task % blocks * kBlock;
+    if (live(row))
       pieces.visit(row, begin, std::min(begin + kBlock, pieces.numel()),
                    [&](const auto& at, int64_t size) { f(row, at, size, partial[task].data()); });
-    }
   });
   std::vector<std::array<double, S>> sums(rows, std::array<double, S>{});
   for (int64_t row = 0; row < rows; ++row)

@@ -19,8 +19,10 @@ FAMILIES = ("logistic", "softmax", "squared", "poisson")
 
 _logger = logging.getLogger("hypergrad_ext")
 
-# Multiply-adds that one byte read from memory costs as much time as; about 200 GFLOP/s against 30 GB/s.
-_OPS_PER_BYTE = 3.5
+# What `plan` counts in, multiply-adds of the fused product, measured on a CPU with 200 GFLOP/s per core: a byte
+# from memory, a byte from cache, a multiply-add of torch's matrix product, and a step of the solver's own loop.
+_FROM_MEMORY, _FROM_CACHE, _TORCH_MM, _LOOP_STEP = 3.5, 1.0, 2.0, 1e6
+_CACHE_BYTES = 32e6
 # Rows per block when the Gram matrix is formed.
 _GRAM_ROWS = 8192
 # Gram matrices up to this size are formed: 64 MB in float32.
@@ -111,11 +113,14 @@ class GLMHessian(LinearOperator):
         """
         (n, d), m = self.inputs.shape, self.space.numel
         classes = m // (d + self.intercept)
-        itemsize = self.inputs.element_size()
-        reading = _OPS_PER_BYTE * n * d * itemsize
-        streaming = products * max(2 * n * d * classes * rows, reading)
-        forming = 0 if self._gram is not None else max(n * m * m, reading)
-        forming += products * m * m * max(rows, _OPS_PER_BYTE * self.space.dtype.itemsize)
+
+        def reading(size: int) -> float:
+            return size * (_FROM_MEMORY if size > _CACHE_BYTES else _FROM_CACHE)
+
+        data = n * d * self.inputs.element_size()
+        streaming = products * max(2 * n * d * classes * rows, reading(data))
+        forming = 0.0 if self._gram is not None else max(_TORCH_MM * n * m * m, reading(data))
+        forming += products * (max(_TORCH_MM * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + _LOOP_STEP)
         choice: Literal["gram", "products"] = "gram" if forming < streaming and m <= _GRAM_LIMIT else "products"
         return choice, f"Gram matrix {forming / 1e6:.3g} against {streaming / 1e6:.3g} million multiply-adds"
 
