@@ -1,0 +1,221 @@
+// Products with the Hessian of cross-entropy on the CPU: logits and u are read from memory once, and of
+// the probabilities never more than one row, or one tile, exists.
+#include <ATen/Parallel.h>
+
+#include <vector>
+
+#include "../softmax.h"
+#include "dispatch.h"
+#include "exp.h"
+#include "simd.h"
+
+namespace hg::cpu {
+namespace {
+
+// Up to so many classes, SIMD lanes hold rows instead of classes: short rows would leave most lanes idle.
+constexpr int64_t kTileClasses = 24;
+constexpr int kTileRows = 16;
+// Elements of a row that are added up in its own precision, before float64.
+constexpr int64_t kChunk = 4096;
+// Elements per thread below which forking threads costs more than it saves.
+constexpr int64_t kGrainElements = 1 << 15;
+
+template <class T, class Real>
+struct Pointers {
+  const SoftmaxRows& data;
+
+  HG_INLINE const T* logits(int64_t row) const { return static_cast<const T*>(data.logits) + row * data.logits_stride; }
+  HG_INLINE const T* u(int64_t j, int64_t row) const {
+    return static_cast<const T*>(data.u) + j * data.u_stride + row * data.u_row_stride;
+  }
+  HG_INLINE T* out(int64_t j, int64_t row) const {
+    return static_cast<T*>(data.out) + j * data.out_stride + row * data.out_row_stride;
+  }
+  HG_INLINE Real weight(int64_t row) const {
+    return data.weights ? static_cast<const Real*>(data.weights)[row] : Real(1);
+  }
+};
+
+// Lanes are classes. exps: one row of exp(logit - max), all that is kept of it. What a row has beyond whole
+// registers is done by a register that ends with the row, and overlaps the one before.
+template <class T, class Real, class Tiles>
+struct LongRows {
+  using S = Simd<Real, Tiles::bytes>;
+  using V = typename S::V;
+  using Bits = typename Vector<typename ExpConstants<Real>::Bits, Tiles::bytes>::type;
+  static constexpr int kWidth = S::width;
+
+  // The last `count` lanes of x, zeros before.
+  static HG_INLINE V last_lanes(V x, int64_t count) {
+    V lane = {};
+    for (int l = 0; l < kWidth; ++l) lane[l] = static_cast<Real>(l);
+    return lane >= static_cast<Real>(kWidth - count) ? x : V{};
+  }
+
+  // Sum of the lanes of terms(i) over all registers i of a row, in float64 from chunk to chunk.
+  template <class F>
+  static HG_INLINE double sum(int64_t n, const F& terms) {
+    double total = 0;
+    for (int64_t i = 0; i < n;) {
+      const int64_t end = std::min(n, i + kChunk);
+      V sums[4] = {};
+      for (; i + 4 * kWidth <= end; i += 4 * kWidth)
+        for (int s = 0; s < 4; ++s) sums[s] += terms(i + s * kWidth);
+      for (; i + kWidth <= end; i += kWidth) sums[0] += terms(i);
+      if (i < end) sums[1] += last_lanes(terms(n - kWidth), n - i), i = n;
+      total += S::sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    return total;
+  }
+
+  static HG_INLINE Real largest(const T* x, int64_t n) {
+    V max[4];
+    for (V& m : max) m = S::load(x);
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+      for (int s = 0; s < 4; ++s) {
+        const V value = S::load(x + i + s * kWidth);
+        max[s] = value > max[s] ? value : max[s];
+      }
+    for (; i < n; i += kWidth) {
+      const V value = S::load(x + std::min(i, n - kWidth));
+      max[0] = value > max[0] ? value : max[0];
+    }
+    for (int s = 1; s < 4; ++s) max[0] = max[s] > max[0] ? max[s] : max[0];
+    Real result = max[0][0];
+    for (int l = 1; l < kWidth; ++l) result = max[0][l] > result ? max[0][l] : result;
+    return result;
+  }
+
+  static HG_INLINE void run(const SoftmaxRows& data, int64_t first, int64_t last, void* scratch) {
+    const Pointers<T, Real> at{data};
+    const int64_t n = data.classes;
+    Real* exps = static_cast<Real*>(scratch);
+    for (int64_t row = first; row < last; ++row) {
+      const Real weight = at.weight(row);
+      if (weight == 0) {
+        for (int64_t j = 0; j < data.k; ++j) std::memset(at.out(j, row), 0, n * sizeof(T));
+        continue;
+      }
+      const T* logits = at.logits(row);
+      const Real max = largest(logits, n);
+      const double total = sum(n, [&](int64_t i) HG_LAMBDA_INLINE {
+        const V e = exp_nonpositive<Real, Bits>(S::load(logits + i) - max);
+        S::store(exps + i, e);
+        return e;
+      });
+      const Real factor = static_cast<Real>(data.scale * weight / total);
+      for (int64_t j = 0; j < data.k; ++j) {
+        const T* u = at.u(j, row);
+        T* out = at.out(j, row);
+        const Real mean = static_cast<Real>(
+            sum(n, [&](int64_t i) HG_LAMBDA_INLINE { return S::load(exps + i) * S::load(u + i); }) / total);
+        const auto product = [&](int64_t i)
+                                 HG_LAMBDA_INLINE { return factor * S::load(exps + i) * (S::load(u + i) - mean); };
+        // Read before out, which may be u, is written there.
+        const V end = product(n - kWidth);
+        for (int64_t i = 0; i + kWidth <= n; i += kWidth) S::store(out + i, product(i));
+        S::store(out + n - kWidth, end);
+      }
+    }
+  }
+};
+
+// Lanes are rows: a tile holds kTileRows of them, transposed.
+template <class T, class Real>
+struct ShortRows {
+  using Lanes = Real[kTileRows];
+
+  // Rows of weight 0, and those past the end, are read as zeros.
+  template <class Row>
+  static HG_INLINE void load(Lanes* tile, int64_t n, const bool* live, const Row& row) {
+    for (int r = 0; r < kTileRows; ++r) {
+      if (!live[r]) {
+        for (int64_t c = 0; c < n; ++c) tile[c][r] = 0;
+        continue;
+      }
+      const T* x = row(r);
+      for (int64_t c = 0; c < n; ++c) tile[c][r] = widen(x[c]);
+    }
+  }
+
+  static HG_INLINE void run(const SoftmaxRows& data, int64_t first, int64_t last, void* scratch) {
+    const Pointers<T, Real> at{data};
+    const int64_t n = data.classes;
+    Lanes* exps = static_cast<Lanes*>(scratch);
+    Lanes* tile = exps + n;
+    for (; first < last; first += kTileRows) {
+      const int rows = static_cast<int>(std::min<int64_t>(kTileRows, last - first));
+      bool live[kTileRows];
+      Lanes max, sum = {}, factor;
+      for (int r = 0; r < kTileRows; ++r) {
+        factor[r] = r < rows ? static_cast<Real>(data.scale) * at.weight(first + r) : Real(0);
+        live[r] = r < rows && at.weight(first + r) != 0;
+      }
+      load(exps, n, live, [&](int r) HG_LAMBDA_INLINE { return at.logits(first + r); });
+      for (int r = 0; r < kTileRows; ++r) max[r] = exps[0][r];
+      for (int64_t c = 1; c < n; ++c)
+        for (int r = 0; r < kTileRows; ++r) max[r] = exps[c][r] > max[r] ? exps[c][r] : max[r];
+      for (int64_t c = 0; c < n; ++c)
+        for (int r = 0; r < kTileRows; ++r) {
+          exps[c][r] = exp_nonpositive<Real, typename ExpConstants<Real>::Bits>(exps[c][r] - max[r]);
+          sum[r] += exps[c][r];
+        }
+      for (int r = 0; r < kTileRows; ++r) factor[r] /= sum[r];
+      for (int64_t j = 0; j < data.k; ++j) {
+        Lanes mean = {};
+        load(tile, n, live, [&](int r) HG_LAMBDA_INLINE { return at.u(j, first + r); });
+        for (int64_t c = 0; c < n; ++c)
+          for (int r = 0; r < kTileRows; ++r) mean[r] += exps[c][r] * tile[c][r];
+        for (int r = 0; r < kTileRows; ++r) mean[r] /= sum[r];
+        for (int64_t c = 0; c < n; ++c)
+          for (int r = 0; r < kTileRows; ++r) tile[c][r] = factor[r] * exps[c][r] * (tile[c][r] - mean[r]);
+        for (int r = 0; r < rows; ++r) {
+          T* out = at.out(j, first + r);
+          for (int64_t c = 0; c < n; ++c) store(out + c, tile[c][r]);
+        }
+      }
+    }
+  }
+};
+
+template <class T, class Real>
+struct Long {
+  template <class Tiles>
+  using Body = LongRows<T, Real, Tiles>;
+};
+
+template <class T, class Real>
+void run(const SoftmaxRows& data) {
+  using Kernel = void (*)(const SoftmaxRows&, int64_t, int64_t, void*);
+  const bool tiles = data.classes <= kTileClasses;
+  const Kernel kernel =
+      tiles ? ForIsa<ShortRows<T, Real>, const SoftmaxRows&, int64_t, int64_t, void*>::get()
+            : ForTiles<Long<T, Real>::template Body, const SoftmaxRows&, int64_t, int64_t, void*>::get();
+  const int64_t scratch = tiles ? 2 * kTileRows * data.classes : data.classes;
+  const int64_t step = tiles ? kTileRows : 1;
+  const int64_t row = std::max<int64_t>(1, data.classes * (data.k + 1) * step);
+  at::parallel_for(0, (data.rows + step - 1) / step, std::max<int64_t>(1, kGrainElements / row),
+                   [&](int64_t first, int64_t last) {
+                     std::vector<Real> memory(scratch);
+                     kernel(data, first * step, std::min(last * step, data.rows), memory.data());
+                   });
+}
+
+}  // namespace
+
+void softmax_hessian(const SoftmaxRows& data) {
+  if (data.classes == 0) return;
+  switch (data.dtype) {
+    case DType::f64:
+      return run<double, double>(data);
+    case DType::f32:
+      return run<float, float>(data);
+    case DType::bf16:
+      return run<BFloat16, float>(data);
+    case DType::f16:
+      return run<Float16, float>(data);
+  }
+}
+
+}  // namespace hg::cpu
