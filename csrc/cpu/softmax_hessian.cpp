@@ -1,5 +1,5 @@
 // Products with the Hessian of cross-entropy on the CPU: logits and u are read from memory once, and of
-// the probabilities never more than one row, or one tile, exists.
+// the probabilities never more than a few rows exist.
 #include <ATen/Parallel.h>
 
 #include <vector>
@@ -17,8 +17,15 @@ constexpr int64_t kTileClasses = 24;
 constexpr int kTileRows = 16;
 // Elements of a row that are added up in its own precision, before float64.
 constexpr int64_t kChunk = 4096;
+// Exponentials that are kept at a time, of several rows where they are short: by the time they are read, they are
+// written, which with a single short row they would not be.
+constexpr int64_t kBlockBytes = 4 << 10, kMaxRows = 64;
 // Elements per thread below which forking threads costs more than it saves.
 constexpr int64_t kGrainElements = 1 << 15;
+
+int64_t long_rows(int64_t classes, int64_t item_size) {
+  return std::clamp<int64_t>(kBlockBytes / (classes * item_size), 1, kMaxRows);
+}
 
 template <class T, class Real>
 struct Pointers {
@@ -36,7 +43,7 @@ struct Pointers {
   }
 };
 
-// Lanes are classes. exps: one row of exp(logit - max), all that is kept of it. What a row has beyond whole
+// Lanes are classes. exps: exp(logit - max) of a block of rows, all that is kept of it. What a row has beyond whole
 // registers is done by a register that ends with the row, and overlaps the one before.
 template <class T, class Real, class Tiles>
 struct LongRows {
@@ -88,36 +95,48 @@ struct LongRows {
   }
 
   static HG_INLINE void run(const SoftmaxRows& data, int64_t first, int64_t last, void* scratch) {
+    const int64_t rows = long_rows(data.classes, sizeof(Real));
+    for (; first < last; first += rows) block(data, first, std::min(rows, last - first), static_cast<Real*>(scratch));
+  }
+
+  // The exponentials of some rows, then all vectors.
+  static HG_INLINE void block(const SoftmaxRows& data, int64_t first, int64_t rows, Real* exps) {
     const Pointers<T, Real> at{data};
     const int64_t n = data.classes;
-    Real* exps = static_cast<Real*>(scratch);
-    for (int64_t row = first; row < last; ++row) {
-      const Real weight = at.weight(row);
-      if (weight == 0) {
-        for (int64_t j = 0; j < data.k; ++j) std::memset(at.out(j, row), 0, n * sizeof(T));
-        continue;
-      }
-      const T* logits = at.logits(row);
+    double inverses[kMaxRows];  // of the sums of exponentials; 0 for a row of weight 0
+    for (int64_t r = 0; r < rows; ++r) {
+      inverses[r] = 0;
+      if (at.weight(first + r) == 0) continue;
+      const T* logits = at.logits(first + r);
+      Real* row = exps + r * n;
       const Real max = largest(logits, n);
-      const double total = sum(n, [&](int64_t i) HG_LAMBDA_INLINE {
-        const V e = exp_nonpositive<Real, Bits>(S::load(logits + i) - max);
-        S::store(exps + i, e);
-        return e;
-      });
-      const Real factor = static_cast<Real>(data.scale * weight / total);
-      for (int64_t j = 0; j < data.k; ++j) {
-        const T* u = at.u(j, row);
-        T* out = at.out(j, row);
-        const Real mean = static_cast<Real>(
-            sum(n, [&](int64_t i) HG_LAMBDA_INLINE { return S::load(exps + i) * S::load(u + i); }) / total);
-        const auto product = [&](int64_t i)
-                                 HG_LAMBDA_INLINE { return factor * S::load(exps + i) * (S::load(u + i) - mean); };
-        // Read before out, which may be u, is written there.
-        const V end = product(n - kWidth);
-        for (int64_t i = 0; i + kWidth <= n; i += kWidth) S::store(out + i, product(i));
-        S::store(out + n - kWidth, end);
-      }
+      inverses[r] = 1 / sum(n, [&](int64_t i) HG_LAMBDA_INLINE {
+                      const V e = exp_nonpositive<Real, Bits>(S::load(logits + i) - max);
+                      S::store(row + i, e);
+                      return e;
+                    });
     }
+    for (int64_t j = 0; j < data.k; ++j)
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* u = at.u(j, first + r);
+        T* out = at.out(j, first + r);
+        if (inverses[r] == 0)
+          std::memset(out, 0, n * sizeof(T));
+        else
+          multiply(exps + r * n, u, out, n, inverses[r], data.scale * at.weight(first + r));
+      }
+  }
+
+  static HG_INLINE void multiply(const Real* exps, const T* u, T* out, int64_t n, double inverse, double scale) {
+    const Real factor = static_cast<Real>(scale * inverse);
+    const Real mean = static_cast<Real>(
+        inverse * sum(n, [&](int64_t i) HG_LAMBDA_INLINE { return S::load(exps + i) * S::load(u + i); }));
+    const auto product = [&](int64_t i)
+                             HG_LAMBDA_INLINE { return factor * S::load(exps + i) * (S::load(u + i) - mean); };
+    // Read before out, which may be u, is written there.
+    const V end = product(n - kWidth);
+    for (int64_t i = 0; i + kWidth <= n; i += kWidth) S::store(out + i, product(i));
+    S::store(out + n - kWidth, end);
   }
 };
 
@@ -192,8 +211,8 @@ void run(const SoftmaxRows& data) {
   const Kernel kernel =
       tiles ? ForIsa<ShortRows<T, Real>, const SoftmaxRows&, int64_t, int64_t, void*>::get()
             : ForTiles<Long<T, Real>::template Body, const SoftmaxRows&, int64_t, int64_t, void*>::get();
-  const int64_t scratch = tiles ? 2 * kTileRows * data.classes : data.classes;
-  const int64_t step = tiles ? kTileRows : 1;
+  const int64_t scratch = tiles ? 2 * kTileRows * data.classes : data.classes * long_rows(data.classes, sizeof(Real));
+  const int64_t step = tiles ? kTileRows : long_rows(data.classes, sizeof(Real));
   const int64_t row = std::max<int64_t>(1, data.classes * (data.k + 1) * step);
   at::parallel_for(0, (data.rows + step - 1) / step, std::max<int64_t>(1, kGrainElements / row),
                    [&](int64_t first, int64_t last) {
