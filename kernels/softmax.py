@@ -38,10 +38,12 @@ def rows_kernel(
     out += vector * out_stride + row * out_row_stride
     real = tl.float64 if u.dtype.element_ty == tl.float64 else tl.float32
     factor = tl.full([], scale, real)
+    end = classes
     if WEIGHTED:
-        factor *= tl.load(weights + row)
-    # A row of weight 0 is not read: its logits may be anything, NaN included.
-    end = tl.where(factor == 0, 0, classes)
+        weight = tl.load(weights + row)
+        factor *= weight
+        # A row of weight 0 is not read: its logits may be anything, NaN included.
+        end = tl.where(weight == 0, 0, classes)
 
     largest = tl.full([], float("-inf"), real)
     total = tl.full([], 0, real)
