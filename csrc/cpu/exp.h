@@ -39,7 +39,8 @@ HG_INLINE V taylor_exp(V r, std::integer_sequence<int, I...>) {
   return y;
 }
 
-// exp(x) for x <= 0 within 2 units in the last place; 0 where it would be denormal, so for -inf; NaN for NaN.
+// exp(x) for x <= 0 to a relative error of 1.1e-7 (float) or 1.8e-16 (double); 0 where it would be denormal, and so
+// for -inf; NaN for NaN.
 // V: Real, or a register of them, with Bits to match.
 template <class Real, class Bits, class V>
 HG_INLINE V exp_nonpositive(V x) {
