@@ -107,6 +107,33 @@ py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handl
   return py::make_tuple(wrap(std::get<0>(result)), wrap(std::get<1>(result)), wrap(std::get<2>(result)));
 }
 
+// The tensors that both forms of softmax_hessian start with.
+struct SoftmaxArguments {
+  at::Tensor logits, u;
+  std::optional<at::Tensor> weights;
+
+  SoftmaxArguments(py::handle logits_, py::handle u_, py::handle weights_)
+      : logits(TensorSequence::tensor("logits", logits_.ptr())), u(TensorSequence::tensor("u", u_.ptr())) {
+    if (!weights_.is_none()) weights = TensorSequence::tensor("weights", weights_.ptr());
+  }
+};
+
+py::object softmax_hessian(py::handle logits, py::handle u, double scale, py::handle weights) {
+  const SoftmaxArguments a(logits, u, weights);
+  at::Tensor out;
+  {
+    const py::gil_scoped_release release;
+    out = hg::softmax_hessian(a.logits, a.u, scale, a.weights);
+  }
+  return wrap(out);
+}
+
+void softmax_hessian_(py::handle logits, py::handle u, double scale, py::handle weights) {
+  const SoftmaxArguments a(logits, u, weights);
+  const py::gil_scoped_release release;
+  hg::softmax_hessian_(a.logits, a.u, scale, a.weights);
+}
+
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
@@ -152,4 +179,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stop"));
   m.def("glm_cg_solve", &glm_cg_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"), py::arg("scale"),
         py::arg("intercept"), py::arg("damping"), py::arg("steps"), py::arg("state"));
+  m.def("softmax_hessian", &softmax_hessian, py::arg("logits"), py::arg("u"), py::arg("scale"),
+        py::arg("weights") = py::none());
+  m.def("softmax_hessian_", &softmax_hessian_, py::arg("logits"), py::arg("u"), py::arg("scale"),
+        py::arg("weights") = py::none());
 }

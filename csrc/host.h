@@ -35,4 +35,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                                                             double scale, bool intercept, double damping, int64_t steps,
                                                             const at::Tensor& state);
 
+// Products with the Hessian of cross-entropy in the logits, scale weights p (u - <p, u>), p = softmax(logits).
+// logits: (rows, classes); u: the same, or (k, rows, classes); weights: (rows,). The second form overwrites u.
+at::Tensor softmax_hessian(const at::Tensor& logits, const at::Tensor& u, double scale,
+                           const std::optional<at::Tensor>& weights);
+void softmax_hessian_(const at::Tensor& logits, const at::Tensor& u, double scale,
+                      const std::optional<at::Tensor>& weights);
+
 }  // namespace hg

@@ -72,7 +72,7 @@ def _tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def _fake_in_place(*args: Tensor | float) -> None:
+def _fake_in_place(*args: Tensor | float | None) -> None:
     """In-place ops return nothing, whatever the shapes."""
 
 
@@ -124,4 +124,20 @@ glm_cg_solve = Op(
     native=("cpp",),
 )
 
-ALL = (neumann_step_, cg_step_, glm_hvp, glm_neumann_solve, glm_cg_solve)
+softmax_hessian = Op(
+    "softmax_hessian(Tensor logits, Tensor u, float scale, Tensor? weights=None) -> Tensor",
+    reference=reference.softmax_hessian,
+    fake=lambda logits, u, scale, weights=None: torch.empty_like(u, memory_format=torch.contiguous_format),
+    device_of=1,
+    native=("cpp",),
+)
+
+softmax_hessian_ = Op(
+    "softmax_hessian_(Tensor logits, Tensor(a!) u, float scale, Tensor? weights=None) -> ()",
+    reference=reference.softmax_hessian_,
+    fake=_fake_in_place,
+    device_of=1,
+    native=("cpp",),
+)
+
+ALL = (neumann_step_, cg_step_, glm_hvp, glm_neumann_solve, glm_cg_solve, softmax_hessian, softmax_hessian_)

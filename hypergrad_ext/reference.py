@@ -167,3 +167,25 @@ def glm_cg_solve(
         cg_step_([solution], [r], [p], [glm_hvp(x, weights, p, l2, scale, intercept)], state, damping)
         step += 1
     return solution, state, torch.tensor(step)
+
+
+def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:
+    """``scale p (u - <p, u>)`` with ``p = softmax(logits)``: cross-entropy's Hessian in the logits, times ``u``.
+
+    ``logits`` is ``(rows, classes)``; ``u`` is the same, or ``(k, rows, classes)``; ``weights``, ``(rows,)``,
+    multiplies the rows. A row whose weight is 0 is 0, whatever its logits and ``u`` are.
+
+    Returns:
+        A contiguous tensor like ``u``.
+    """
+    exact = torch.promote_types(u.dtype, torch.float32)
+    p, z = logits.to(exact).softmax(-1), u.to(exact)
+    out = scale * p * (z - (p * z).sum(-1, keepdim=True))
+    if weights is not None:
+        out = torch.where((weights == 0)[:, None], 0, weights.to(exact)[:, None] * out)
+    return out.to(u.dtype).contiguous()
+
+
+def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> None:
+    """`softmax_hessian`, written over ``u``."""
+    u.copy_(softmax_hessian(logits, u, scale, weights))

@@ -46,3 +46,17 @@ def cg_step_(
     from hypergrad_ext.kernels import cg_step
 
     cg_step.cg_step_(x, r, p, hp, state, damping)
+
+
+def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:
+    """See `hypergrad_ext.reference.softmax_hessian`."""
+    from hypergrad_ext.kernels import softmax
+
+    return softmax.softmax_hessian(logits, u, scale, weights)
+
+
+def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> None:
+    """See `hypergrad_ext.reference.softmax_hessian_`."""
+    from hypergrad_ext.kernels import softmax
+
+    softmax.softmax_hessian_(logits, u, scale, weights)

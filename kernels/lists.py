@@ -92,7 +92,7 @@ def run(kernel: triton.JITFunction, pieces: Sequence[Piece], partial: Tensor, *s
     with their row stride, then ``scalars``.
     """
     done = 0
-    with _on_device_of(partial):
+    with on_device_of(partial):
         for piece in pieces:
             rows, numel = piece[0].shape
             blocks = blocks_of(piece)
@@ -104,6 +104,6 @@ def run(kernel: triton.JITFunction, pieces: Sequence[Piece], partial: Tensor, *s
             done += blocks
 
 
-def _on_device_of(t: Tensor) -> AbstractContextManager:
-    # Triton launches on the current device, which need not be the tensors'.
+def on_device_of(t: Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be that of ``t``."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()

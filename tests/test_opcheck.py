@@ -43,12 +43,19 @@ def glm_cg_arguments(*args):
     return *arguments, 0.1, 5, torch.stack([squares, 1e-6 * squares, 0 * squares, 0 * squares], 1)
 
 
+def softmax_arguments(rows=None, state=torch.float32, product=torch.float32):
+    lead = () if rows is None else (rows,)
+    return torch.randn(5, 37).to(product), torch.randn(*lead, 5, 37).to(product), 0.3, torch.rand(5).to(state)
+
+
 ARGUMENTS = {
     "neumann_step_": neumann_arguments,
     "cg_step_": cg_arguments,
     "glm_hvp": glm_arguments,
     "glm_neumann_solve": glm_neumann_arguments,
     "glm_cg_solve": glm_cg_arguments,
+    "softmax_hessian": softmax_arguments,
+    "softmax_hessian_": softmax_arguments,
 }
 
 

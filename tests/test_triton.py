@@ -11,14 +11,15 @@ from torch import Tensor
 import hypergrad_ext as hg
 from hypergrad_ext import ops, reference
 from tests.cases import spd
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
+from tests.test_softmax import in_place, problem, truth_of
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from hypergrad_ext.kernels import lists  # noqa: E402
+from hypergrad_ext.kernels import lists, softmax  # noqa: E402
 
 CPU = torch.device("cpu")
 CUTS = [([1], [1]), ([5, 300, 7], [312]), ([312], [100, 0, 212]), ([17, 0, 1030, 3], [1047, 3])]
@@ -143,3 +144,48 @@ def test_whole_solve(solver, rows):
     solution = hg.solve(hg.DenseMatrix(a), b, solver, damping=0.1, backend="triton")
     truth = b @ torch.linalg.inv(a + 0.1 * torch.eye(13, dtype=torch.float64))
     assert_close(solution.value, truth, 1e-6)
+
+
+@pytest.fixture(params=[16, None], ids=["many-blocks", "one-block"])
+def row_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also cut rows into several blocks, as on a GPU at vocabularies."""
+    if request.param:
+        monkeypatch.setattr(softmax, "launch_parameters", lambda classes: {"BLOCK": request.param})
+
+
+@pytest.mark.usefixtures("row_block")
+@pytest.mark.parametrize("classes", [1, 3, 16, 33, 100])
+class TestSoftmaxHessian:
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("k", [None, 3])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    def test_against_reference(self, classes, dtype, k, weighted):
+        arguments = problem(5, classes, k, dtype, weighted)
+        value = ops.softmax_hessian.kernel(CPU, "triton")(*arguments)
+        by_torch = reference.softmax_hessian(*arguments)
+        if classes == 1:
+            assert (value.abs() <= 4 * torch.finfo(torch.float32).eps).all()
+        elif dtype == torch.float64:
+            assert_close(value, by_torch, 1e-13)
+        else:
+            # The interpreter cuts off the bits that bfloat16 has no room for; a GPU rounds.
+            floor = 2**-8 if dtype == torch.bfloat16 else 2e-7
+            assert_no_worse_than_torch(value, by_torch, truth_of(*arguments), floor)
+        assert torch.equal(in_place("triton", *arguments), value)
+
+    def test_masked_classes_and_ignored_rows_are_exactly_zero(self, classes):
+        logits, u, scale, _ = problem(5, classes, 2)
+        logits = logits.clone()
+        # A first block without a finite logit, and a row that holds anything.
+        logits[:, : classes - 1] = -float("inf")
+        logits[2] = float("nan")
+        weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0])
+        value = ops.softmax_hessian.kernel(CPU, "triton")(logits, u, scale, weights)
+        assert torch.equal(value, torch.zeros_like(value))
+
+    def test_extreme_logits(self, classes):
+        _, u, scale, _ = problem(5, classes)
+        logits = 1e4 * (torch.randint(3, (5, classes)) - 1.0).double()
+        value = ops.softmax_hessian.kernel(CPU, "triton")(logits, u, scale)
+        truth = truth_of(logits, u, scale)
+        assert ((value - truth).abs() <= 1e-13 * u.abs().max()).all()

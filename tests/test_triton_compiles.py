@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile; run without TRITON_INTERPRET", allow_module_level=True)
 
-from hypergrad_ext.kernels import cg_step, neumann_step  # noqa: E402
+from hypergrad_ext.kernels import cg_step, neumann_step, softmax  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -38,24 +38,51 @@ def compile_kernel(kernel, state: str, product: str):
             signature[name] = SCALARS.get(name) or ON_DEVICE.get(name) or ("i32" if "stride" in name else f"*{of_list}")
         if signature[name] != "constexpr" and name not in ("blocks", "partial", "partial_stride", "alpha", "damping"):
             aligned.append(name)
+    return compile_source(kernel, signature, {"BLOCK": 2048}, aligned, 8)
+
+
+def compile_source(kernel, signature, constants, aligned, warps):
     position = kernel.arg_names.index
     source = ASTSource(
         fn=kernel,
         signature=signature,
-        constexprs={(position("BLOCK"),): 2048},
+        constexprs={(position(name),): value for name, value in constants.items()},
         attrs={(position(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__)
-def test_compiles_without_spills(kernel, dtypes, tmp_path):
-    compiled = compile_kernel(kernel, *dtypes)
+def check(compiled, tmp_path):
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     report = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     usage = dict(part.split(":", 1) for part in report.split("Function ")[1].split() if ":" in part)
     assert usage["STACK"] == usage["LOCAL"] == "0", report
     assert int(usage["REG"]) <= REGISTERS, report
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__)
+def test_compiles_without_spills(kernel, dtypes, tmp_path):
+    compiled = compile_kernel(kernel, *dtypes)
+    check(compiled, tmp_path)
     assert ".v4.b32" in compiled.asm["ptx"] or ".v2.b64" in compiled.asm["ptx"], "no 16-byte accesses"
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 50_304])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_softmax_hessian_compiles_without_spills(dtype, weighted, classes, tmp_path):
+    parameters = softmax.launch_parameters(classes)
+    real = "fp64" if dtype == "fp64" else "fp32"
+    constants = {"WEIGHTED": weighted, "BLOCK": parameters["BLOCK"]}
+    signature = {name: "i32" for name in softmax.rows_kernel.arg_names}
+    signature |= {"logits": f"*{dtype}", "u": f"*{dtype}", "out": f"*{dtype}", "scale": "fp64"}
+    signature |= {"weights": f"*{real}" if weighted else f"*{dtype}"} | dict.fromkeys(constants, "constexpr")
+    aligned = ["logits", "u", "out", "weights"]
+    if classes % 16 == 0:
+        aligned += [name for name in signature if "stride" in name] + ["classes"]
+    compiled = compile_source(softmax.rows_kernel, signature, constants, aligned, parameters["num_warps"])
+    check(compiled, tmp_path)
+    if classes % 16 == 0:
+        assert ".v4.b32" in compiled.asm["ptx"] or ".v2.b64" in compiled.asm["ptx"], "no 16-byte accesses"

@@ -38,13 +38,12 @@ struct Simd {
 
   static HG_INLINE V load(const Real* at) { return *reinterpret_cast<const Unaligned*>(at); }
 
-  static HG_INLINE V load(const BFloat16* at) {
-    Halves halves;
-    std::memcpy(&halves, at, sizeof halves);
-    return reinterpret_cast<V>(__builtin_convertvector(halves, Words) << 16);
-  }
+  static HG_INLINE V load(const BFloat16* at) { return from_bfloat16<V>(words(at)); }
+  static HG_INLINE V load(const Float16* at) { return from_float16<V>(words(at)); }
 
   static HG_INLINE void store(Real* at, V x) { *reinterpret_cast<Unaligned*>(at) = x; }
+  static HG_INLINE void store(BFloat16* at, V x) { store_halves(at, to_bfloat16<Words>(x)); }
+  static HG_INLINE void store(Float16* at, V x) { store_halves(at, to_float16<Words>(x)); }
 
   static HG_INLINE Real sum(V x) { return sum(x, Lanes()); }
 
@@ -53,6 +52,17 @@ struct Simd {
 
  private:
   using Lanes = std::make_integer_sequence<int, width>;
+
+  static HG_INLINE Words words(const void* at) {
+    Halves halves;
+    std::memcpy(&halves, at, sizeof halves);
+    return __builtin_convertvector(halves, Words);
+  }
+
+  static HG_INLINE void store_halves(void* at, Words words) {
+    const Halves halves = __builtin_convertvector(words, Halves);
+    std::memcpy(at, &halves, sizeof halves);
+  }
 
   template <int... L>
   static HG_INLINE Real sum(V x, std::integer_sequence<int, L...>) {

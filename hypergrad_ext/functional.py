@@ -1,0 +1,128 @@
+"""Differentiable functions on top of the fused ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext import ops
+
+
+def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> Tensor:
+    r"""The Hessian of cross-entropy in the logits, times ``u``.
+
+    :math:`s\,w_i\,p_i \odot (u_i - \langle p_i, u_i\rangle)` for every row i, with the softmax :math:`p_i` of its
+    logits: the middle of every Gauss-Newton product with a classifier or language model. The
+    probabilities are computed row by row inside the kernel and never stored: memory is the logits, ``u`` and the
+    result. `hypergrad_ext.ops.softmax_hessian_` overwrites ``u``, so that not even the result is a second buffer.
+
+    Linear and symmetric in ``u``, and differentiable in it any number of times, in reverse and forward mode and
+    under ``torch.func.vmap``; not with ``is_grads_batched=True``, and under ``torch.compile`` in reverse mode only.
+
+    Args:
+        logits: ``(..., classes)``: float64, float32, bfloat16 or float16 (the last two computed in float32). A
+            class whose logit is ``-inf`` is masked: its result is 0.
+        u: Like the logits, or ``(k, ..., classes)`` for k vectors.
+        scale: Factor of all rows, 1 / tokens for a mean.
+        weights: ``(...)``, factors of single rows; a row of weight 0 (a token that the loss ignores) is not read.
+
+    Returns:
+        A tensor like ``u``.
+
+    Raises:
+        ValueError: If shapes do not go together, or ``logits`` or ``weights`` require grad: pass them detached.
+        TypeError: If ``logits`` and ``u`` are not of one floating dtype.
+
+    Example:
+        >>> from hypergrad_ext import functional
+        >>> functional.softmax_hessian(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+        tensor([[ 0.2500, -0.2500]])
+    """
+    for name, t in (("logits", logits), ("weights", weights)):
+        if t is not None and t.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor that does not require grad, since the product is differentiable in u only; "
+                f"pass {name}.detach()"
+            )
+    many = u.dim() == logits.dim() + 1
+    if logits.dim() == 0 or u.shape[many:] != logits.shape:
+        expected = f"{tuple(logits.shape)} or (k, {', '.join(map(str, logits.shape))})"
+        raise ValueError(f"u: expected shape {expected}, got {tuple(u.shape)}")
+    if u.dtype != logits.dtype:
+        raise TypeError(f"u: expected {logits.dtype} like logits, got {u.dtype}")
+    if weights is not None and weights.shape != logits.shape[:-1]:
+        raise ValueError(f"weights: expected shape {tuple(logits.shape[:-1])}, got {tuple(weights.shape)}")
+    rows = logits.shape[:-1].numel()
+    flat = logits.reshape(rows, logits.shape[-1])
+    vectors = u.reshape(u.shape[0] if many else 1, *flat.shape)
+    flat_weights = None if weights is None else weights.reshape(rows)
+    return _product(flat, vectors, scale, flat_weights).view(u.shape)
+
+
+def _product(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None) -> Tensor:
+    # torch.compile refuses a function with a jvp.
+    function = _Reverse if torch.compiler.is_compiling() else _SoftmaxHessian
+    return function.apply(logits, u, scale, weights)
+
+
+class _Reverse(torch.autograd.Function):
+    """``logits`` (rows, classes), ``u`` (k, rows, classes); linear in ``u``, and its own adjoint."""
+
+    @staticmethod
+    def forward(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None) -> Tensor:
+        return ops.softmax_hessian(_contiguous_rows(logits), _contiguous_rows(u), scale, weights)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        logits, _, ctx.scale, weights = inputs
+        ctx.save_for_backward(logits, weights)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        logits, weights = ctx.saved_tensors
+        return None, _product(logits, grad, ctx.scale, weights), None, None
+
+
+class _SoftmaxHessian(_Reverse):
+    """The same with forward mode and batching."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        _Reverse.setup_context(ctx, inputs, output)
+        logits, _, _, weights = inputs
+        ctx.save_for_forward(logits, weights)
+
+    @staticmethod
+    def jvp(ctx: Any, logits_t: Tensor | None, u_t: Tensor, scale_t: None, weights_t: Tensor | None) -> Tensor:
+        logits, weights = ctx.saved_tensors
+        return _product(logits, u_t, ctx.scale, weights)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, logits: Tensor, u: Tensor, scale: float, weights: Tensor | None) -> tuple:
+        """A batch of ``u`` is more vectors; a batch of logits is more rows."""
+        size, (logits_dim, u_dim, _, weights_dim) = info.batch_size, in_dims
+        if logits_dim is None and weights_dim is None:
+            u = u.movedim(u_dim, 0)
+            out = _product(logits, u.reshape(-1, *u.shape[2:]), scale, weights)
+            return out.view(u.shape), 0
+        logits = _batched(logits, logits_dim, 0, size)
+        u = _batched(u, u_dim, 1, size)
+        if weights is not None:
+            weights = _batched(weights, weights_dim, 0, size).flatten()
+        out = _product(logits.flatten(0, 1), u.flatten(1, 2), scale, weights)
+        return out.view(u.shape), 1
+
+
+def _contiguous_rows(t: Tensor) -> Tensor:
+    # Gradients of a sum, for one, come with a stride of 0.
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _batched(t: Tensor, dim: int | None, at: int, size: int) -> Tensor:
+    """The batch dimension ``dim`` moved to position ``at``, or made there."""
+    if dim is not None:
+        return t.movedim(dim, at)
+    t = t.unsqueeze(at)
+    return t.expand(*t.shape[:at], size, *t.shape[at + 1 :])
