@@ -107,6 +107,21 @@ py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handl
   return py::make_tuple(wrap(std::get<0>(result)), wrap(std::get<1>(result)), wrap(std::get<2>(result)));
 }
 
+py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends, py::handle deltas,
+                   py::handle probabilities, py::handle v, double scale, bool biases, double l2) {
+  const TensorSequence weight_list("weights", weights), hidden_list("hidden", hidden), slope_list("slopes", slopes);
+  const TensorSequence bend_list("bends", bends), delta_list("deltas", deltas);
+  std::optional<at::Tensor> p;
+  if (!probabilities.is_none()) p = TensorSequence::tensor("probabilities", probabilities.ptr());
+  const at::Tensor& vectors = TensorSequence::tensor("v", v.ptr());
+  at::Tensor out;
+  {
+    const py::gil_scoped_release release;
+    out = hg::mlp_hvp(weight_list, hidden_list, slope_list, bend_list, delta_list, p, vectors, scale, biases, l2);
+  }
+  return wrap(out);
+}
+
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
@@ -152,4 +167,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stop"));
   m.def("glm_cg_solve", &glm_cg_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"), py::arg("scale"),
         py::arg("intercept"), py::arg("damping"), py::arg("steps"), py::arg("state"));
+  m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
+        py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
 }

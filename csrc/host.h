@@ -35,4 +35,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                                                             double scale, bool intercept, double damping, int64_t steps,
                                                             const at::Tensor& state);
 
+// Multilayer perceptrons. weights: W of every layer, (out, in); hidden: what goes into it, (n, in); slopes: act'(a)
+// of every layer but the last, (n, out); bends: act''(a) dL/dh likewise, or empty; deltas: dL/da of every layer but
+// the first, (n, out); probabilities: (n, classes), or none for squared error; v: (k, parameters).
+at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
+                   at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
+                   double scale, bool biases, double l2);
+
 }  // namespace hg

@@ -30,4 +30,16 @@ def glm_cg_solve(
     steps: int,
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def mlp_hvp(
+    weights: _Tensors,
+    hidden: _Tensors,
+    slopes: _Tensors,
+    bends: _Tensors,
+    deltas: _Tensors,
+    probabilities: Tensor | None,
+    v: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+) -> Tensor: ...
 def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...
