@@ -108,25 +108,36 @@ struct Gemm {
       int64_t i = 0;
       for (; i + R <= g.rows; i += R) tile<R, C>(g, i, j);
       for (; i + 4 <= g.rows; i += 4) tile<4, C>(g, i, j);
+      for (; i + 2 <= g.rows; i += 2) tile<2, C>(g, i, j);
       for (; i < g.rows; ++i) tile<1, C>(g, i, j);
     }
 
     template <int R, int C>
     static HG_INLINE void tile(const Gemm& g, int64_t i, int64_t j) {
-      constexpr bool kTransposed = Finish<Real>::kTransposed;
-      V sums[R][C] = {};
+      // Unrolled by command: else the sums are zeroed and finished in memory, not in registers.
+      V sums[R][C];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[r][c] = V{};
       for (int term = 0; term < g.terms; ++term) {
         const Factors<Real>& f = g.factors[term];
+        constexpr bool kTransposed = Finish<Real>::kTransposed;
         const int64_t across = kTransposed ? 1 : f.a_stride, along = kTransposed ? f.a_stride : 1;
         const Real *a = f.a + i * across, *b = f.b + j;
         for (int64_t t = 0; t < f.depth; ++t, a += along, b += f.b_stride) {
           V row[C];
+#pragma GCC unroll 4
           for (int c = 0; c < C; ++c) row[c] = S::load(b + c * W);
+#pragma GCC unroll 8
           for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
             for (int c = 0; c < C; ++c) sums[r][c] += a[r * across] * row[c];
         }
       }
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
         for (int c = 0; c < C; ++c) g.finish.template operator()<S>(i + r, j + c * W, sums[r][c]);
     }
   };

@@ -15,6 +15,8 @@ namespace {
 
 // Tangents of a block of rows; and rows, beyond which weights gain nothing from being used once more.
 constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
+// Widest rows that are fetched ahead by hand.
+constexpr int64_t kFetchStride = 128;
 // Multiply-adds per thread below which forking threads costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 
@@ -46,7 +48,6 @@ template <class Real>
 class Product {
  public:
   explicit Product(const MlpData& data) : data_(data), layers_(data.layers) {
-    int64_t tangents = 0;
     for (const MlpLayer& layer : layers_) {
       Layout at;
       at.in = padded(layer.in), at.out = padded(layer.out);
@@ -57,13 +58,13 @@ class Product {
       at.bias = take(packed_size_, at.out);
       at.sum = take(sum_size_, layer.out * at.in);
       at.sum_bias = take(sum_size_, at.out);
-      at.tangent = take(tangents, at.out);
+      at.tangent = take(tangent_size_, at.out);
       widest_ = std::max(widest_, at.out);
       ops_ += 6 * layer.in * layer.out;
       layout_.push_back(at);
     }
-    tangent_size_ = tangents;
-    max_rows_ = std::clamp<int64_t>(kTangentBytes / (2 * tangents * static_cast<int64_t>(sizeof(Real))), 24, kMaxRows);
+    const int64_t row_bytes = 2 * tangent_size_ * sizeof(Real);
+    max_rows_ = std::clamp<int64_t>(kTangentBytes / row_bytes / 8 * 8, 24, kMaxRows);
   }
 
   int64_t size() const { return v_size_; }
@@ -82,27 +83,29 @@ class Product {
     }
   }
 
-  void run(const Real* v, Real* out) const {
-    const Buffer<Real> packed(packed_size_);
-    pack(v, packed.get());
-    const bool alone = at::in_parallel_region() || ops() < 2 * kGrainOps;
-    const int64_t threads = alone ? 1 : at::get_num_threads();
+  // H v for k vectors one after another, on so many threads.
+  void run(const Real* v, int64_t k, Real* out, int64_t threads) const {
     // As many blocks for every thread.
-    int64_t blocks = (data_.n + max_rows_ - 1) / max_rows_;
+    int64_t blocks = std::max<int64_t>(1, (data_.n + max_rows_ - 1) / max_rows_);
     blocks = (blocks + threads - 1) / threads * threads;
-    const int64_t rows = std::min(max_rows_, ((data_.n + blocks - 1) / std::max<int64_t>(1, blocks) + 7) / 8 * 8);
-    blocks = data_.n ? (data_.n + rows - 1) / rows : 0;
-    const Buffer<Real> sums(threads * sum_size_);
-    std::memset(sums.get(), 0, threads * sum_size_ * sizeof(Real));
-    at::parallel_for(0, blocks, alone ? blocks : 1, [&](int64_t first, int64_t last) {
-      Real* sum = sums.get() + (threads > 1 ? at::get_thread_num() * sum_size_ : 0);
-      const Buffer<Real> scratch(2 * rows * (tangent_size_ + widest_));
-      for (int64_t i = first; i < last; ++i)
-        add_block(v, packed.get(), i * rows, std::min(rows, data_.n - i * rows), scratch.get(), sum);
-    });
-    for (int64_t t = 1; t < threads; ++t)
-      for (int64_t j = 0; j < sum_size_; ++j) sums.get()[j] += sums.get()[t * sum_size_ + j];
-    unpack(sums.get(), v, out);
+    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + 7) / 8 * 8, 8, max_rows_);
+    blocks = (data_.n + rows - 1) / rows;
+    // In one piece, because an allocator returns large pieces to the system: it would fault them in again.
+    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_), thread_size = sum_size_ + scratch_size;
+    const Buffer<Real> memory(packed_size_ + threads * thread_size);
+    Real *packed = memory.get(), *sums = packed + packed_size_;
+    for (; k-- > 0; v += v_size_, out += v_size_) {
+      pack(v, packed);
+      for (int64_t t = 0; t < threads; ++t) std::memset(sums + t * thread_size, 0, sum_size_ * sizeof(Real));
+      at::parallel_for(0, blocks, threads > 1 ? 1 : std::max<int64_t>(1, blocks), [&](int64_t first, int64_t last) {
+        Real* sum = sums + (threads > 1 ? at::get_thread_num() * thread_size : 0);
+        for (int64_t i = first; i < last; ++i)
+          add_block(v, packed, i * rows, std::min(rows, data_.n - i * rows), sum + sum_size_, sum);
+      });
+      for (int64_t t = 1; t < threads; ++t)
+        for (int64_t j = 0; j < sum_size_; ++j) sums[j] += sums[t * thread_size + j];
+      unpack(sums, v, out);
+    }
   }
 
  private:
@@ -159,6 +162,9 @@ class Product {
       Factors<Real> by_w{};
       if (l > 0) by_w = {tangents + rows * layout_[l - 1].tangent, at.in, transposed_[l - 1], at.out, layer.in};
       const int terms = l > 0 ? 2 : 1;
+      if (l < last)
+        for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
+          fetch(*m, begin, rows);
       if (l == last) {
         Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out}});
       } else {
@@ -182,6 +188,7 @@ class Product {
         break;
       }
       const MlpLayer& before = layers_[l - 1];
+      for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
       const Real* tangent = tangents + rows * layout_[l - 1].tangent;
       const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, at.in, rows};
       Gemm<Real, Accumulate>::run({{of_delta, of_tangent}, 2, layer.out, at.in, {sum + at.sum, at.in}});
@@ -196,6 +203,14 @@ class Product {
            {real(before.slope, begin), before.bend.data ? curved + rows * layout_[l - 1].tangent : nullptr,
             before.slope.stride, at.in, next_delta, at.in}});
     }
+  }
+
+  // Sends for the rows of a block ahead of their use: layers are too short for the hardware to see where it goes.
+  static void fetch(const Rows& m, int64_t begin, int64_t rows) {
+    if (!m.data || m.stride > kFetchStride) return;
+    const char* at = static_cast<const char*>(m.data) + begin * m.stride * sizeof(Real);
+    for (const char* end = at + rows * m.stride * sizeof(Real); at < end; at += kMlpPadding)
+      __builtin_prefetch(at, 0, 2);
   }
 
   // R(dL/dz) from Rz, in place: p (Rz - <p, Rz>) scale, or Rz scale.
@@ -223,12 +238,15 @@ template <class Real>
 void run(const MlpData& data, const Real* v, int64_t k, Real* out) {
   Product<Real> product(data);
   product.pack_weights();
-  const int64_t size = product.size();
+  const int64_t size = product.size(), ops = product.ops();
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   // With vectors enough for all threads each does whole products, and there is nothing to add up.
-  const bool split = k >= 2 * at::get_num_threads() && product.ops() * k > kGrainOps;
-  at::parallel_for(0, k, split ? 1 : std::max<int64_t>(1, k), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) product.run(v + i * size, out + i * size);
-  });
+  if (threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps)
+    at::parallel_for(0, k, 1, [&](int64_t first, int64_t last) {
+      product.run(v + first * size, last - first, out + first * size, 1);
+    });
+  else
+    product.run(v, k, out, ops >= 2 * kGrainOps ? threads : 1);
 }
 
 }  // namespace

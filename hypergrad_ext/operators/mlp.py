@@ -112,12 +112,44 @@ class MLPHessian(LinearOperator):
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``: one pass forward and one back."""
-        return [t[0] for t in self.matmat([t[None] for t in v])]
+        flat = torch.cat([t.reshape(-1) for t in v])
+        return self.space.views(ops.mlp_hvp(*self._model(flat[None]))[0])
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` for k vectors in one call."""
         flat = torch.cat([t.reshape(t.shape[0], -1) for t in v], dim=1)
         return self.space.views(ops.mlp_hvp(*self._model(flat)))
+
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole series on flat vectors: cutting them up costs more than a small network's product."""
+        if b.device.type != "cpu":  # every step reads its stats, which on a GPU would wait for it
+            return None
+        product, step_ = ops.mlp_hvp.kernel(b.device, backend), ops.neumann_step_.kernel(b.device, backend)
+        v, p = b.clone(), b.clone()
+        history = stop.new_full((steps, len(b), 2), -1.0)
+        limits = stop.tolist()
+        for stats in history:
+            step_([v], [p], [product(*self._model(v))], stats, alpha, damping)
+            squares = stats[:, 0].tolist()
+            if not any(limit < square < math.inf for square, limit in zip(squares, limits, strict=True)):
+                break
+        return p.mul_(alpha), history
+
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The whole solve on flat vectors, likewise."""
+        if b.device.type != "cpu":
+            return None
+        product, step_ = ops.mlp_hvp.kernel(b.device, backend), ops.cg_step_.kernel(b.device, backend)
+        x, r, p, state = torch.zeros_like(b), b.clone(), b.clone(), state.clone()
+        step = 0
+        while step < steps and 0.0 in state[:, 3].tolist():
+            step_([x], [r], [p], [product(*self._model(p))], state, damping)
+            step += 1
+        return x, state, torch.tensor(step)
 
     def _model(
         self, v: Tensor
