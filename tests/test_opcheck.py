@@ -43,12 +43,21 @@ def glm_cg_arguments(*args):
     return *arguments, 0.1, 5, torch.stack([squares, 1e-6 * squares, 0 * squares, 0 * squares], 1)
 
 
+def mlp_arguments(rows=None, state=torch.float32, product=torch.float32):
+    sizes, n = [6, 5, 4, 3], 20
+    weights = [torch.randn(o, i, dtype=state) for i, o in zip(sizes, sizes[1:], strict=False)]
+    hidden, slopes, bends = ([torch.rand(n, size, dtype=state) for size in s] for s in (sizes[:3], [5, 4], [5, 4]))
+    deltas, v = [torch.randn(n, size, dtype=state) for size in (4, 3)], torch.randn(rows or 1, 74, dtype=state)
+    return weights, hidden, slopes, bends, deltas, torch.randn(n, 3).to(state).softmax(1), v, 0.05, True, 0.1
+
+
 ARGUMENTS = {
     "neumann_step_": neumann_arguments,
     "cg_step_": cg_arguments,
     "glm_hvp": glm_arguments,
     "glm_neumann_solve": glm_neumann_arguments,
     "glm_cg_solve": glm_cg_arguments,
+    "mlp_hvp": mlp_arguments,
 }
 
 
