@@ -118,6 +118,14 @@ class TestProduct:
         transposed = [[t.T.contiguous().T for t in x] if isinstance(x, list) else x for x in arguments]
         assert_close(ops.mlp_hvp.kernels["cpp"](*transposed), truth, 1e-13)
 
+    def test_no_rows_leave_the_penalty(self, backend):
+        _, operator, _ = problem((5, 7, 3), 4, biases=False)
+        arguments = operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64))
+        weights, *saved, probabilities, v, scale, biases, _ = arguments
+        empty = [[t[:0] for t in x] for x in saved]
+        value = ops.mlp_hvp.kernel(CPU, backend)(weights, *empty, probabilities[:0], v, scale, biases, 0.25)
+        assert_close(value, 0.5 * v, 1e-15)
+
     @pytest.mark.parametrize("k", [1, 5])
     def test_threads_change_nothing_but_rounding(self, k):
         _, operator, _ = problem((60, 70, 80, 9), 300)

@@ -4,36 +4,21 @@
 
 #include <cstring>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "../mlp.h"
+#include "buffer.h"
 #include "mlp_gemm.h"
 
 namespace hg::cpu {
 namespace {
 
-// Tangents of a block of rows; and rows, beyond which weights gain nothing from being used once more.
+// Tangents of a block of rows, and rows at the most: more would gain nothing.
 constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
 // Widest rows that are fetched ahead by hand.
 constexpr int64_t kFetchStride = 128;
 // Multiply-adds per thread below which forking threads costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
-
-// Uninitialised memory at a cache line.
-template <class Real>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : data_(static_cast<Real*>(::operator new(size * sizeof(Real), kLine))) {}
-  Real* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kLine{kMlpPadding};
-  struct Free {
-    void operator()(Real* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<Real, Free> data_;
-};
 
 // Where a layer's parts are in v, in the packed copy of v and in the padded sum of H v.
 struct Layout {
