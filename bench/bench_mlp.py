@@ -140,7 +140,7 @@ def test_mlp_hvp(problem, k, threads, benchmark, report, quick):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        seconds = interleave(variants, 5 if quick or k > 1 else 25, warmup=1)
+        seconds = interleave(variants, 3 if quick else 7 if k > 1 else 25, warmup=1)
         benchmark.pedantic(variants["fused"], rounds=3)
     finally:
         torch.set_num_threads(before)

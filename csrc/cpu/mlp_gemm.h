@@ -168,9 +168,17 @@ struct Transpose {
           if (i + W <= m.rows && j + W <= m.columns)
             whole(m, i, j, std::make_integer_sequence<int, W>());
           else
-            for (int64_t c = j; c < std::min<int64_t>(j + W, m.columns); ++c)
-              for (int64_t r = i; r < i + W; ++r)
-                m.out[c * m.out_stride + r] = r < m.rows ? m.in[r * m.in_stride + c] : Real(0);
+            part(m, i, j);
+    }
+
+    static HG_INLINE void part(const Transpose& m, int64_t i, int64_t j) {
+      const int64_t filled = std::min<int64_t>(i + W, m.rows), last = std::min<int64_t>(j + W, m.columns);
+      for (int64_t c = j; c < last; ++c) {
+        Real* out = m.out + c * m.out_stride;
+        int64_t r = i;
+        for (; r < filled; ++r) out[r] = m.in[r * m.in_stride + c];
+        for (; r < i + W; ++r) out[r] = 0;
+      }
     }
 
     // Swaps off-diagonal quarters of ever larger blocks, all in registers.
