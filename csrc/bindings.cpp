@@ -134,6 +134,21 @@ void softmax_hessian_(py::handle logits, py::handle u, double scale, py::handle 
   hg::softmax_hessian_(a.logits, a.u, scale, a.weights);
 }
 
+py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends, py::handle deltas,
+                   py::handle probabilities, py::handle v, double scale, bool biases, double l2) {
+  const TensorSequence weight_list("weights", weights), hidden_list("hidden", hidden), slope_list("slopes", slopes);
+  const TensorSequence bend_list("bends", bends), delta_list("deltas", deltas);
+  std::optional<at::Tensor> p;
+  if (!probabilities.is_none()) p = TensorSequence::tensor("probabilities", probabilities.ptr());
+  const at::Tensor& vectors = TensorSequence::tensor("v", v.ptr());
+  at::Tensor out;
+  {
+    const py::gil_scoped_release release;
+    out = hg::mlp_hvp(weight_list, hidden_list, slope_list, bend_list, delta_list, p, vectors, scale, biases, l2);
+  }
+  return wrap(out);
+}
+
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
@@ -183,4 +198,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("weights") = py::none());
   m.def("softmax_hessian_", &softmax_hessian_, py::arg("logits"), py::arg("u"), py::arg("scale"),
         py::arg("weights") = py::none());
+  m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
+        py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
 }

@@ -42,4 +42,11 @@ at::Tensor softmax_hessian(const at::Tensor& logits, const at::Tensor& u, double
 void softmax_hessian_(const at::Tensor& logits, const at::Tensor& u, double scale,
                       const std::optional<at::Tensor>& weights);
 
+// Multilayer perceptrons. weights: W of every layer, (out, in); hidden: what goes into it, (n, in); slopes: act'(a)
+// of every layer but the last, (n, out); bends: act''(a) dL/dh likewise, or empty; deltas: dL/da of every layer but
+// the first, (n, out); probabilities: (n, classes), or none for squared error; v: (k, parameters).
+at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
+                   at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
+                   double scale, bool biases, double l2);
+
 }  // namespace hg

@@ -30,6 +30,18 @@ def glm_cg_solve(
     steps: int,
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def mlp_hvp(
+    weights: _Tensors,
+    hidden: _Tensors,
+    slopes: _Tensors,
+    bends: _Tensors,
+    deltas: _Tensors,
+    probabilities: Tensor | None,
+    v: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+) -> Tensor: ...
 def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor: ...
 def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> None: ...

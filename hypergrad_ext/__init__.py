@@ -15,6 +15,7 @@ from hypergrad_ext.operators import DenseMatrix as DenseMatrix
 from hypergrad_ext.operators import GLMHessian as GLMHessian
 from hypergrad_ext.operators import Hessian as Hessian
 from hypergrad_ext.operators import LinearOperator as LinearOperator
+from hypergrad_ext.operators import MLPHessian as MLPHessian
 from hypergrad_ext.solution import Solution as Solution
 from hypergrad_ext.solution import SolveError as SolveError
 from hypergrad_ext.solution import SolveWarning as SolveWarning
@@ -43,6 +44,7 @@ __all__ = [
     "GLMHessian",
     "Hessian",
     "LinearOperator",
+    "MLPHessian",
     # Solvers: how H^{-1} b is found
     "CG",
     "Direct",

@@ -140,4 +140,22 @@ softmax_hessian_ = Op(
     native=("cpp",),
 )
 
-ALL = (neumann_step_, cg_step_, glm_hvp, glm_neumann_solve, glm_cg_solve, softmax_hessian, softmax_hessian_)
+mlp_hvp = Op(
+    "mlp_hvp(Tensor[] weights, Tensor[] hidden, Tensor[] slopes, Tensor[] bends, Tensor[] deltas,"
+    " Tensor? probabilities, Tensor v, float scale, bool biases, float l2) -> Tensor",
+    reference=reference.mlp_hvp,
+    fake=lambda weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2: torch.empty_like(v),
+    device_of=6,
+    native=("cpp",),
+)
+
+ALL = (
+    neumann_step_,
+    cg_step_,
+    glm_hvp,
+    glm_neumann_solve,
+    glm_cg_solve,
+    softmax_hessian,
+    softmax_hessian_,
+    mlp_hvp,
+)

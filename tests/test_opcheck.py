@@ -48,6 +48,14 @@ def softmax_arguments(rows=None, state=torch.float32, product=torch.float32):
     return torch.randn(5, 37).to(product), torch.randn(*lead, 5, 37).to(product), 0.3, torch.rand(5).to(state)
 
 
+def mlp_arguments(rows=None, state=torch.float32, product=torch.float32):
+    sizes, n = [6, 5, 4, 3], 20
+    weights = [torch.randn(o, i, dtype=state) for i, o in zip(sizes, sizes[1:], strict=False)]
+    hidden, slopes, bends = ([torch.rand(n, size, dtype=state) for size in s] for s in (sizes[:3], [5, 4], [5, 4]))
+    deltas, v = [torch.randn(n, size, dtype=state) for size in (4, 3)], torch.randn(rows or 1, 74, dtype=state)
+    return weights, hidden, slopes, bends, deltas, torch.randn(n, 3).to(state).softmax(1), v, 0.05, True, 0.1
+
+
 ARGUMENTS = {
     "neumann_step_": neumann_arguments,
     "cg_step_": cg_arguments,
@@ -56,6 +64,7 @@ ARGUMENTS = {
     "glm_cg_solve": glm_cg_arguments,
     "softmax_hessian": softmax_arguments,
     "softmax_hessian_": softmax_arguments,
+    "mlp_hvp": mlp_arguments,
 }
 
 

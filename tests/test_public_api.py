@@ -17,6 +17,7 @@ NAMES = [
     "Hessian",
     "Identity",
     "LinearOperator",
+    "MLPHessian",
     "Neumann",
     "Solution",
     "SolveError",

@@ -1,9 +1,12 @@
 // Work shared with torch's inter-op threads, without a barrier: the caller takes tasks like everybody
 // else, and in the end waits only for tasks that others have begun. A helper that the operating system
-// does not run in time, or that is gone after a fork, costs nothing; in an OpenMP region all would wait for it.
+// does not run in time costs nothing; in an OpenMP region all would wait for it.
 #pragma once
 
 #include <ATen/Parallel.h>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -12,6 +15,12 @@
 #include <thread>
 
 namespace hg::cpu {
+
+// A forked child has none of its parent's threads, and perhaps a lock that one of them held: it works alone.
+inline std::atomic<bool> in_forked_child{false};
+#if defined(__unix__) || defined(__APPLE__)
+inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+#endif
 
 // Threads that are worth waking for so many units of work, of which one thread should have at least `grain`.
 inline int64_t threads_for(int64_t units, int64_t grain) {
@@ -22,7 +31,7 @@ inline int64_t threads_for(int64_t units, int64_t grain) {
 template <class F>
 void share(int64_t tasks, int64_t threads, const F& f) {
   threads = std::min(threads, tasks);
-  if (threads <= 1 || at::in_parallel_region()) {
+  if (threads <= 1 || at::in_parallel_region() || in_forked_child) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }

@@ -1,0 +1,240 @@
+// The matrix products of a multilayer perceptron on blocks that fit the cache: register tiles that end
+// in what the network does with the product. All widths are padded to whole vectors.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace hg::cpu {
+
+// A term of a product: element (i, j) is the sum over t < depth of a(i, t) b[t * b_stride + j].
+template <class Real>
+struct Factors {
+  const Real* a;  // (i, t) at i * a_stride + t, or, transposed, at t * a_stride + i
+  int64_t a_stride;
+  const Real* b;
+  int64_t b_stride, depth;
+};
+
+// Ra = product + bias; Rh = act'(a) Ra, and what the way back needs, act''(a) dL/dh Ra.
+template <class Real>
+struct ThroughActivation {
+  static constexpr bool kTransposed = false;
+  const Real *bias, *slope, *bend;
+  int64_t slope_stride, bend_stride;
+  Real *tangent, *curved;
+  int64_t stride;
+
+  template <class S>
+  HG_INLINE void operator()(int64_t i, int64_t j, typename S::V sum) const {
+    sum += S::load(bias + j);
+    S::store(tangent + i * stride + j, S::load(slope + i * slope_stride + j) * sum);
+    if (bend) S::store(curved + i * stride + j, S::load(bend + i * bend_stride + j) * sum);
+  }
+};
+
+// Ra of the last layer.
+template <class Real>
+struct PlusBias {
+  static constexpr bool kTransposed = false;
+  const Real* bias;
+  Real* out;
+  int64_t stride;
+
+  template <class S>
+  HG_INLINE void operator()(int64_t i, int64_t j, typename S::V sum) const {
+    S::store(out + i * stride + j, sum + S::load(bias + j));
+  }
+};
+
+// R(dL/da) = act'(a) product + act''(a) dL/dh Ra.
+template <class Real>
+struct BackThroughActivation {
+  static constexpr bool kTransposed = false;
+  const Real *slope, *curved;
+  int64_t slope_stride, curved_stride;
+  Real* out;
+  int64_t stride;
+
+  template <class S>
+  HG_INLINE void operator()(int64_t i, int64_t j, typename S::V sum) const {
+    sum *= S::load(slope + i * slope_stride + j);
+    if (curved) sum += S::load(curved + i * curved_stride + j);
+    S::store(out + i * stride + j, sum);
+  }
+};
+
+// The weights' part of H v, summed over blocks of the batch.
+template <class Real>
+struct Accumulate {
+  static constexpr bool kTransposed = true;
+  Real* out;
+  int64_t stride;
+
+  template <class S>
+  HG_INLINE void operator()(int64_t i, int64_t j, typename S::V sum) const {
+    Real* at = out + i * stride + j;
+    S::store(at, S::load(at) + sum);
+  }
+};
+
+template <class Real, template <class> class Finish>
+struct Gemm {
+  Factors<Real> factors[2];
+  int terms;
+  int64_t rows, columns;  // columns: a multiple of the padding
+  Finish<Real> finish;
+
+  template <class Tiles>
+  struct Body {
+    using S = Simd<Real, Tiles::bytes>;
+    using V = typename S::V;
+    static constexpr int W = S::width;
+
+    static HG_INLINE void run(const Gemm& g) {
+      // Tiles that fill the register file: 32 vectors with AVX-512, else 16.
+      constexpr bool kLarge = Tiles::bytes == 64;
+      int64_t j = 0;
+      if constexpr (kLarge)
+        for (; j + 4 * W <= g.columns; j += 4 * W) strip<6, 4>(g, j);
+      for (; j + 2 * W <= g.columns; j += 2 * W) strip<kLarge ? 8 : 5, 2>(g, j);
+      for (; j < g.columns; j += W) strip<8, 1>(g, j);
+    }
+
+    template <int R, int C>
+    static HG_INLINE void strip(const Gemm& g, int64_t j) {
+      int64_t i = 0;
+      for (; i + R <= g.rows; i += R) tile<R, C>(g, i, j);
+      for (; i + 4 <= g.rows; i += 4) tile<4, C>(g, i, j);
+      for (; i + 2 <= g.rows; i += 2) tile<2, C>(g, i, j);
+      for (; i < g.rows; ++i) tile<1, C>(g, i, j);
+    }
+
+    template <int R, int C>
+    static HG_INLINE void tile(const Gemm& g, int64_t i, int64_t j) {
+      // Unrolled by command: else the sums are zeroed and finished in memory, not in registers.
+      V sums[R][C];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) sums[r][c] = V{};
+      for (int term = 0; term < g.terms; ++term) {
+        const Factors<Real>& f = g.factors[term];
+        constexpr bool kTransposed = Finish<Real>::kTransposed;
+        const int64_t across = kTransposed ? 1 : f.a_stride, along = kTransposed ? f.a_stride : 1;
+        const Real *a = f.a + i * across, *b = f.b + j;
+        for (int64_t t = 0; t < f.depth; ++t, a += along, b += f.b_stride) {
+          V row[C];
+#pragma GCC unroll 4
+          for (int c = 0; c < C; ++c) row[c] = S::load(b + c * W);
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c) sums[r][c] += a[r * across] * row[c];
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) g.finish.template operator()<S>(i + r, j + c * W, sums[r][c]);
+    }
+  };
+
+  static void run(const Gemm& g) {
+    static const auto function = ForTiles<Body, const Gemm&>::get();
+    function(g);
+  }
+};
+
+// out[j * out_stride + i] = in[i * in_stride + j], with zeros for i up to the padding.
+template <class Real>
+struct Transpose {
+  const Real* in;
+  int64_t in_stride, rows, columns;
+  Real* out;
+  int64_t out_stride;
+
+  template <class Tiles>
+  struct Body {
+    using S = Simd<Real, Tiles::bytes>;
+    using V = typename S::V;
+    static constexpr int W = S::width;
+
+    static HG_INLINE void run(const Transpose& m) {
+      for (int64_t j = 0; j < m.columns; j += W)
+        for (int64_t i = 0; i < m.out_stride; i += W)
+          if (i + W <= m.rows && j + W <= m.columns)
+            whole(m, i, j, std::make_integer_sequence<int, W>());
+          else
+            part(m, i, j);
+    }
+
+    static HG_INLINE void part(const Transpose& m, int64_t i, int64_t j) {
+      const int64_t filled = std::min<int64_t>(i + W, m.rows), last = std::min<int64_t>(j + W, m.columns);
+      for (int64_t c = j; c < last; ++c) {
+        Real* out = m.out + c * m.out_stride;
+        int64_t r = i;
+        for (; r < filled; ++r) out[r] = m.in[r * m.in_stride + c];
+        for (; r < i + W; ++r) out[r] = 0;
+      }
+    }
+
+    // Swaps off-diagonal quarters of ever larger blocks, all in registers.
+    template <int... L>
+    static HG_INLINE void whole(const Transpose& m, int64_t i, int64_t j, std::integer_sequence<int, L...> lanes) {
+      V x[W];
+      for (int r = 0; r < W; ++r) x[r] = S::load(m.in + (i + r) * m.in_stride + j);
+      swap<1>(x, lanes), swap<2>(x, lanes), swap<4>(x, lanes), swap<8>(x, lanes);
+      for (int c = 0; c < W; ++c) S::store(m.out + (j + c) * m.out_stride + i, x[c]);
+    }
+
+    template <int Step, int... L>
+    static HG_INLINE void swap(V (&x)[W], std::integer_sequence<int, L...>) {
+      if constexpr (Step < W)
+        for (int r = 0; r < W; ++r) {
+          if (r & Step) continue;
+          const V a = x[r], b = x[r + Step];
+          x[r] = __builtin_shufflevector(a, b, (L & Step ? W + L - Step : L)...);
+          x[r + Step] = __builtin_shufflevector(a, b, (L & Step ? W + L : L + Step)...);
+        }
+    }
+  };
+
+  static void run(const Transpose& m) {
+    static const auto function = ForTiles<Body, const Transpose&>::get();
+    function(m);
+  }
+};
+
+// out[j] += the sum of column j.
+template <class Real>
+struct ColumnSums {
+  const Real* in;
+  int64_t stride, rows, columns;
+  Real* out;
+
+  template <class Tiles>
+  struct Body {
+    using S = Simd<Real, Tiles::bytes>;
+
+    static HG_INLINE void run(const ColumnSums& m) {
+      for (int64_t j = 0; j < m.columns; j += S::width) {
+        typename S::V sums[4] = {};
+        int64_t i = 0;
+        for (; i + 4 <= m.rows; i += 4)
+          for (int u = 0; u < 4; ++u) sums[u] += S::load(m.in + (i + u) * m.stride + j);
+        for (; i < m.rows; ++i) sums[0] += S::load(m.in + i * m.stride + j);
+        S::store(m.out + j, S::load(m.out + j) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      }
+    }
+  };
+
+  static void run(const ColumnSums& m) {
+    static const auto function = ForTiles<Body, const ColumnSums&>::get();
+    function(m);
+  }
+};
+
+}  // namespace hg::cpu

@@ -1,0 +1,246 @@
+// Hessian-vector products of multilayer perceptrons on the CPU: a block of the batch goes forward and
+// back through all layers while its tangents are in L2.
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../mlp.h"
+#include "buffer.h"
+#include "mlp_gemm.h"
+#include "share.h"
+
+namespace hg::cpu {
+namespace {
+
+// Tangents of a block of rows, and rows at the most: more would gain nothing.
+constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
+// Widest rows that are fetched ahead by hand.
+constexpr int64_t kFetchStride = 128;
+// Multiply-adds per thread below which waking another thread costs more than it saves.
+constexpr int64_t kGrainOps = 1 << 20;
+
+// Where a layer's parts are in v, in the packed copy of v and in the padded sum of H v.
+struct Layout {
+  int64_t in, out;  // padded
+  int64_t v_weight, v_bias;
+  int64_t transposed, rows, bias;  // in the packed copy; rows is -1 where v itself will do
+  int64_t sum, sum_bias;
+  int64_t tangent;  // row elements before this layer's, in a block's tangents
+};
+
+template <class Real>
+class Product {
+ public:
+  explicit Product(const MlpData& data) : data_(data), layers_(data.layers) {
+    for (const MlpLayer& layer : layers_) {
+      Layout at;
+      at.in = padded(layer.in), at.out = padded(layer.out);
+      at.v_weight = take(v_size_, layer.in * layer.out);
+      at.v_bias = take(v_size_, data.biases ? layer.out : 0);
+      at.transposed = take(packed_size_, layer.in * at.out);
+      at.rows = at.in == layer.in ? -1 : take(packed_size_, layer.out * at.in);
+      at.bias = take(packed_size_, at.out);
+      at.sum = take(sum_size_, layer.out * at.in);
+      at.sum_bias = take(sum_size_, at.out);
+      at.tangent = take(tangent_size_, at.out);
+      widest_ = std::max(widest_, at.out);
+      ops_ += 6 * layer.in * layer.out;
+      layout_.push_back(at);
+    }
+    const int64_t row_bytes = 2 * tangent_size_ * sizeof(Real);
+    max_rows_ = std::clamp<int64_t>(kTangentBytes / row_bytes / 8 * 8, 24, kMaxRows);
+  }
+
+  int64_t size() const { return v_size_; }
+  int64_t ops() const { return ops_ * data_.n; }
+
+  // W^T of every layer but the first, whose input has no tangent.
+  void pack_weights() {
+    int64_t size = 0;
+    for (size_t l = 1; l < layers_.size(); ++l) size += layers_[l].in * layout_[l].out;
+    weights_ = std::make_unique<Buffer<Real>>(size);
+    Real* out = weights_->get();
+    for (size_t l = 1; l < layers_.size(); out += layers_[l].in * layout_[l].out, ++l) {
+      const MlpLayer& layer = layers_[l];
+      Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, out, layout_[l].out});
+      transposed_.push_back(out);
+    }
+  }
+
+  // H v for k vectors one after another, on so many threads.
+  void run(const Real* v, int64_t k, Real* out, int64_t threads) const {
+    // As many blocks for every thread.
+    int64_t blocks = std::max<int64_t>(1, (data_.n + max_rows_ - 1) / max_rows_);
+    blocks = (blocks + threads - 1) / threads * threads;
+    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + 7) / 8 * 8, 8, max_rows_);
+    blocks = (data_.n + rows - 1) / rows;
+    // In one piece, because an allocator returns large pieces to the system: it would fault them in again.
+    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_), thread_size = sum_size_ + scratch_size;
+    const Buffer<Real> memory(packed_size_ + threads * thread_size);
+    Real *packed = memory.get(), *sums = packed + packed_size_;
+    for (; k-- > 0; v += v_size_, out += v_size_) {
+      pack(v, packed);
+      for (int64_t t = 0; t < threads; ++t) std::memset(sums + t * thread_size, 0, sum_size_ * sizeof(Real));
+      share(threads, threads, [&](int64_t t) {
+        Real* sum = sums + t * thread_size;
+        for (int64_t i = t * blocks / threads; i < (t + 1) * blocks / threads; ++i)
+          add_block(v, packed, i * rows, std::min(rows, data_.n - i * rows), sum + sum_size_, sum);
+      });
+      for (int64_t t = 1; t < threads; ++t)
+        for (int64_t j = 0; j < sum_size_; ++j) sums[j] += sums[t * thread_size + j];
+      unpack(sums, v, out);
+    }
+  }
+
+ private:
+  static int64_t padded(int64_t size) {
+    constexpr int64_t kUnit = kMlpPadding / sizeof(Real);
+    return (size + kUnit - 1) / kUnit * kUnit;
+  }
+  static int64_t take(int64_t& total, int64_t size) { return (total += size) - size; }
+  static const Real* real(const Rows& m, int64_t row = 0) {
+    return m.data ? static_cast<const Real*>(m.data) + row * m.stride : nullptr;
+  }
+
+  // V^T for the way forward; V with padded rows for the way back; padded biases.
+  void pack(const Real* v, Real* packed) const {
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const MlpLayer& layer = layers_[l];
+      const Layout& at = layout_[l];
+      const Real* weight = v + at.v_weight;
+      Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed, at.out});
+      if (at.rows >= 0 && l > 0)
+        for (int64_t o = 0; o < layer.out; ++o) {
+          Real* row = packed + at.rows + o * at.in;
+          std::memcpy(row, weight + o * layer.in, layer.in * sizeof(Real));
+          std::memset(row + layer.in, 0, (at.in - layer.in) * sizeof(Real));
+        }
+      std::memset(packed + at.bias, 0, at.out * sizeof(Real));
+      if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
+    }
+  }
+
+  void unpack(const Real* sum, const Real* v, Real* out) const {
+    const Real l2 = static_cast<Real>(2 * data_.l2);
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      const MlpLayer& layer = layers_[l];
+      const Layout& at = layout_[l];
+      for (int64_t o = 0; o < layer.out; ++o) {
+        const int64_t row = at.v_weight + o * layer.in;
+        for (int64_t i = 0; i < layer.in; ++i) out[row + i] = sum[at.sum + o * at.in + i] + l2 * v[row + i];
+      }
+      if (data_.biases) std::memcpy(out + at.v_bias, sum + at.sum_bias, layer.out * sizeof(Real));
+    }
+  }
+
+  // Adds the part of H v that rows [begin, begin + rows) of the batch contribute.
+  void add_block(const Real* v, const Real* packed, int64_t begin, int64_t rows, Real* scratch, Real* sum) const {
+    Real *tangents = scratch, *curved = tangents + rows * tangent_size_;
+    Real *delta = curved + rows * tangent_size_, *next_delta = delta + rows * widest_;
+    const size_t last = layers_.size() - 1;
+    for (size_t l = 0; l <= last; ++l) {
+      const MlpLayer& layer = layers_[l];
+      const Layout& at = layout_[l];
+      const Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, packed + at.transposed, at.out,
+                               layer.in};
+      Factors<Real> by_w{};
+      if (l > 0) by_w = {tangents + rows * layout_[l - 1].tangent, at.in, transposed_[l - 1], at.out, layer.in};
+      const int terms = l > 0 ? 2 : 1;
+      if (l < last)
+        for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
+          fetch(*m, begin, rows);
+      if (l == last) {
+        Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out}});
+      } else {
+        Gemm<Real, ThroughActivation>::run(
+            {{by_v, by_w},
+             terms,
+             rows,
+             at.out,
+             {packed + at.bias, real(layer.slope, begin), real(layer.bend, begin), layer.slope.stride,
+              layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out}});
+      }
+    }
+    differentiate_loss(delta, begin, rows);
+    for (size_t l = last + 1; l-- > 0; std::swap(delta, next_delta)) {
+      const MlpLayer& layer = layers_[l];
+      const Layout& at = layout_[l];
+      const Factors<Real> of_delta{delta, at.out, real(layer.hidden, begin), layer.hidden.stride, rows};
+      if (data_.biases) ColumnSums<Real>::run({delta, at.out, rows, at.out, sum + at.sum_bias});
+      if (l == 0) {
+        Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, at.in, {sum + at.sum, at.in}});
+        break;
+      }
+      const MlpLayer& before = layers_[l - 1];
+      for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
+      const Real* tangent = tangents + rows * layout_[l - 1].tangent;
+      const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, at.in, rows};
+      Gemm<Real, Accumulate>::run({{of_delta, of_tangent}, 2, layer.out, at.in, {sum + at.sum, at.in}});
+      const Factors<Real> by_w{delta, at.out, real(layer.weight), layer.weight.stride, layer.out};
+      const Factors<Real> by_v{real(layer.delta, begin), layer.delta.stride,
+                               at.rows < 0 ? v + at.v_weight : packed + at.rows, at.in, layer.out};
+      Gemm<Real, BackThroughActivation>::run(
+          {{by_w, by_v},
+           2,
+           rows,
+           at.in,
+           {real(before.slope, begin), before.bend.data ? curved + rows * layout_[l - 1].tangent : nullptr,
+            before.slope.stride, at.in, next_delta, at.in}});
+    }
+  }
+
+  // Sends for the rows of a block ahead of their use: layers are too short for the hardware to see where it goes.
+  static void fetch(const Rows& m, int64_t begin, int64_t rows) {
+    if (!m.data || m.stride > kFetchStride) return;
+    const char* at = static_cast<const char*>(m.data) + begin * m.stride * sizeof(Real);
+    for (const char* end = at + rows * m.stride * sizeof(Real); at < end; at += kMlpPadding)
+      __builtin_prefetch(at, 0, 2);
+  }
+
+  // R(dL/dz) from Rz, in place: p (Rz - <p, Rz>) scale, or Rz scale.
+  void differentiate_loss(Real* z, int64_t begin, int64_t rows) const {
+    const int64_t classes = layers_.back().out, stride = layout_.back().out;
+    const Real scale = static_cast<Real>(data_.scale);
+    for (int64_t r = 0; r < rows; ++r, z += stride) {
+      const Real* p = real(data_.probabilities, begin + r);
+      Real mean = 0;
+      if (p)
+        for (int64_t c = 0; c < classes; ++c) mean += p[c] * z[c];
+      for (int64_t c = 0; c < classes; ++c) z[c] = scale * (p ? p[c] * (z[c] - mean) : z[c]);
+    }
+  }
+
+  const MlpData& data_;
+  const std::vector<MlpLayer>& layers_;
+  std::vector<Layout> layout_;
+  int64_t v_size_ = 0, packed_size_ = 0, sum_size_ = 0, tangent_size_ = 0, widest_ = 0, max_rows_ = 0, ops_ = 0;
+  std::unique_ptr<Buffer<Real>> weights_;
+  std::vector<const Real*> transposed_;
+};
+
+template <class Real>
+void run(const MlpData& data, const Real* v, int64_t k, Real* out) {
+  Product<Real> product(data);
+  product.pack_weights();
+  const int64_t size = product.size(), ops = product.ops();
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  // With vectors enough for all threads each does whole products, and there is nothing to add up.
+  if (threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps)
+    share(threads, threads, [&](int64_t t) {
+      const int64_t first = t * k / threads, last = (t + 1) * k / threads;
+      product.run(v + first * size, last - first, out + first * size, 1);
+    });
+  else
+    product.run(v, k, out, ops >= 2 * kGrainOps ? threads : 1);
+}
+
+}  // namespace
+
+void mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out) {
+  if (data.dtype == DType::f64)
+    run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
+  else
+    run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+}
+
+}  // namespace hg::cpu

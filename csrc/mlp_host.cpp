@@ -1,0 +1,101 @@
+// Host function of the MLP family: tensors in, memory-safety checks, one kernel call.
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
+#include <torch/library.h>
+
+#include <deque>
+
+#include "host.h"
+#include "mlp.h"
+
+namespace hg {
+namespace {
+
+// The matrices of one call: of one dtype, on the CPU, with rows that may be read up to the padding.
+class Matrices {
+ public:
+  Matrices(at::ScalarType dtype, int64_t padding) : dtype_(dtype), padding_(padding) {}
+
+  Rows operator()(const char* name, const at::Tensor& t, int64_t rows, int64_t columns) {
+    TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must have shape (", rows, ", ",
+                      columns, "), got ", t.sizes());
+    TORCH_CHECK_TYPE(t.scalar_type() == dtype_, name, " must be ", dtype_, " like v, got ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.is_cpu(), name, " must be on the CPU like v, got ", t.device());
+    const int64_t width = (columns + padding_ - 1) / padding_ * padding_;
+    if (!readable(t, rows, width)) {
+      copies_.push_back(at::zeros({rows, width}, t.options().requires_grad(false)));
+      copies_.back().narrow(1, 0, columns).copy_(t.detach());
+      return {copies_.back().const_data_ptr(), width};
+    }
+    return {t.const_data_ptr(), t.stride(0)};
+  }
+
+ private:
+  static bool readable(const at::Tensor& t, int64_t rows, int64_t width) {
+    if (t.stride(1) != 1 || (rows > 1 && t.stride(0) < width)) return false;
+    const int64_t end = t.storage_offset() + (rows - 1) * t.stride(0) + width;
+    return rows == 0 || end * static_cast<int64_t>(t.element_size()) <= static_cast<int64_t>(t.storage().nbytes());
+  }
+
+  at::ScalarType dtype_;
+  int64_t padding_;
+  std::deque<at::Tensor> copies_;
+};
+
+void check_count(const char* name, at::TensorList tensors, size_t expected) {
+  TORCH_CHECK_VALUE(tensors.size() == expected, name, " must hold ", expected, " tensors, got ", tensors.size());
+}
+
+}  // namespace
+
+at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
+                   at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
+                   double scale, bool biases, double l2) {
+  const auto dtype = v.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat, "v must be float64 or float32, got ", dtype);
+  TORCH_CHECK_VALUE(v.is_cpu(), "v must be on the CPU, got ", v.device());
+  TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one tensor");
+  const size_t count = weights.size();
+  check_count("hidden", hidden, count);
+  check_count("slopes", slopes, count - 1);
+  if (!bends.empty()) check_count("bends", bends, count - 1);
+  check_count("deltas", deltas, count - 1);
+
+  MlpData data;
+  data.dtype = dtype == at::kDouble ? DType::f64 : DType::f32;
+  TORCH_CHECK_VALUE(hidden[0].dim() == 2, "hidden must have shape (n, inputs), got ", hidden[0].sizes());
+  data.n = hidden[0].size(0);
+  data.scale = scale, data.biases = biases, data.l2 = l2;
+  data.layers.reserve(count);
+  Matrices rows_of(dtype, kMlpPadding / static_cast<int64_t>(v.element_size()));
+  int64_t numel = 0, in = hidden[0].size(1);
+  for (size_t l = 0; l < count; ++l) {
+    TORCH_CHECK_VALUE(weights[l].dim() == 2, "weights must have shape (outputs, inputs), got ", weights[l].sizes());
+    const int64_t out = weights[l].size(0);
+    TORCH_CHECK_VALUE(in > 0 && out > 0, "weights must have at least one element, got ", weights[l].sizes());
+    MlpLayer layer;
+    layer.in = in, layer.out = out;
+    layer.weight = rows_of("weights", weights[l], out, in);
+    layer.hidden = rows_of("hidden", hidden[l], data.n, in);
+    if (l > 0) layer.delta = rows_of("deltas", deltas[l - 1], data.n, out);
+    if (l + 1 < count) layer.slope = rows_of("slopes", slopes[l], data.n, out);
+    if (l + 1 < count && !bends.empty()) layer.bend = rows_of("bends", bends[l], data.n, out);
+    data.layers.push_back(layer);
+    numel += out * (in + biases);
+    in = out;
+  }
+  if (probabilities) data.probabilities = rows_of("probabilities", *probabilities, data.n, in);
+  TORCH_CHECK_VALUE(v.dim() == 2 && v.size(1) == numel && v.is_contiguous(), "v must be contiguous with shape (k, ",
+                    numel, "), got ", v.sizes());
+  // Autograd does not see the kernel.
+  TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
+
+  at::Tensor out = at::empty_like(v);
+  cpu::mlp_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  return out;
+}
+
+TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { m.impl("mlp_hvp", &mlp_hvp); }
+
+}  // namespace hg
