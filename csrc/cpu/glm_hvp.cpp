@@ -29,8 +29,8 @@ struct Product {
     const int64_t block = std::clamp<int64_t>((K == 1 ? kSingleBytes : kManyBytes) / row_bytes, 8, 1024);
     const int64_t blocks = (data.n + block - 1) / block;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
-    const int64_t threads = threads_for(blocks * block * d * K, kGrainOps);
-    const int64_t ranges = threads == 1 ? 1 : std::min(blocks, 4 * threads);
+    const Team team = team_for(blocks * block * d * K, kGrainOps);
+    const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
     const auto multiply = ForTiles<Body, const GlmBlock<X, Real>&>::get();
 
     std::vector<const Real*> columns(K);
@@ -42,7 +42,7 @@ struct Product {
     }
 
     std::vector<Real> totals(ranges * size, Real(0));
-    share(ranges, threads, [&](int64_t range) {
+    share(ranges, team, [&](int64_t range) {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
       Real* total = totals.data() + range * size;
       std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));

@@ -22,11 +22,17 @@ std::vector<std::array<double, S>> for_each_block(const AlignedPieces<N>& pieces
                                                   const F& f) {
   const int64_t blocks = (pieces.numel() + kBlock - 1) / kBlock;
   std::vector<std::array<double, S>> partial(rows * blocks, std::array<double, S>{});
-  share(rows * blocks, threads_for(rows * blocks, kGrain), [&](int64_t task) {
-    const int64_t row = task / blocks, begin = task % blocks * kBlock;
-    if (live(row))
-      pieces.visit(row, begin, std::min(begin + kBlock, pieces.numel()),
-                   [&](const auto& at, int64_t size) { f(row, at, size, partial[task].data()); });
+  const int64_t tasks = rows * blocks;
+  const Team team = team_for(tasks, kGrain);
+  // Long ranges, because the hardware fetches ahead only along each of them; several, for threads that are late.
+  const int64_t ranges = team.threads == 1 ? 1 : 4 * team.threads;
+  share(ranges, team, [&](int64_t range) {
+    for (int64_t task = range * tasks / ranges; task < (range + 1) * tasks / ranges; ++task) {
+      const int64_t row = task / blocks, begin = task % blocks * kBlock;
+      if (live(row))
+        pieces.visit(row, begin, std::min(begin + kBlock, pieces.numel()),
+                     [&](const auto& at, int64_t size) { f(row, at, size, partial[task].data()); });
+    }
   });
   std::vector<std::array<double, S>> sums(rows, std::array<double, S>{});
   for (int64_t row = 0; row < rows; ++row)

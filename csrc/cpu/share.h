@@ -1,6 +1,5 @@
-// Work shared with torch's inter-op threads, without a barrier: the caller takes tasks like everybody
-// else, and in the end waits only for tasks that others have begun. A helper that the operating system
-// does not run in time costs nothing; in an OpenMP region all would wait for it.
+// Work shared among threads without waiting for any that the operating system does not run: the caller
+// takes tasks like everybody else, and in the end waits only for tasks that others have begun.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -22,15 +21,24 @@ inline std::atomic<bool> in_forked_child{false};
 inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 #endif
 
-// Threads that are worth waking for so many units of work, of which one thread should have at least `grain`.
-inline int64_t threads_for(int64_t units, int64_t grain) {
-  return std::clamp<int64_t>(units / std::max<int64_t>(1, grain), 1, at::get_num_threads());
+// How a job is shared.
+struct Team {
+  int64_t threads;
+  // Long enough for OpenMP's threads: they are at hand while they spin after torch's last operation, but all of
+  // them have to come, which on a busy machine can take a slice of the scheduler's time, a few milliseconds.
+  bool openmp;
+};
+
+// The team for so many units of work, of which every thread should have at least `grain`.
+inline Team team_for(int64_t units, int64_t grain) {
+  grain = std::max<int64_t>(1, grain);
+  return {std::clamp<int64_t>(units / grain, 1, at::get_num_threads()), units / grain >= 32};
 }
 
-// Calls f(task) for every task below `tasks`, on at most `threads` threads; f must not throw.
+// Calls f(task) for every task below `tasks`; f must not throw.
 template <class F>
-void share(int64_t tasks, int64_t threads, const F& f) {
-  threads = std::min(threads, tasks);
+void share(int64_t tasks, const Team& team, const F& f) {
+  const int64_t threads = std::min(team.threads, tasks);
   if (threads <= 1 || at::in_parallel_region() || in_forked_child) {
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
@@ -51,6 +59,7 @@ void share(int64_t tasks, int64_t threads, const F& f) {
   const auto job = std::make_shared<Job>();
   job->tasks = tasks;
   job->f = &f;
+  if (team.openmp) return at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job->work(); });
   for (int64_t helper = 1; helper < threads; ++helper) at::launch([job] { job->work(); });
   job->work();
   for (int spins = 0; job->done.load(std::memory_order_acquire) < tasks; ++spins)

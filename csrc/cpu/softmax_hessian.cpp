@@ -214,9 +214,9 @@ void run(const SoftmaxRows& data) {
   const int64_t step = tiles ? kTileRows : long_rows(data.classes, sizeof(Real));
   const int64_t row = std::max<int64_t>(1, data.classes * (data.k + 1) * step);
   const int64_t blocks = (data.rows + step - 1) / step;
-  const int64_t threads = threads_for(blocks * row, kGrainElements);
-  const int64_t ranges = threads == 1 ? 1 : std::min(blocks, 4 * threads);
-  share(ranges, threads, [&](int64_t range) {
+  const Team team = team_for(blocks * row, kGrainElements);
+  const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
+  share(ranges, team, [&](int64_t range) {
     const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
     std::vector<Real> memory(scratch);
     kernel(data, first * step, std::min(last * step, data.rows), memory.data());
