@@ -13,7 +13,7 @@ namespace hg::cpu {
 
 // Elements per block. A float32 step touches five streams: 320 KB, well inside a 1 MB L2 cache.
 constexpr int64_t kBlock = 16384;
-// Blocks per thread below which waking another thread costs more than it saves.
+// Blocks per thread below which another thread costs more than it saves.
 constexpr int64_t kGrain = 24;
 
 // Runs f(pointers, size, sums) over all rows that are `live`; returns rows x S sums.

@@ -81,7 +81,7 @@ class Product {
     for (; k-- > 0; v += v_size_, out += v_size_) {
       pack(v, packed);
       for (int64_t t = 0; t < threads; ++t) std::memset(sums + t * thread_size, 0, sum_size_ * sizeof(Real));
-      share(threads, Team{threads, ops_ >= 32 * kGrainOps}, [&](int64_t t) {
+      share(threads, Team{threads, ops_ >= kPatience * kGrainOps}, [&](int64_t t) {
         Real* sum = sums + t * thread_size;
         for (int64_t i = t * blocks / threads; i < (t + 1) * blocks / threads; ++i)
           add_block(v, packed, i * rows, std::min(rows, data_.n - i * rows), sum + sum_size_, sum);
@@ -226,7 +226,7 @@ void run(const MlpData& data, const Real* v, int64_t k, Real* out) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   // With vectors enough for all threads each does whole products, and there is nothing to add up.
   if (threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps)
-    share(threads, Team{threads, k * ops >= 32 * kGrainOps}, [&](int64_t t) {
+    share(threads, Team{threads, k * ops >= kPatience * kGrainOps}, [&](int64_t t) {
       const int64_t first = t * k / threads, last = (t + 1) * k / threads;
       product.run(v + first * size, last - first, out + first * size, 1);
     });

@@ -1,5 +1,7 @@
-// Work shared among threads without waiting for any that the operating system does not run: the caller
-// takes tasks like everybody else, and in the end waits only for tasks that others have begun.
+// Work shared with torch's OpenMP threads. They are at hand while they spin after torch's last operation; but
+// all of them have to come to the end of a parallel region, and on a busy machine one that has lost its core
+// keeps the others waiting for a slice of the scheduler's time, a few milliseconds. So a short job that had
+// to wait sends the next ones back to a single thread for a while.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,11 +11,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
-#include <memory>
-#include <thread>
 
 namespace hg::cpu {
+
+// Grains of work from which on a job is long.
+constexpr int64_t kPatience = 128;
+// Short jobs that run alone after one had to wait; twice as many each time that the next one has to wait again.
+constexpr int64_t kFewAlone = 16, kManyAlone = 1024;
 
 // A forked child has none of its parent's threads, and perhaps a lock that one of them held: it works alone.
 inline std::atomic<bool> in_forked_child{false};
@@ -24,46 +30,44 @@ inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_
 // How a job is shared.
 struct Team {
   int64_t threads;
-  // Long enough for OpenMP's threads: they are at hand while they spin after torch's last operation, but all of
-  // them have to come, which on a busy machine can take a slice of the scheduler's time, a few milliseconds.
-  bool openmp;
+  bool patient;  // a long job: waiting for a slice of time is no great loss
 };
 
 // The team for so many units of work, of which every thread should have at least `grain`.
 inline Team team_for(int64_t units, int64_t grain) {
   grain = std::max<int64_t>(1, grain);
-  return {std::clamp<int64_t>(units / grain, 1, at::get_num_threads()), units / grain >= 32};
+  return {std::clamp<int64_t>(units / grain, 1, at::get_num_threads()), units / grain >= kPatience};
 }
 
-// Calls f(task) for every task below `tasks`; f must not throw.
+// Short jobs that still go to one thread, and how many it will be the next time.
+inline std::atomic<int64_t> short_jobs_alone{0}, next_alone{kFewAlone};
+
+// Calls f(task) for every task below `tasks`; f must not throw. Tasks are taken one by one, so that a thread
+// that comes late leaves its share to the others.
 template <class F>
 void share(int64_t tasks, const Team& team, const F& f) {
   const int64_t threads = std::min(team.threads, tasks);
-  if (threads <= 1 || at::in_parallel_region() || in_forked_child) {
+  const bool alone = threads <= 1 || at::in_parallel_region() || in_forked_child;
+  if (alone || (!team.patient && short_jobs_alone.load(std::memory_order_relaxed) > 0)) {
+    if (!alone) short_jobs_alone.fetch_sub(1, std::memory_order_relaxed);
     for (int64_t task = 0; task < tasks; ++task) f(task);
     return;
   }
-  // Shared, because a helper may start after the caller has returned; it then finds no task and leaves f alone.
-  struct Job {
-    std::atomic<int64_t> next{0}, done{0};
-    int64_t tasks;
-    const F* f;
-
-    void work() {
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-        (*f)(task);
-        done.fetch_add(1, std::memory_order_release);
-      }
-    }
-  };
-  const auto job = std::make_shared<Job>();
-  job->tasks = tasks;
-  job->f = &f;
-  if (team.openmp) return at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { job->work(); });
-  for (int64_t helper = 1; helper < threads; ++helper) at::launch([job] { job->work(); });
-  job->work();
-  for (int spins = 0; job->done.load(std::memory_order_acquire) < tasks; ++spins)
-    if (spins > 2000) std::this_thread::yield();
+  using Clock = std::chrono::steady_clock;
+  std::atomic<int64_t> next{0};
+  Clock::time_point done;
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+    if (first == 0) done = Clock::now();
+  });
+  if (team.patient) return;
+  if (Clock::now() - done > std::chrono::milliseconds(1)) {
+    const int64_t count = next_alone.load(std::memory_order_relaxed);
+    short_jobs_alone.store(count, std::memory_order_relaxed);
+    next_alone.store(std::min(2 * count, kManyAlone), std::memory_order_relaxed);
+  } else {
+    next_alone.store(kFewAlone, std::memory_order_relaxed);
+  }
 }
 
 }  // namespace hg::cpu
