@@ -50,7 +50,7 @@ format: $(STAMP) ## Rewrite all files in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
-build: $(BIN)/python ## Rebuild the extension in place (seconds after a small change)
+build: $(STAMP) ## Rebuild the extension in place (seconds after a small change)
 	$(BIN)/python setup.py build_ext --inplace
 
 bench: $(STAMP) ## Run the benchmarks (QUICK=1 for few rounds, SAVE=1 to keep the results)

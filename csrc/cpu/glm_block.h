@@ -1,5 +1,6 @@
 // What the product of a generalised linear model does with one block of rows of X while the block is
-// in cache: Z = X V^T, Z <- D Z, G += Z^T X. The next block is fetched during the last of the three.
+// in cache: Z = X V^T, Z <- D Z, G += Z^T X. Meanwhile the next block is on its way: half of its lines are
+// sent for by the first step and half by the last, so that the memory never waits for the arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -11,10 +12,9 @@
 namespace hg::cpu {
 
 // One block of rows. K = k * classes columns: the k vectors, each with one column per class.
-template <class X, class Real>
+template <class Real>
 struct GlmBlock {
-  const X* x;             // rows x d, rows `stride` elements apart
-  const X* next;          // the block after this one, or null
+  const Real* x;          // rows x d, rows `stride` elements apart
   const Real* weights;    // rows x classes: D if classes is 1, else the probabilities
   const Real* const* v;   // K pointers to d elements
   const Real* intercept;  // K elements of v that belong to a feature of ones, or null
@@ -22,63 +22,85 @@ struct GlmBlock {
   Real* g;                // K x d, accumulated
   Real* g_intercept;      // K, accumulated
   int64_t rows, d, stride, K, classes;
+  const char* next;                   // the block after this one as it lies in memory, or null
+  int64_t next_stride, next_element;  // bytes
 };
 
-template <class Tiles, class X, class Real>
+template <class Tiles, class Real>
 struct GlmBlockBody {
   using S = Simd<Real, Tiles::bytes>;
   using V = typename S::V;
-  using Block = GlmBlock<X, Real>;
+  using Block = GlmBlock<Real>;
   static constexpr int W = S::width;
+
+  // Rows of a tile of dot products with C columns, and registers of a strip of outer products with them.
+  template <int C>
+  static constexpr int kLong = std::min(8, Tiles::accumulators / C);
 
   static HG_INLINE void run(const Block& b) {
     // Tiles of equal width: eight columns are 4 + 4, not 5 + 3.
     const int64_t tiles = (b.K + Tiles::columns - 1) / Tiles::columns, width = (b.K + tiles - 1) / tiles;
-    int64_t r = 0;
-    for (; r + Tiles::rows <= b.rows; r += Tiles::rows)
-      for (int64_t c = 0; c < b.K; c += width) dot_columns<Tiles::rows>(b, r, c, std::min(width, b.K - c));
-    for (; r < b.rows; ++r)
-      for (int64_t c = 0; c < b.K; c += width) dot_columns<1>(b, r, c, std::min(width, b.K - c));
-    for (r = 0; r < b.rows; ++r) weigh(b.z + r * b.K, b.weights + r * b.classes, b);
+    for (int64_t c = 0; c < b.K; c += width) dot_columns(b, c, std::min(width, b.K - c));
+    for (int64_t r = 0; r < b.rows; ++r) weigh(b.z + r * b.K, b.weights + r * b.classes, b);
     for (int64_t c = 0; c < b.K; c += width) outer_columns(b, c, std::min(width, b.K - c));
     if (b.intercept)
       for (int64_t c = 0; c < b.K; ++c) {
         Real sum = 0;
-        for (r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c];
+        for (int64_t r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c];
         b.g_intercept[c] += sum;
       }
   }
 
  private:
-  template <int R>
-  static HG_INLINE void dot_columns(const Block& b, int64_t r, int64_t c, int64_t count) {
+  static HG_INLINE void dot_columns(const Block& b, int64_t c, int64_t count) {
     switch (count) {
       case 1:
-        return dots<R, 1>(b, r, c);
+        return dot_rows<kLong<1>, 1>(b, 0, c);
       case 2:
-        return dots<R, 2>(b, r, c);
+        return dot_rows<kLong<2>, 2>(b, 0, c);
       case 3:
-        return dots<R, 3>(b, r, c);
+        return dot_rows<kLong<3>, 3>(b, 0, c);
       case 4:
-        return dots<R, std::min(4, Tiles::columns)>(b, r, c);
+        return dot_rows<kLong<4>, 4>(b, 0, c);
       default:
-        return dots<R, Tiles::columns>(b, r, c);
+        return dot_rows<kLong<Tiles::columns>, Tiles::columns>(b, 0, c);
     }
+  }
+
+  // Rows from r on, R at a time, then the rest with smaller tiles.
+  template <int R, int C>
+  static HG_INLINE void dot_rows(const Block& b, int64_t r, int64_t c) {
+    for (; r + R <= b.rows; r += R) dots<R, C>(b, r, c);
+    if constexpr (R > 1)
+      if (r < b.rows) dot_rows<(R > 2 ? 2 : 1), C>(b, r, c);
   }
 
   // z[r .. r+R, c .. c+C] = X V^T
   template <int R, int C>
   static HG_INLINE void dots(const Block& b, int64_t r, int64_t c) {
-    const X* x = b.x + r * b.stride;
+    const Real* x = b.x + r * b.stride;
     const Real* const* v = b.v + c;
+    const bool fetch = c == 0 && b.next;
     V sums[R][C] = {};
     int64_t j = 0;
     for (; j + W <= b.d; j += W) {
-      V row[R];
-      for (int i = 0; i < R; ++i) row[i] = S::load(x + i * b.stride + j);
-      for (int k = 0; k < C; ++k) {
-        const V column = S::load(v[k] + j);
-        for (int i = 0; i < R; ++i) sums[i][k] += row[i] * column;
+      if (fetch && j % (64 / sizeof(Real)) == 0)
+        for (int i = 1; i < R; i += 2) prefetch(b, r + i, j);
+      // The shorter side of the tile waits in registers for the longer one.
+      if constexpr (C <= R) {
+        V column[C];
+        for (int k = 0; k < C; ++k) column[k] = S::load(v[k] + j);
+        for (int i = 0; i < R; ++i) {
+          const V row = S::load(x + i * b.stride + j);
+          for (int k = 0; k < C; ++k) sums[i][k] += row * column[k];
+        }
+      } else {
+        V row[R];
+        for (int i = 0; i < R; ++i) row[i] = S::load(x + i * b.stride + j);
+        for (int k = 0; k < C; ++k) {
+          const V column = S::load(v[k] + j);
+          for (int i = 0; i < R; ++i) sums[i][k] += row[i] * column;
+        }
       }
     }
     Real z[R * C];
@@ -89,7 +111,7 @@ struct GlmBlockBody {
     if (j < b.d)
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < C; ++k)
-          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += static_cast<Real>(widen(x[i * b.stride + l])) * v[k][l];
+          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += x[i * b.stride + l] * v[k][l];
     if (b.intercept)
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < C; ++k) z[i * C + k] += b.intercept[c + k];
@@ -118,7 +140,7 @@ struct GlmBlockBody {
       case 3:
         return outer_strips<3>(b, c);
       case 4:
-        return outer_strips<std::min(4, Tiles::columns)>(b, c);
+        return outer_strips<4>(b, c);
       default:
         return outer_strips<Tiles::columns>(b, c);
     }
@@ -126,17 +148,15 @@ struct GlmBlockBody {
 
   template <int C>
   static HG_INLINE void outer_strips(const Block& b, int64_t c) {
-    // Fewer columns leave registers for wider strips; rows are unrolled where both are few.
-    constexpr int kWide = C == 1 ? 2 * Tiles::strip : Tiles::strip;
     int64_t j = 0;
-    for (; j + kWide * W <= b.d; j += kWide * W) outer<C, kWide, 1>(b, c, j);
+    for (; j + kLong<C> * W <= b.d; j += kLong<C> * W) outer<C, kLong<C>, 1>(b, c, j);
+    // Rows are unrolled where strip and columns are both short.
     for (; j + 2 * W <= b.d; j += 2 * W) outer<C, 2, C == 1 ? 4 : C == 2 ? 2 : 1>(b, c, j);
-    for (; j + W <= b.d; j += W) outer < C, 1, C == 1 ? 4 : C<4 ? 2 : 1>(b, c, j);
+    for (; j + W <= b.d; j += W) outer<C, 1, C == 1 ? 8 : C == 2 ? 4 : 2>(b, c, j);
     for (int k = 0; k < C; ++k)
       for (int64_t l = j; l < b.d; ++l) {
         Real sum = 0;
-        for (int64_t r = 0; r < b.rows; ++r)
-          sum += b.z[r * b.K + c + k] * static_cast<Real>(widen(b.x[r * b.stride + l]));
+        for (int64_t r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c + k] * b.x[r * b.stride + l];
         b.g[(c + k) * b.d + l] += sum;
       }
   }
@@ -145,11 +165,10 @@ struct GlmBlockBody {
   template <int C, int Strip, int Unroll>
   static HG_INLINE void outer(const Block& b, int64_t c, int64_t j) {
     V sums[Unroll][C][Strip] = {};
-    const bool fetch = c == 0 && b.next;
     int64_t r = 0;
     for (; r + Unroll <= b.rows; r += Unroll)
-      for (int u = 0; u < Unroll; ++u) add_row<C, Strip>(b, r + u, c, j, fetch, sums[u]);
-    for (; r < b.rows; ++r) add_row<C, Strip>(b, r, c, j, fetch, sums[0]);
+      for (int u = 0; u < Unroll; ++u) add_row<C, Strip>(b, r + u, c, j, c == 0 && b.next && (r + u) % 2 == 0, sums[u]);
+    for (; r < b.rows; ++r) add_row<C, Strip>(b, r, c, j, c == 0 && b.next && r % 2 == 0, sums[0]);
     for (int k = 0; k < C; ++k)
       for (int s = 0; s < Strip; ++s) {
         Real* g = b.g + (c + k) * b.d + j + s * W;
@@ -159,24 +178,21 @@ struct GlmBlockBody {
       }
   }
 
-  // One row of it; the same elements of the next block are sent for.
+  // One row of it.
   template <int C, int Strip>
   static HG_INLINE void add_row(const Block& b, int64_t r, int64_t c, int64_t j, bool fetch, V (&sums)[C][Strip]) {
-    constexpr int kLine = 64 / sizeof(X);
-    const int64_t at = r * b.stride + j;
+    constexpr int kLine = 64 / sizeof(Real);
     if (fetch)
-      for (int l = 0; l < Strip * W; l += kLine) {
-        // A block for one vector fits in L1, a block for several in L2.
-        if (b.K == 1)
-          __builtin_prefetch(b.next + at + l, 0, 3);
-        else
-          __builtin_prefetch(b.next + at + l, 0, 2);
-      }
+      for (int l = 0; l < Strip * W; l += kLine) prefetch(b, r, j + l);
     const Real* z = b.z + r * b.K + c;
     V row[Strip];
-    for (int s = 0; s < Strip; ++s) row[s] = S::load(b.x + at + s * W);
+    for (int s = 0; s < Strip; ++s) row[s] = S::load(b.x + r * b.stride + j + s * W);
     for (int k = 0; k < C; ++k)
       for (int s = 0; s < Strip; ++s) sums[k][s] += z[k] * row[s];
+  }
+
+  static HG_INLINE void prefetch(const Block& b, int64_t r, int64_t j) {
+    __builtin_prefetch(b.next + r * b.next_stride + j * b.next_element, 0, 2);
   }
 };
 

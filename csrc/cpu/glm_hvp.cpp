@@ -1,7 +1,9 @@
 // Hessian-vector products of generalised linear models on the CPU: every row block of X is read once.
+#include <type_traits>
 #include <vector>
 
 #include "../glm.h"
+#include "buffer.h"
 #include "glm_block.h"
 #include "share.h"
 
@@ -9,7 +11,9 @@ namespace hg::cpu {
 namespace {
 
 // One vector: a block stays in L1 between its two uses. Several: it is used often enough to live in L2.
-constexpr int64_t kSingleBytes = 24 << 10, kManyBytes = 128 << 10;
+constexpr int64_t kSingleBytes = 8 << 10, kManyBytes = 128 << 10;
+// Rows of a block come in multiples of this, which is one of the rows of most register tiles.
+constexpr int64_t kTileRows = 8;
 // Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.
@@ -17,21 +21,44 @@ constexpr int64_t kFlush = 64;
 
 template <class X, class Real>
 struct Product {
+  struct Task {
+    GlmBlock<Real> block;
+    const X* rows;  // the block as it lies in memory, `stride` elements from row to row
+    int64_t stride;
+    Real* wide;  // where a narrower X is widened to, once for both of its uses
+  };
+
   template <class Tiles>
   struct Body {
-    static HG_INLINE void run(const GlmBlock<X, Real>& block) { GlmBlockBody<Tiles, X, Real>::run(block); }
+    static HG_INLINE void run(Task& task) {
+      using S = Simd<Real, Tiles::bytes>;
+      GlmBlock<Real>& block = task.block;
+      if constexpr (std::is_same_v<X, Real>) {
+        block.x = task.rows, block.stride = task.stride;
+      } else {
+        block.x = task.wide, block.stride = block.d;
+        for (int64_t r = 0; r < block.rows; ++r) {
+          const X* from = task.rows + r * task.stride;
+          Real* to = task.wide + r * block.d;
+          int64_t j = 0;
+          for (; j + S::width <= block.d; j += S::width) S::store(to + j, S::load(from + j));
+          for (; j < block.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
+        }
+      }
+      GlmBlockBody<Tiles, Real>::run(block);
+    }
   };
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
     const int64_t d = data.d, classes = data.classes, K = k * classes;
     const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
-    const int64_t row_bytes = std::max<int64_t>(1, d * sizeof(X));
-    const int64_t block = std::clamp<int64_t>((K == 1 ? kSingleBytes : kManyBytes) / row_bytes, 8, 1024);
+    const int64_t fitting = (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * sizeof(Real));
+    const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, 1024);
     const int64_t blocks = (data.n + block - 1) / block;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
     const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
-    const auto multiply = ForTiles<Body, const GlmBlock<X, Real>&>::get();
+    const auto multiply = ForTiles<Body, Task&>::get();
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);
@@ -46,14 +73,21 @@ struct Product {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
       Real* total = totals.data() + range * size;
       std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
+      const Buffer<Real> wide(std::is_same_v<X, Real> ? 0 : block * d);
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i * block;
         const X* x = static_cast<const X*>(data.x) + row * data.stride;
         const bool more = i + 1 < last && row + 2 * block <= data.n;
-        multiply({x, more ? x + block * data.stride : nullptr, static_cast<const Real*>(data.weights) + row * classes,
-                  columns.data(), data.intercept ? intercepts.data() : nullptr, z.data(), g, g + K * d,
-                  std::min(block, data.n - row), d, data.stride, K, classes});
+        GlmBlock<Real> job{};
+        job.weights = static_cast<const Real*>(data.weights) + row * classes;
+        job.v = columns.data(), job.intercept = data.intercept ? intercepts.data() : nullptr;
+        job.z = z.data(), job.g = g, job.g_intercept = g + K * d;
+        job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
+        job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
+        job.next_stride = data.stride * sizeof(X), job.next_element = sizeof(X);
+        Task task{job, x, data.stride, wide.get()};
+        multiply(task);
         if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
           for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
       }

@@ -11,16 +11,16 @@
 
 namespace hg::cpu {
 
-// Register bytes, and the tiles that fill the register file: `rows` x `columns` accumulators for dot
-// products, `columns` x `strip` accumulators for outer products.
+// Register bytes, and the register tiles of matrix products: at most so many columns, and so many accumulators
+// beside the operands in the register file.
 struct TilesAvx512 {
-  static constexpr int bytes = 64, rows = 5, columns = 5, strip = 4;
+  static constexpr int bytes = 64, columns = 5, accumulators = 25;
 };
 struct TilesAvx2 {
-  static constexpr int bytes = 32, rows = 3, columns = 3, strip = 3;
+  static constexpr int bytes = 32, columns = 4, accumulators = 12;
 };
 struct TilesBase {
-  static constexpr int bytes = 16, rows = 3, columns = 3, strip = 3;
+  static constexpr int bytes = 16, columns = 4, accumulators = 12;
 };
 
 template <class T, int Bytes>
