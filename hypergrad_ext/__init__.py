@@ -12,6 +12,7 @@ from hypergrad_ext.inverse_hvp import inverse_hvp as inverse_hvp
 from hypergrad_ext.linear_solve import solve as solve
 from hypergrad_ext.operators import Callable as Callable
 from hypergrad_ext.operators import DenseMatrix as DenseMatrix
+from hypergrad_ext.operators import GaussNewton as GaussNewton
 from hypergrad_ext.operators import GLMHessian as GLMHessian
 from hypergrad_ext.operators import Hessian as Hessian
 from hypergrad_ext.operators import LinearOperator as LinearOperator
@@ -42,6 +43,7 @@ __all__ = [
     "Callable",
     "DenseMatrix",
     "GLMHessian",
+    "GaussNewton",
     "Hessian",
     "LinearOperator",
     "MLPHessian",

@@ -14,6 +14,7 @@ NAMES = [
     "DenseMatrix",
     "Direct",
     "GLMHessian",
+    "GaussNewton",
     "Hessian",
     "Identity",
     "LinearOperator",
