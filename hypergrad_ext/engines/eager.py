@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,10 @@ from torch import Tensor
 # What torch.autograd.grad calls once it has compared shapes that we know to agree: with 44 tensors the
 # comparison takes a tenth of a product.
 _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+
+# Products of more elements than this go one after another: batched, the intermediate results of all of them
+# would be in memory at once, and what batching saves is the overhead of small ones.
+_BATCH_LIMIT = 2**24
 
 
 class RetainedGradient:
@@ -32,6 +37,7 @@ class RetainedGradient:
         # A gradient without a graph is constant: its row of the Hessian is zero.
         self._curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._outputs = [g for g in grads if g is not None and g.requires_grad]
+        self._batches: bool | None = None
 
     @classmethod
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
@@ -45,6 +51,58 @@ class RetainedGradient:
         if not self._outputs:
             return [self._zero(i) for i in range(len(self.leaves))]
         return [self._zero(i) if h is None else h for i, h in enumerate(self._pull(self.leaves, v))]
+
+    def hvps(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v`` for a batch: one batched backward pass, or one after another, as the first batch shows to be faster.
+
+        Under deterministic algorithms always the latter, so that no clock decides about rounding.
+
+        Args:
+            v: One tensor per leaf, each with a leading dimension k.
+
+        Returns:
+            Tensors of the same shapes.
+        """
+        k = v[0].shape[0]
+        if k == 1 or not self._outputs or self._batches is False or torch.are_deterministic_algorithms_enabled():
+            return self._one_by_one(v)
+        if k * sum(t.numel() for t in self.leaves) > _BATCH_LIMIT:
+            return self._one_by_one(v)
+        if self._batches is None:
+            self._batches = self._batch_is_faster(v)
+        return self._at_once(v) if self._batches else self._one_by_one(v)
+
+    def _one_by_one(self, v: Sequence[Tensor]) -> list[Tensor]:
+        products = [self.hvp([t[j] for t in v]) for j in range(v[0].shape[0])]
+        return [torch.stack(parts) for parts in zip(*products, strict=True)]
+
+    def _at_once(self, v: Sequence[Tensor]) -> list[Tensor]:
+        vectors = [v[i] for i in self._curved]
+        parts = torch.autograd.grad(
+            self._outputs, self.leaves, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        k = v[0].shape[0]
+        zeros = (self._zero(i).expand(k, *t.shape) for i, t in enumerate(self.leaves))
+        return [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
+
+    def _batch_is_faster(self, v: Sequence[Tensor]) -> bool:
+        try:
+            self._at_once(v)
+        except (RuntimeError, NotImplementedError):
+            return False  # an operation without a batching rule, or out of memory
+        pair = [t[:2] for t in v]
+        self._one_by_one(pair)
+        together, alone = (self._seconds(run, on) for run, on in ((self._at_once, v), (self._one_by_one, pair)))
+        return together < alone * v[0].shape[0] / 2
+
+    def _seconds(self, run: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> float:
+        if v[0].is_cuda:
+            torch.cuda.synchronize(v[0].device)
+        start = time.perf_counter()
+        run(v)
+        if v[0].is_cuda:
+            torch.cuda.synchronize(v[0].device)
+        return time.perf_counter() - start
 
     def mixed(self, x: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
         """``d <gradient, x> / d others``; None where the gradient does not depend on a tensor."""

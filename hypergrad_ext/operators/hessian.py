@@ -123,6 +123,10 @@ class Hessian(LinearOperator):
         """``H v``: one backward pass through the gradient's graph."""
         return self.gradient.hvp(v)
 
+    def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v`` for a batch: one batched pass where the first batch shows that to be faster."""
+        return self.gradient.hvps(v)
+
     def mixed(self, x: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor | None]:
         r""":math:`x^\top \partial^2 L / \partial w\, \partial \lambda`; None for a tensor that the gradient ignores."""
         return self.gradient.mixed(x, hparams)
