@@ -205,7 +205,7 @@ def _validation_gradients(
     elif callable(val_loss):
         leaves = [t.detach().requires_grad_() for t in params.tensors]
         with torch.enable_grad(), buffers_kept(hessian.module):
-            loss = evaluate("val_loss", val_loss, params, leaves)
+            loss = evaluate("val_loss", val_loss, params, leaves, twice=False)
     else:
         raise TypeError(
             f"val_loss: expected a scalar tensor or a function of the parameters, got {type(val_loss).__name__}"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hypergrad_ext.engines.forward import raise_explained
+
 # What torch.autograd.grad calls once it has compared shapes that we know to agree: with 44 tensors the
 # comparison takes a tenth of a product.
 _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
@@ -43,7 +45,10 @@ class RetainedGradient:
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
         """Build the gradient graph of a scalar loss."""
         with torch.enable_grad():
-            grads = torch.autograd.grad(loss, list(leaves), create_graph=True, allow_unused=True)
+            try:
+                grads = torch.autograd.grad(loss, list(leaves), create_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise_explained(error)
         return cls(grads, leaves)
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -112,6 +117,12 @@ class RetainedGradient:
 
     def _pull(self, inputs: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         vectors = [v[i] for i in self._curved]
+        try:
+            return self._backward(inputs, vectors)
+        except RuntimeError as error:
+            raise_explained(error)
+
+    def _backward(self, inputs: Sequence[Tensor], vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
         if _run_backward is None:
             return torch.autograd.grad(
                 self._outputs, inputs, grad_outputs=vectors, retain_graph=True, allow_unused=True

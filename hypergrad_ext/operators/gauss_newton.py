@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hypergrad_ext import ops
-from hypergrad_ext.engines import RetainedGradient
+from hypergrad_ext.engines import RetainedGradient, twice_differentiable
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.hessian import buffers_kept, check_loss
 from hypergrad_ext.structure import Space, Tree, take_apart
@@ -76,7 +76,8 @@ class GaussNewton(LinearOperator):
         tensors = [t.detach().requires_grad_() for t in leaves.tensors]
         with torch.enable_grad(), buffers_kept(module):
             tree = leaves.rebuild(tensors)
-            outputs = model(tree, inputs) if module is None else torch.func.functional_call(module, tree, (inputs,))
+            with twice_differentiable():
+                outputs = model(tree, inputs) if module is None else torch.func.functional_call(module, tree, (inputs,))
             if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
                 kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise TypeError(f"model: expected a real floating point tensor as output, got {kind}")

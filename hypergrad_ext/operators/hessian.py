@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hypergrad_ext.engines import RetainedGradient
+from hypergrad_ext.engines import RetainedGradient, twice_differentiable
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart
 
@@ -148,15 +148,33 @@ class Hessian(LinearOperator):
         return RetainedGradient.of(loss, leaves)
 
 
-def evaluate(argument: str, loss: Callable[[Tree], Tensor], params: Leaves, leaves: Sequence[Tensor]) -> Tensor:
-    """Call a loss function on ``leaves`` in the structure of ``params`` and check what it returns."""
+def evaluate(
+    argument: str, loss: Callable[[Tree], Tensor], params: Leaves, leaves: Sequence[Tensor], *, twice: bool = True
+) -> Tensor:
+    """Call a loss function on ``leaves`` in the structure of ``params`` and check what it returns.
+
+    Args:
+        argument: What the caller calls the loss.
+        loss: The function.
+        params: The parameters, for their structure.
+        leaves: What to call it on.
+        twice: Compute it by kernels that can be differentiated twice.
+
+    Returns:
+        The loss, a scalar with its graph.
+
+    Raises:
+        TypeError: If it takes no argument, or does not return a real floating point tensor.
+        ValueError: If what it returns is not a scalar, or has no graph.
+    """
     try:
         inspect.signature(loss).bind(None)
     except TypeError:
         raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one") from None
     except ValueError:
         pass  # a builtin without a signature
-    value = loss(params.rebuild(leaves))
+    with twice_differentiable() if twice else contextlib.nullcontext():
+        value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")
     check_loss(argument, value)

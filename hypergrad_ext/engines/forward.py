@@ -1,0 +1,75 @@
+"""The forward pass of a loss, on kernels that can be differentiated twice."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+import torch.utils.checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+
+
+class _PlainRecurrence(TorchFunctionMode):
+    """Recurrent layers without cuDNN, whose kernels have no second derivative; everything else with it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _RECURRENT:
+            return func(*args, **(kwargs or {}))
+        with torch.backends.cudnn.flags(enabled=False):
+            return func(*args, **(kwargs or {}))
+
+
+class _Checkpoint:
+    """In the place of reentrant checkpoints, which ``torch.autograd.grad`` cannot go through: the other kind."""
+
+    @staticmethod
+    def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+
+
+@contextlib.contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Route what a model calls to kernels that have a second derivative, without a change to the model.
+
+    Attention takes the math kernel; recurrent layers leave cuDNN; compiled modules run as they were
+    before ``torch.compile``; reentrant checkpoints become non-reentrant ones. Everything else runs as always.
+    """
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        _PlainRecurrence(),
+        torch.compiler.set_stance("force_eager"),
+        mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpoint),
+    ):
+        yield
+
+
+_ONCE_ONLY = re.compile(
+    r"derivative for '?(?P<op>[\w:]+)'? is not implemented|(?P<compiled>does not currently support double backward)"
+)
+
+
+def raise_explained(error: RuntimeError) -> NoReturn:
+    """Raise an error of autograd again, explained if it says that something can be differentiated only once.
+
+    Raises:
+        ValueError: The explanation.
+        RuntimeError: Any other error, as it is.
+    """
+    found = _ONCE_ONLY.search(str(error))
+    if found is None:
+        raise error
+    what = "a module compiled by torch.compile" if found["compiled"] else found["op"]
+    raise ValueError(
+        f"loss: expected one that can be differentiated twice, got one computed by {what}, which torch can "
+        "differentiate only once; pass the loss as a function of the parameters (attention, recurrent layers and "
+        "compiled modules then take kernels that have a second derivative), or compute it without that kernel"
+    ) from error
