@@ -22,12 +22,12 @@ def problem():
 @pytest.mark.parametrize("batches", [None, True, False])
 def test_a_batch_equals_its_vectors(batches):
     gradient, vectors = problem()
-    gradient._batches = batches
+    gradient.batches = batches
     products = gradient.hvps(vectors)
     for j in range(4):
         for one, many in zip(gradient.hvp([t[j] for t in vectors]), products, strict=True):
             torch.testing.assert_close(many[j], one)
-    assert gradient._batches in ({True, False} if batches is None else {batches})
+    assert gradient.batches in ({True, False} if batches is None else {batches})
 
 
 def test_an_operation_without_a_batching_rule_goes_one_by_one():
@@ -56,4 +56,4 @@ def test_deterministic_algorithms_leave_nothing_to_the_clock():
         gradient.hvps(vectors)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert gradient._batches is None
+    assert gradient.batches is None

@@ -110,7 +110,7 @@ def test_positive_semidefinite_where_the_hessian_is_not():
 @pytest.mark.parametrize("name", ["cross entropy", "squared", "huber"])
 def test_a_batch_of_vectors(name, batches):
     operator = hg.GaussNewton(mlp(), LOSSES[name][0], X, LOSSES[name][1])
-    operator._outputs._batches = operator._pushed._batches = batches
+    operator._outputs.batches = operator._pushed.batches = batches
     batch = [torch.randn(5, *shape, dtype=torch.float64) for shape in operator.space.shapes]
     together = operator @ batch
     for j in range(5):

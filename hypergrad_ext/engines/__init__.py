@@ -1,4 +1,5 @@
 """How the Hessian-vector product of a torch loss is executed."""
 
+from hypergrad_ext.engines.batches import BatchedGradient as BatchedGradient
 from hypergrad_ext.engines.eager import RetainedGradient as RetainedGradient
 from hypergrad_ext.engines.forward import twice_differentiable as twice_differentiable

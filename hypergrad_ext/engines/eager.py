@@ -39,7 +39,8 @@ class RetainedGradient:
         # A gradient without a graph is constant: its row of the Hessian is zero.
         self._curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._outputs = [g for g in grads if g is not None and g.requires_grad]
-        self._batches: bool | None = None
+        # Whether a batch of vectors goes at once; None as long as that was not measured.
+        self.batches: bool | None = None
 
     @classmethod
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
@@ -69,13 +70,13 @@ class RetainedGradient:
             Tensors of the same shapes.
         """
         k = v[0].shape[0]
-        if k == 1 or not self._outputs or self._batches is False or torch.are_deterministic_algorithms_enabled():
+        if k == 1 or not self._outputs or self.batches is False or torch.are_deterministic_algorithms_enabled():
             return self._one_by_one(v)
         if k * sum(t.numel() for t in self.leaves) > _BATCH_LIMIT:
             return self._one_by_one(v)
-        if self._batches is None:
-            self._batches = self._batch_is_faster(v)
-        return self._at_once(v) if self._batches else self._one_by_one(v)
+        if self.batches is None:
+            self.batches = self._batch_is_faster(v)
+        return self._at_once(v) if self.batches else self._one_by_one(v)
 
     def _one_by_one(self, v: Sequence[Tensor]) -> list[Tensor]:
         products = [self.hvp([t[j] for t in v]) for j in range(v[0].shape[0])]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hypergrad_ext.engines import RetainedGradient, twice_differentiable
+from hypergrad_ext.engines import BatchedGradient, RetainedGradient, twice_differentiable
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart
 
-Loss = Tensor | Callable[[Tree], Tensor]
+Loss = Tensor | Callable[..., Tensor]
 """A scalar tensor that still has its graph, or a function from the parameters to one."""
+
+Gradient = RetainedGradient | BatchedGradient
 
 
 class Hessian(LinearOperator):
@@ -25,12 +27,23 @@ class Hessian(LinearOperator):
     it (about two training gradients), and all products of a solve see one dropout mask and one
     update of the buffers.
 
+    With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
+    a product then costs a gradient and a backward pass for every batch, and all products of an operator see the same
+    order and the same random masks. With ``stochastic`` every product takes the next batch instead: an unbiased
+    estimate, for `Neumann` (the stochastic series of Agarwal, Bullins and Hazan, 2017, LiSSA); conjugate gradients
+    and MINRES want one and the same matrix in every step.
+
     Args:
-        loss: Scalar tensor that still has its graph, or a function of the parameters that returns
-            one. A function is called once, with tensors that share the parameters' memory; for an
-            ``nn.Module`` it gets the dict of trainable parameters (use ``torch.func.functional_call``),
-            and the module's buffers are put back as they were.
+        loss: Scalar tensor that still has its graph, or a function of the parameters (and of a batch, if there
+            are ``batches``) that returns one. A function is called once (for every batch of every product), with
+            tensors that share the parameters' memory; for an ``nn.Module`` it gets the dict of trainable parameters
+            (use ``torch.func.functional_call``), and the module's buffers are put back as they were. What it calls
+            has a second derivative: attention takes the math kernel, recurrent layers leave cuDNN, compiled
+            modules run as they were before.
         params: Tensor, list, tuple, dict or ``nn.Module`` (its parameters that require grad).
+        batches: An iterable of what ``loss`` takes as second argument; a list or a ``DataLoader``. Every batch counts
+            the same.
+        stochastic: Use one batch for every product, the next, not all of them.
         unused: What to do with parameters that the loss does not depend on: ``"zeros"`` gives them
             zero rows, ``"error"`` raises and names them.
         name: What the caller calls the loss, for messages.
@@ -47,7 +60,14 @@ class Hessian(LinearOperator):
     """
 
     def __init__(  # noqa: D107 (documented in the class)
-        self, loss: Loss, params: Tree, *, unused: Literal["zeros", "error"] = "zeros", name: str = "loss"
+        self,
+        loss: Loss,
+        params: Tree,
+        *,
+        batches: Iterable[Any] | None = None,
+        stochastic: bool = False,
+        unused: Literal["zeros", "error"] = "zeros",
+        name: str = "loss",
     ) -> None:
         if unused not in ("zeros", "error"):
             raise ValueError(f"unused: expected 'zeros' or 'error', got {unused!r}")
@@ -55,7 +75,7 @@ class Hessian(LinearOperator):
         self.space = Space(self.params)
         self._unused = unused
         self.module = params if isinstance(params, nn.Module) else None
-        self._gradient: RetainedGradient | None = None
+        self._gradient: Gradient | None = None
         if isinstance(loss, Tensor):
             check_loss(name, loss)
             for param, t in zip(self.params.names, self.params.tensors, strict=True):
@@ -68,8 +88,15 @@ class Hessian(LinearOperator):
             raise TypeError(
                 f"{name}: expected a scalar tensor or a function of the parameters, got {type(loss).__name__}"
             )
+        if batches is None and stochastic:
+            raise ValueError("stochastic: expected batches to draw from, got none")
+        if batches is not None and (isinstance(loss, Tensor) or isinstance(batches, Tensor)):
+            what = "a function of the parameters and a batch" if isinstance(loss, Tensor) else "a list or DataLoader"
+            raise TypeError(f"{name if isinstance(loss, Tensor) else 'batches'}: expected {what}, got a tensor")
         self._loss = loss
         self._name = name
+        self._batches = batches
+        self._stochastic = stochastic
 
     @classmethod
     def of_gradient(cls, gradient: Tree, params: Tree) -> Hessian:
@@ -101,7 +128,7 @@ class Hessian(LinearOperator):
         return self
 
     @property
-    def gradient(self) -> RetainedGradient:
+    def gradient(self) -> Gradient:
         """The gradient of the loss with its graph, built on first use."""
         if self._gradient is None:
             self._gradient = self._differentiate()
@@ -131,7 +158,7 @@ class Hessian(LinearOperator):
         r""":math:`x^\top \partial^2 L / \partial w\, \partial \lambda`; None for a tensor that the gradient ignores."""
         return self.gradient.mixed(x, hparams)
 
-    def _differentiate(self) -> RetainedGradient:
+    def _differentiate(self) -> Gradient:
         if isinstance(self._loss, Tensor):
             try:
                 return RetainedGradient.of(self._loss, self.params.tensors)
@@ -143,9 +170,21 @@ class Hessian(LinearOperator):
                     ) from error
                 raise
         leaves = [t.detach().requires_grad_() for t in self.params.tensors]
-        with torch.enable_grad(), buffers_kept(self.module):
-            loss = evaluate(self._name, self._loss, self.params, leaves)
-        return RetainedGradient.of(loss, leaves)
+
+        def build(loss: Callable[[Tree], Tensor]) -> RetainedGradient:
+            with torch.enable_grad(), buffers_kept(self.module):
+                value = evaluate(self._name, loss, self.params, leaves)
+            return RetainedGradient.of(value, leaves)
+
+        if self._batches is None:
+            return build(self._loss)
+        of_batch: Callable[[Tree, Any], Tensor] = self._loss
+        return BatchedGradient(
+            lambda batch: build(lambda params: of_batch(params, batch)),
+            self._batches,
+            leaves,
+            stochastic=self._stochastic,
+        )
 
 
 def evaluate(

@@ -1,0 +1,122 @@
+"""The mean loss over batches that do not fit into memory together, or a fresh batch for every product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext.engines.eager import RetainedGradient
+
+
+class BatchedGradient:
+    """The gradient of a loss averaged over batches, each batch's graph built when it is its turn and dropped after.
+
+    Every product goes through all batches, in one order and with one random mask for each, so that all
+    products of a solve are products with one matrix. With ``stochastic``, every product takes the next batch.
+    """
+
+    curved = True
+
+    def __init__(
+        self,
+        build: Callable[[Any], RetainedGradient],
+        batches: Iterable[Any],
+        leaves: Sequence[Tensor],
+        *,
+        stochastic: bool,
+    ) -> None:
+        """Look at the batches, once.
+
+        Args:
+            build: From a batch to the gradient of its loss, with its graph.
+            batches: The batches.
+            leaves: The parameters.
+            stochastic: Take the next batch for every product, instead of all of them.
+
+        Raises:
+            ValueError: If there are no batches, or all are needed in every product and they can be had only once.
+        """
+        self._build = build
+        self._batches = batches
+        self._stochastic = stochastic
+        self._next: Iterator[Any] = iter(())
+        self._together: bool | None = None
+        self.leaves = list(leaves)
+        # Drawn from the caller's generator, so that the next solve sees other masks and another order.
+        self._seed = int(torch.randint(2**62, ()))
+        if stochastic:
+            # What later batches depend on is not known yet.
+            self.used = [True] * len(self.leaves)
+        elif isinstance(batches, Iterator):
+            raise ValueError(
+                "batches: expected an iterable that can be gone through for every product, such as a list or a "
+                f"DataLoader, got an iterator ({type(batches).__name__}); or use stochastic=True"
+            )
+        else:
+            uses: list[list[bool]] = []
+            self._each(lambda gradient: uses.append(gradient.used))
+            self.used = [any(of_one) for of_one in zip(*uses, strict=True)]
+
+    def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v``, one tensor per leaf. Cost: for every batch a gradient and a backward pass through its graph."""
+        return self._mean(lambda gradient: gradient.hvp(v))
+
+    def hvps(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """The same for tensors with a leading dimension k; every batch is evaluated once for all k."""
+
+        def of_one(gradient: RetainedGradient) -> list[Tensor]:
+            # What the first batch has measured holds for the others.
+            gradient.batches = self._together
+            products = gradient.hvps(v)
+            self._together = gradient.batches
+            return products
+
+        return self._mean(of_one)
+
+    def mixed(self, x: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
+        """``d <gradient, x> / d others``; None where no gradient depends on a tensor."""
+        return self._mean(lambda gradient: gradient.mixed(x, others))
+
+    def _mean(self, of_one: Callable[[RetainedGradient], list[Any]]) -> list[Any]:
+        if self._stochastic:
+            return of_one(self._build(self._draw()))
+        sums: list[Any] = []
+
+        def add(gradient: RetainedGradient) -> None:
+            parts = of_one(gradient)
+            sums.extend([None] * (len(parts) - len(sums)))
+            for i, part in enumerate(parts):
+                if part is not None:
+                    sums[i] = part.clone() if sums[i] is None else sums[i].add_(part)
+
+        count = self._each(add)
+        return [None if part is None else part.div_(count) for part in sums]
+
+    def _each(self, visit: Callable[[RetainedGradient], object]) -> int:
+        """Visit the gradient of every batch, the same in every pass; the number of batches."""
+        device = self.leaves[0].device
+        count = 0
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(self._seed)
+            for batch in self._batches:
+                visit(self._build(batch))
+                count += 1
+        if count == 0:
+            raise ValueError("batches: expected at least one batch, got none")
+        return count
+
+    def _draw(self) -> Any:
+        try:
+            return next(self._next)
+        except StopIteration:
+            self._next = iter(self._batches)
+        try:
+            return next(self._next)
+        except StopIteration:
+            raise ValueError(
+                "batches: expected one more batch for every product, got an iterable that has no more; "
+                "a list or a DataLoader starts again"
+            ) from None

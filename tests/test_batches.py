@@ -1,0 +1,190 @@
+"""The Hessian of a mean over batches: the same matrix as that of one large batch, in every product of a solve."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import hypergrad_ext as hg
+
+GENERATOR = torch.Generator().manual_seed(0)
+X, Y = torch.randn(12, 4, generator=GENERATOR).double(), torch.randn(12, 2, generator=GENERATOR).double()
+
+
+def model(dropout=0.0):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, 2)).double()
+
+
+def loss_of(net):
+    def loss(params, batch):
+        x, y = batch
+        return F.mse_loss(torch.func.functional_call(net, params, (x,)), y)
+
+    return loss
+
+
+def in_batches(size, **options):
+    return DataLoader(TensorDataset(X, Y), batch_size=size, **options)
+
+
+def vector(net):
+    return {name: torch.randn_like(p) for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("size", [1, 4, 12])
+def test_equals_the_hessian_of_all_at_once(size, shuffle):
+    net = model()
+    truth = hg.Hessian(F.mse_loss(net(X), Y), net)
+    operator = hg.Hessian(loss_of(net), net, batches=in_batches(size, shuffle=shuffle))
+    torch.testing.assert_close(operator.dense(), truth.dense(), rtol=1e-10, atol=1e-12)
+    b = vector(net)
+    ours, theirs = (hg.solve(o, b, hg.CG(tol=1e-9), damping=2.0).value for o in (operator, truth))
+    for name in b:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-6, atol=1e-8)
+
+
+def test_a_batch_of_vectors():
+    net = model()
+    operator = hg.Hessian(loss_of(net), net, batches=[(X[:6], Y[:6]), (X[6:], Y[6:])])
+    vectors = {name: torch.randn(3, *p.shape).double() for name, p in net.named_parameters()}
+    together = operator @ vectors
+    for j in range(3):
+        one = operator @ {name: t[j] for name, t in vectors.items()}
+        for name in one:
+            torch.testing.assert_close(together[name][j], one[name])
+
+
+def test_every_product_sees_the_same_order_and_masks():
+    net = model(dropout=0.5)
+    # A part of the data in random order: another order is another matrix.
+    operator = hg.Hessian(loss_of(net), net, batches=in_batches(5, shuffle=True, drop_last=True))
+    v = vector(net)
+    first, second = operator @ v, operator @ v
+    assert all(torch.equal(first[name], second[name]) for name in v)
+    other = hg.Hessian(loss_of(net), net, batches=in_batches(5, shuffle=True, drop_last=True)) @ v
+    assert not all(torch.equal(first[name], other[name]) for name in v)
+
+
+def test_the_callers_generator_goes_on_as_if_one_number_had_been_drawn():
+    net = model(dropout=0.5)
+    torch.manual_seed(3)
+    torch.randint(2**62, ())
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    operator = hg.Hessian(loss_of(net), net, batches=in_batches(4))
+    v = {name: torch.ones_like(p) for name, p in net.named_parameters()}
+    operator @ v
+    operator @ v
+    assert torch.rand(()) == expected
+
+
+class Token:
+    pass
+
+
+class Marked(torch.autograd.Function):
+    """The identity; its node in the graph owns a token, which lives as long as the graph."""
+
+    @staticmethod
+    def forward(ctx, x, alive):
+        ctx.token = Token()
+        alive.append(weakref.ref(ctx.token))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_only_one_graph_is_alive_at_a_time():
+    net = model()
+    alive = []
+    most = 0
+
+    def loss(params, batch):
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        return Marked.apply(loss_of(net)(params, batch), alive)
+
+    operator = hg.Hessian(loss, net, batches=in_batches(3))
+    operator @ vector(net)
+    assert len(alive) == 8
+    assert most == 0
+
+
+def test_stochastic_takes_the_next_batch_and_starts_again():
+    net = model()
+    seen = []
+
+    def loss(params, batch):
+        seen.append(float(batch[0][0, 0]))
+        return loss_of(net)(params, batch)
+
+    batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8])]
+    operator = hg.Hessian(loss, net, batches=batches, stochastic=True)
+    v = vector(net)
+    products = [operator @ v for _ in range(3)]
+    assert seen == [float(X[0, 0]), float(X[4, 0]), float(X[0, 0])]
+    for product, (x, y) in zip(products, [*batches, batches[0]], strict=True):
+        truth = hg.Hessian(F.mse_loss(net(x), y), net) @ v
+        for name in v:
+            torch.testing.assert_close(product[name], truth[name])
+
+
+def test_the_stochastic_series_comes_near_the_solution():
+    torch.manual_seed(0)
+    x = torch.randn(4096, 5, dtype=torch.float64)
+    loader = DataLoader(TensorDataset(x), batch_size=64, shuffle=True)
+    w = torch.zeros(5, dtype=torch.float64)
+
+    def loss(w, batch):
+        return 0.5 * (batch[0] @ w).square().mean()
+
+    operator = hg.Hessian(loss, w, batches=loader, stochastic=True)
+    b = torch.ones(5, dtype=torch.float64)
+    truth = torch.linalg.solve(x.T @ x / len(x), b)
+    runs = [hg.solve(operator, b, hg.Neumann(100, alpha=0.1), residual=False).value for _ in range(20)]
+    assert (torch.stack(runs).mean(0) - truth).norm() < 0.1 * truth.norm()
+
+
+def test_a_parameter_of_some_batches_only_is_used():
+    params = [torch.ones(2), torch.ones(3)]
+
+    def loss(params, i):
+        return (params[i] ** 4).sum()
+
+    operator = hg.Hessian(loss, params, batches=[0, 1])
+    assert operator.used == [True, True]
+    product = operator @ [torch.ones(2), torch.ones(3)]
+    torch.testing.assert_close(torch.cat(product), torch.full((5,), 6.0))
+
+
+def test_bad_input_is_named():
+    w = torch.ones(2, requires_grad=True)
+
+    def loss(w, batch):
+        return (w**2).sum()
+
+    with pytest.raises(ValueError, match="batches: expected an iterable that can be gone through"):
+        hg.Hessian(loss, w, batches=iter([1])) @ w
+    with pytest.raises(ValueError, match="batches: expected at least one batch"):
+        hg.Hessian(loss, w, batches=[]) @ w
+    with pytest.raises(ValueError, match="batches: expected one more batch"):
+        operator = hg.Hessian(loss, w, batches=iter([1]), stochastic=True)
+        operator @ w
+        operator @ w
+    with pytest.raises(ValueError, match="stochastic: expected batches"):
+        hg.Hessian(lambda w: (w**2).sum(), w, stochastic=True)
+    with pytest.raises(TypeError, match="loss: expected a function of the parameters and a batch"):
+        hg.Hessian((w**2).sum(), w, batches=[1])
+    with pytest.raises(TypeError, match="batches: expected a list or DataLoader"):
+        hg.Hessian(loss, w, batches=torch.ones(3))
