@@ -12,8 +12,8 @@
 namespace hg::cuda {
 namespace {
 
-// Threads that share a row, for rows of up to so many classes; longer ones are for a block. With two blocks of four
-// packs per thread, a multiprocessor has 64 KB under way, and 25 hide the latency of 4.8 TB/s.
+// Threads that share a row, for rows of up to so many classes; longer ones are for a block. With two blocks of two
+// packs per thread, a multiprocessor has 32 KB under way, and 25 hide the latency of 4.8 TB/s.
 constexpr int kFew = 8, kFewClasses = 64, kWarp = 32, kWarpClasses = 2048, kBlock = 512;
 constexpr int64_t kMostClasses = int64_t{1} << 30;
 
@@ -148,7 +148,7 @@ struct Pair {
 template <class T, class Real, int G, bool Cached>
 __global__ void __launch_bounds__(kThreadsFor<G>, 4096 / sizeof(Real) / kThreadsFor<G>)
     softmax_rows(const __grid_constant__ SoftmaxRows data, int pitch) {
-  constexpr int W = kPack<T>, U = Cached && G == kBlock ? 4 : 2, kGroups = kThreadsFor<G> / G;
+  constexpr int W = kPack<T>, U = Cached && G == kBlock && sizeof(T) > 2 ? 4 : 2, kGroups = kThreadsFor<G> / G;
   const int group = threadIdx.x / G, classes = static_cast<int>(data.classes);
   T* cache = reinterpret_cast<T*>(dynamic_shared()) + group * pitch;
   for (int64_t begin = int64_t{blockIdx.x} * kGroups; begin < data.rows; begin += int64_t{gridDim.x} * kGroups) {
