@@ -1,4 +1,4 @@
-"""What only a GPU can show: alignment, long lists, streams, graphs, no waiting, 64-bit addresses."""
+"""What only the CUDA kernels can show, on a GPU or emulated: alignment, long lists, streams, graphs, 64-bit addresses."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from hypergrad_ext import backends, ops, reference
+from hypergrad_ext import _native, backends, ops, reference
 from tests.cases import spd
-from tests.compare import assert_close
+from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 
-DEVICE = torch.device("cuda")
+# The emulator's device memory is the CPU's.
+DEVICE = torch.device("cpu" if _native.EMULATED else "cuda")
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
-]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+pytestmark = [pytest.mark.cuda, *([] if _native.EMULATED else [no_gpu])]
 
 dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 
@@ -81,8 +80,9 @@ class TestAlignment:
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=lambda k: f"rows{k}")
-def test_lists_of_thousands(rows, backend):
-    sizes = torch.randint(0, 40, (3000,)).tolist()
+def test_long_lists(rows, backend):
+    # Emulated, a few hundred: more than one launch takes.
+    sizes = torch.randint(0, 40, (300 if _native.EMULATED else 3000,)).tolist()
     hv = random_list(sizes, rows, torch.float32, DEVICE)
     v, p, x, r = (random_list([sum(sizes)], rows, torch.float32, DEVICE) for _ in range(4))
     check_neumann(v, p, hv, backend, rows)
@@ -90,6 +90,7 @@ def test_lists_of_thousands(rows, backend):
     check_cg(x, r, p, hp, backend, rows)
 
 
+@no_gpu
 def test_more_rows_than_a_grid_dimension_holds(backend):
     rows = 65535 + 70
     v, p, hv = (random_list([3, 2], rows, torch.float32, DEVICE) for _ in range(3))
@@ -119,7 +120,7 @@ def test_rows_of_cg_stop_one_by_one(backend):
     assert x[4].norm() == 0
 
 
-@pytest.mark.parametrize("n", [777, 3_000_001])
+@pytest.mark.parametrize("n", [777, pytest.param(3_000_001, marks=no_gpu)])
 def test_sums_are_the_same_in_every_run(n, backend):
     v, p, hv = (torch.randn(n, device=DEVICE) for _ in range(3))
     results = []
@@ -130,6 +131,7 @@ def test_sums_are_the_same_in_every_run(n, backend):
     assert all(torch.equal(stats, results[0]) for stats in results)
 
 
+@no_gpu
 def test_no_step_waits_for_the_device(backend):
     v, p, hv = (torch.randn(3, 1000, device=DEVICE) for _ in range(3))
     stats = torch.zeros(3, 2, dtype=torch.float64, device=DEVICE)
@@ -148,6 +150,7 @@ def test_no_step_waits_for_the_device(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@no_gpu
 def test_runs_on_the_current_stream(backend):
     stream = torch.cuda.Stream()
     n = 1_000_003
@@ -165,6 +168,7 @@ def test_runs_on_the_current_stream(backend):
     assert (doubled == -1).all() and float(stats[0]) == 0.25 * n
 
 
+@no_gpu
 def test_can_be_captured_in_a_graph(backend):
     n = 301
     a = spd(n, 10.0).to(DEVICE)
@@ -195,6 +199,7 @@ def test_runs_on_the_device_of_its_tensors(backend):
     assert (v == 0.5).all() and (p == 1.5).all() and float(stats[0]) == 250
 
 
+@no_gpu
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count(backend):
     n = 2**31 + 4099
@@ -220,3 +225,55 @@ def test_whole_solve(solver, rows, dtype, backend):
     solution = hg.solve(operator, b, solver, backend=backend)
     truth = b.double() @ torch.linalg.inv(matrix.double())
     assert_close(solution.value, truth, {torch.bfloat16: 3e-2}.get(dtype, 1e-4))
+
+
+class TestSoftmaxHessian:
+    """Rows for 8 threads, for a warp, for a block, and longer than shared memory, wherever they start."""
+
+    CLASSES = [1, 7, 64, 65, 1000, 2048, 2049, 50_257, 130_000]
+
+    def arguments(self, rows, classes, k, dtype, offsets=(0, 0), weighted=True):
+        lead = () if k is None else (k,)
+        logits = (3 * torch.randn(rows, classes, dtype=torch.float64)).to(DEVICE, dtype)
+        u = torch.randn(*lead, rows, classes, dtype=torch.float64).to(DEVICE, dtype)
+        logits, u = (shifted([t], offset)[0] for t, offset in zip((logits, u), offsets, strict=True))
+        weights = (torch.rand(rows) + 0.1).to(DEVICE) if weighted else None
+        return logits, u, 0.7, weights
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("offsets", [(0, 0), (1, 1), (1, 2)], ids=str)
+    @pytest.mark.parametrize("classes", CLASSES)
+    def test_against_reference(self, classes, offsets, dtype, backend):
+        logits, u, scale, weights = self.arguments(2 if classes > 3000 else 35, classes, 2, dtype, offsets)
+        if weights is not None:
+            weights[0] = 0
+        truth = reference.softmax_hessian(logits.double(), u.double(), scale, weights)
+        by_torch = reference.softmax_hessian(logits, u, scale, weights)
+        floor = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 1e-4)
+        value = ops.softmax_hessian.kernel(DEVICE, backend)(logits, u, scale, weights)
+        assert (value[:, 0] == 0).all()
+        if classes > 1:
+            assert_no_worse_than_torch(value, by_torch, truth, floor, f"{classes} classes, offsets {offsets}")
+        ops.softmax_hessian_.kernel(DEVICE, backend)(logits, u, scale, weights)
+        assert torch.equal(u, value)
+        base, begin = u._base, u.storage_offset()
+        assert base[:begin].isnan().all() and base[begin + u.numel() :].isnan().all()
+
+    def test_many_vectors_of_few_rows(self, backend):
+        logits, u, scale, weights = self.arguments(1, 3000, 33, torch.float64)
+        truth = reference.softmax_hessian(logits, u, scale, weights)
+        assert_close(ops.softmax_hessian.kernel(DEVICE, backend)(logits, u, scale, weights), truth, 1e-13)
+
+    @no_gpu
+    def test_can_be_captured_in_a_graph(self, backend):
+        logits, u, scale, _ = self.arguments(64, 50_304, None, torch.bfloat16)
+        kernel = ops.softmax_hessian.kernel(DEVICE, backend)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            expected = kernel(logits, u, scale)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            value = kernel(logits, u, scale)
+        value.zero_()
+        graph.replay()
+        assert torch.equal(value, expected)
