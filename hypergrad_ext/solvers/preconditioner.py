@@ -1,0 +1,101 @@
+"""A preconditioner: the inverse of some P close to ``H + d I``, cheap to apply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable as Function
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext.operators import Callable, LinearOperator
+from hypergrad_ext.ops import Op
+from hypergrad_ext.structure import Space, Tree
+
+PreconditionerChoice = Tree | Function[[Tree], Tree] | LinearOperator | None
+"""The diagonal of P in the structure of the parameters; or ``v -> P^{-1} v``, as a function or an operator."""
+
+
+class Preconditioner:
+    """``M = P^{-1}``: a diagonal, which the fused steps apply as they go, or a function.
+
+    Attributes:
+        diagonal: The diagonal of M, flat ``(n,)`` in the dtype of the solver state; None for a function.
+    """
+
+    def __init__(self, choice: PreconditionerChoice, space: Space) -> None:
+        """Check what a user gave for a system in ``space``.
+
+        Args:
+            choice: Diagonal of P, or what applies its inverse.
+            space: The space of the vectors.
+
+        Raises:
+            TypeError: If a leaf of a diagonal has the wrong type or dtype.
+            ValueError: If a diagonal does not fit the parameters or has entries that are not positive and finite;
+                if an operator has another space.
+        """
+        self._space = space
+        self.diagonal: Tensor | None = None
+        self._operator: LinearOperator | None = None
+        if isinstance(choice, LinearOperator):
+            if choice.space.shapes != space.shapes:
+                expected, got = ([tuple(s) for s in shapes] for shapes in (space.shapes, choice.space.shapes))
+                raise ValueError(f"preconditioner: expected an operator on the shapes {expected}, got {got}")
+            self._operator = choice
+        elif callable(choice) and not isinstance(choice, torch.nn.Module):
+            self._operator = Callable(choice, space.leaves.rebuild(space.leaves.tensors))
+        else:
+            self.diagonal = self._checked_inverse(choice)
+
+    @classmethod
+    def of(cls, choice: PreconditionerChoice, space: Space) -> Preconditioner | None:
+        """The preconditioner for what a user gave, None for None."""
+        return None if choice is None else cls(choice, space)
+
+    @property
+    def argument(self) -> list[Tensor] | Function[[Tensor], Tensor]:
+        """What a step takes for M: the diagonal as a list, or the function."""
+        return self.times if self.diagonal is None else [self.diagonal]
+
+    def step(self, op: Op, kernel: Function) -> Function:
+        """The function that takes a step of ``op`` with this preconditioner.
+
+        A function can only be called between torch ops: then that is the reference, which takes it as it is.
+        """
+        return kernel if self.diagonal is not None else op.kernels["torch"]
+
+    def times(self, r: Tensor) -> Tensor:
+        """``M r`` for flat vectors ``(n,)`` or ``(k, n)``, as a new tensor."""
+        if self.diagonal is not None:
+            return self.diagonal * r
+        assert self._operator is not None
+        views = [t.to(dtype) for t, dtype in zip(self._space.views(r), self._operator.space.dtypes, strict=True)]
+        product = self._operator.matvec(views) if r.dim() == 1 else self._operator.matmat(views)
+        return torch.cat([t.reshape(*r.shape[:-1], -1).to(r.dtype) for t in product], dim=-1)
+
+    def norm(self, r: Tensor) -> Tensor:
+        r""":math:`\sqrt{r^T M r}` per row, float64.
+
+        Raises:
+            ValueError: If that is not a real number, because M is not positive definite.
+        """
+        square = (r.double() * self.times(r).double()).sum(-1)
+        if not bool(((square > 0) & square.isfinite() | (r == 0).all(-1)).all()):
+            raise ValueError(
+                f"preconditioner: expected a positive definite one, got v.M v = {float(square.min()):.3g} for a vector v"
+            )
+        return square.sqrt()
+
+    def _checked_inverse(self, diagonal: Tree) -> Tensor:
+        packed = self._space.pack("preconditioner", diagonal)
+        if packed.rows is not None:
+            raise ValueError("preconditioner: expected one diagonal for all right-hand sides, got a batch of them")
+        inverse = packed.flat.reciprocal()
+        # Also refuses what has no finite reciprocal.
+        if not bool(((inverse > 0) & inverse.isfinite()).all()):
+            low, high = packed.flat.aminmax()
+            raise ValueError(
+                "preconditioner: expected positive entries with finite reciprocals, "
+                f"got values from {float(low):.3g} to {float(high):.3g}"
+            )
+        return inverse
