@@ -101,7 +101,7 @@ struct MinresScalars {
     state[kDeltaBar] = -state[kCosine] * beta;
     state[kEpsilon] = state[kSine] * beta;
     // |(H + dI) r| / |r| for the residual before this step; zero if it is in the null space.
-    if (::hypot(gamma_bar, state[kDeltaBar]) <= eps * state[kOperatorNorm]) {
+    if (::hypot(gamma_bar, state[kDeltaBar]) <= 10 * eps * state[kOperatorNorm]) {
       state[kMinresFlag] = kSingular;
       return;
     }

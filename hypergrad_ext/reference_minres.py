@@ -99,7 +99,7 @@ class Scalars:
             epsilon=self["sine"] * beta,
         )
         # The residual before this step, times the operator, is this small only if no step makes it smaller.
-        flat = torch.hypot(gamma_bar, self["delta_bar"]) <= eps * self["operator_norm"]
+        flat = torch.hypot(gamma_bar, self["delta_bar"]) <= 10 * eps * self["operator_norm"]
         self["flag"].masked_fill_(running & flat, SINGULAR)
         running = self.running
         gamma = torch.hypot(gamma_bar, beta)

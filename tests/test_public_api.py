@@ -11,12 +11,14 @@ import hypergrad_ext as hg
 NAMES = [
     "CG",
     "Callable",
+    "Chebyshev",
     "DenseMatrix",
     "Direct",
     "GLMHessian",
     "Hessian",
     "Identity",
     "LinearOperator",
+    "MINRES",
     "MLPHessian",
     "Neumann",
     "Solution",
@@ -55,7 +57,10 @@ def test_docstring_has_arguments_errors_and_an_example(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp", "CG", "Neumann", "Direct", "Identity"],
+    [
+        *("inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp"),
+        *("CG", "Chebyshev", "Direct", "Identity", "MINRES", "Neumann"),
+    ],
 )
 def test_docstring_says_what_it_costs(name):
     assert "Cost:" in inspect.getdoc(getattr(hg, name))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable as Function
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from hypergrad_ext.operators import Callable, LinearOperator
+from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.ops import Op
-from hypergrad_ext.structure import Space, Tree
+from hypergrad_ext.structure import Space, Tree, take_apart
 
-PreconditionerChoice = Tree | Function[[Tree], Tree] | LinearOperator | None
+PreconditionerChoice = Tree | Callable[[Tree], Tree] | LinearOperator | None
 """The diagonal of P in the structure of the parameters; or ``v -> P^{-1} v``, as a function or an operator."""
 
 
@@ -36,14 +36,14 @@ class Preconditioner:
         """
         self._space = space
         self.diagonal: Tensor | None = None
-        self._operator: LinearOperator | None = None
+        self._matvec: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._call
         if isinstance(choice, LinearOperator):
             if choice.space.shapes != space.shapes:
                 expected, got = ([tuple(s) for s in shapes] for shapes in (space.shapes, choice.space.shapes))
                 raise ValueError(f"preconditioner: expected an operator on the shapes {expected}, got {got}")
-            self._operator = choice
+            self._matvec = choice.matvec
         elif callable(choice) and not isinstance(choice, torch.nn.Module):
-            self._operator = Callable(choice, space.leaves.rebuild(space.leaves.tensors))
+            self._function = choice
         else:
             self.diagonal = self._checked_inverse(choice)
 
@@ -53,11 +53,11 @@ class Preconditioner:
         return None if choice is None else cls(choice, space)
 
     @property
-    def argument(self) -> list[Tensor] | Function[[Tensor], Tensor]:
+    def argument(self) -> list[Tensor] | Callable[[Tensor], Tensor]:
         """What a step takes for M: the diagonal as a list, or the function."""
         return self.times if self.diagonal is None else [self.diagonal]
 
-    def step(self, op: Op, kernel: Function) -> Function:
+    def step(self, op: Op, kernel: Callable) -> Callable:
         """The function that takes a step of ``op`` with this preconditioner.
 
         A function can only be called between torch ops: then that is the reference, which takes it as it is.
@@ -68,10 +68,8 @@ class Preconditioner:
         """``M r`` for flat vectors ``(n,)`` or ``(k, n)``, as a new tensor."""
         if self.diagonal is not None:
             return self.diagonal * r
-        assert self._operator is not None
-        views = [t.to(dtype) for t, dtype in zip(self._space.views(r), self._operator.space.dtypes, strict=True)]
-        product = self._operator.matvec(views) if r.dim() == 1 else self._operator.matmat(views)
-        return torch.cat([t.reshape(*r.shape[:-1], -1).to(r.dtype) for t in product], dim=-1)
+        rows = r.reshape(-1, r.shape[-1])
+        return torch.stack([self._times_one(row) for row in rows]).view_as(r)
 
     def norm(self, r: Tensor) -> Tensor:
         r""":math:`\sqrt{r^T M r}` per row, float64.
@@ -85,6 +83,17 @@ class Preconditioner:
                 f"preconditioner: expected a positive definite one, got v.M v = {float(square.min()):.3g} for a vector v"
             )
         return square.sqrt()
+
+    def _times_one(self, r: Tensor) -> Tensor:
+        product = self._matvec([t.to(dtype) for t, dtype in zip(self._space.views(r), self._space.dtypes, strict=True)])
+        return torch.cat([t.detach().reshape(-1).to(r.dtype) for t in product])
+
+    def _call(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        product = take_apart("preconditioner(v)", self._function(self._space.leaves.rebuild(v))).tensors
+        if [t.shape for t in product] != self._space.shapes:
+            expected, got = ([tuple(s) for s in shapes] for shapes in (self._space.shapes, [t.shape for t in product]))
+            raise ValueError(f"preconditioner(v): expected the shapes of v, {expected}, got {got}")
+        return product
 
     def _checked_inverse(self, diagonal: Tree) -> Tensor:
         packed = self._space.pack("preconditioner", diagonal)
