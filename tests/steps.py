@@ -46,7 +46,14 @@ def arguments(
     if name == "minres_step_":
         scalars = reference_minres.start(3 * ones, 1e-9 * ones, 2 * ones)
         # As in the middle of a solve: every factor of the vector pass takes part.
-        for column, value in {"step": 0.4, "beta": 1.3, "cosine": 0.6, "sine": 0.8, "delta_bar": 0.5, "epsilon": 0.2}.items():
+        for column, value in {
+            "step": 0.4,
+            "beta": 1.3,
+            "cosine": 0.6,
+            "sine": 0.8,
+            "delta_bar": 0.5,
+            "epsilon": 0.2,
+        }.items():
             scalars[..., reference_minres.COLUMNS.index(column)] = value
         return [*vectors(5), hv, scalars, 0.7]
     x, r, p = vectors(3)

@@ -158,7 +158,11 @@ def test_solver_settings(make, error, message):
     [
         (torch.ones(4), ValueError, r"preconditioner: expected shape \(3,\).* got \(4,\)"),
         (torch.ones(2, 3), ValueError, "preconditioner: expected one diagonal for all right-hand sides"),
-        (torch.tensor([1.0, 0.0, 2.0]), ValueError, "preconditioner: expected positive entries .* got values from 0 to 2"),
+        (
+            torch.tensor([1.0, 0.0, 2.0]),
+            ValueError,
+            "preconditioner: expected positive entries .* got values from 0 to 2",
+        ),
         (torch.tensor([1.0, -1.0, 2.0]), ValueError, "preconditioner: expected positive entries .* from -1 to 2"),
         (torch.tensor([1.0, float("nan"), 2.0]), ValueError, "preconditioner: expected positive entries"),
         (torch.tensor([1.0, float("inf"), 2.0]), ValueError, "preconditioner: expected positive entries"),

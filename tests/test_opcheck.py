@@ -70,7 +70,9 @@ ARGUMENTS = {
 
 
 def step_arguments(name):
-    return lambda rows=None, state=torch.float32, product=torch.float32: arguments(name, [5, 130, 1], rows, (state, product))
+    return lambda rows=None, state=torch.float32, product=torch.float32: arguments(
+        name, [5, 130, 1], rows, (state, product)
+    )
 
 
 ARGUMENTS |= {name: step_arguments(name) for name in STEPS}

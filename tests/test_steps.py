@@ -238,7 +238,13 @@ class TestGuards:
     @pytest.mark.parametrize(
         ("name", "position", "value", "error", "message"),
         [
-            ("richardson_step_", 3, [torch.ones(2)], ValueError, "m must have as many elements as x: expected 3, got 2"),
+            (
+                "richardson_step_",
+                3,
+                [torch.ones(2)],
+                ValueError,
+                "m must have as many elements as x: expected 3, got 2",
+            ),
             ("richardson_step_", 3, [torch.ones(3).double()], TypeError, "m must have the dtype of x, got Double"),
             ("richardson_step_", 3, [torch.ones(3, device="meta")], ValueError, "m must be on cpu, got meta"),
             ("richardson_step_", 2, [torch.ones(3).bfloat16()], TypeError, "b must have the dtype of x"),

@@ -12,14 +12,14 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
-from hypergrad_ext.solvers.lanczos import ritz_range
+from hypergrad_ext.solvers.lanczos import RitzRange, ritz_range
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
 
 _LANCZOS_STEPS = 8
-# Above the largest Ritz value with its residual bound, so that the largest eigenvalue is inside.
+# Above the largest Ritz value with its error added, so that the largest eigenvalue is inside.
 _MARGIN = 1.1
-# Of the smallest Ritz value, which is never below the smallest eigenvalue.
+# Of the smallest Ritz value, where its error is too large to tell.
 _GUARD = 0.2
 
 
@@ -43,8 +43,9 @@ class Chebyshev(Solver):
     Args:
         steps: K, the number of products; K = 0 gives ``2 / (l + u) M b``.
         bounds: Bounds of the eigenvalues, damping and preconditioner included. None takes them from 8 Lanczos steps:
-            above the largest Ritz value by its residual and a tenth, below the smallest by a factor of 5 (without
-            ``tol`` by more, where K steps can solve for more), not below the damping or what K steps can resolve.
+            above the largest Ritz value by its error and a tenth, below the smallest likewise, by a factor of 5 at
+            most. Without ``tol`` the lower one is lower still where K steps can divide residuals by a million there,
+            and it is never below the damping or what K steps can resolve.
         tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
             parameters (positive; applied by the fused step), or a function or operator that multiplies by M.
@@ -87,15 +88,15 @@ class Chebyshev(Solver):
         rows = b.shape[0] if b.dim() == 2 else 1
         m = Preconditioner.of(self.preconditioner, system.operator.space)
         if self.bounds is None:
-            low, high = _spectrum(system, m)
-            if not math.isfinite(high):
+            found = _spectrum(system, m)
+            if not math.isfinite(found.high):
                 return Outcome(b, [Status.NON_FINITE_OPERATOR] * rows, 0)
-            if high <= 0 or low < -10 * torch.finfo(b.dtype).eps * high:
+            if found.high <= 0 or found.low < -10 * torch.finfo(b.dtype).eps * found.high:
                 # A Ritz value lies between eigenvalues: the iteration would diverge for sure.
                 norms = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).reshape(-1).tolist()
-                status = Status.SINGULAR if low == high == 0 else Status.NEGATIVE_CURVATURE
-                return Outcome(b.zero_(), [status] * rows, 0, f"Ritz value {low:.3g}", residuals=norms)
-            low, high = self._bounds_from(low, high, system.damping if m is None else 0.0)
+                status = Status.SINGULAR if found.low == found.high == 0 else Status.NEGATIVE_CURVATURE
+                return Outcome(b.zero_(), [status] * rows, 0, f"Ritz value {found.low:.3g}", residuals=norms)
+            low, high = self._bounds_from(found, system.damping if m is None else 0.0)
         else:
             low, high = (float(bound) for bound in self.bounds)
 
@@ -104,27 +105,26 @@ class Chebyshev(Solver):
         x, step = _iterate(system, b, self.steps, (low, high), m, watch)
         return Outcome(x, watch.statuses(), step, f"bounds {low:.3g} and {high:.3g}{watch.detail}")
 
-
-    def _bounds_from(self, low: float, high: float, damping: float) -> tuple[float, float]:
+    def _bounds_from(self, found: RitzRange, damping: float) -> tuple[float, float]:
         """Bounds from Ritz values, and from what so many steps can do: divide a residual by 7 to 10^6."""
-        high = _MARGIN * high + damping
+        high = _MARGIN * (found.high + found.high_error) + damping
+        low = max((found.low - found.low_error) / _MARGIN, _GUARD * found.low) + damping
         least = high / (self.steps + 1) ** 2
-        low = damping + _GUARD * low
         if self.tol is None:  # steps to spare go to smaller eigenvalues than Lanczos saw
             low = min(low, 7.25**2 * least)
         return max(low, least, damping), high
 
 
-def _spectrum(system: System, m: Preconditioner | None) -> tuple[float, float]:
+def _spectrum(system: System, m: Preconditioner | None) -> RitzRange:
     """The range of ``H``, kept on the operator, or that of ``M (H + d I)``."""
     if m is not None:
         return ritz_range(system, _LANCZOS_STEPS, m)
     if system.operator.ritz_range is None:
         found = ritz_range(system, _LANCZOS_STEPS)
-        if not math.isfinite(found[1]):
+        if not math.isfinite(found.high):
             return found
         system.operator.ritz_range = found
-    return system.operator.ritz_range
+    return RitzRange(*system.operator.ritz_range)
 
 
 def step_sizes(bounds: tuple[float, float]) -> Iterator[tuple[float, float]]:

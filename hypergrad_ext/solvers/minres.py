@@ -23,8 +23,7 @@ _FLAG, _STEP = (reference_minres.COLUMNS.index(name) for name in ("flag", "step"
 
 @dataclass(frozen=True)
 class MINRES(Solver):
-    r"""Minimal residuals on :math:`(H + d I) x = b`, which may be indefinite: the way out where `CG` meets
-    negative curvature.
+    r"""Minimal residuals on :math:`(H + d I) x = b` for any symmetric H: the way out of negative curvature.
 
     After k steps x has the smallest residual in the space of :math:`b, A b, \dots, A^{k-1} b`,
     :math:`A = H + d I`, so that the residual never grows. On a definite operator it needs about as many steps as CG,

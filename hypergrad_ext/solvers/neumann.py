@@ -94,8 +94,8 @@ def _largest(system: System, m: Preconditioner | None) -> float:
     """An estimate of the largest eigenvalue, above it with a margin."""
     if m is None:
         return 1.1 * system.lambda_max() + system.damping
-    low, high = ritz_range(system, 5, m)
-    return 1.1 * max(abs(low), abs(high))
+    found = ritz_range(system, 5, m)
+    return 1.1 * max(abs(found.low), abs(found.high))
 
 
 def series(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | None = None) -> tuple[Tensor, int]:

@@ -36,12 +36,12 @@ class Preconditioner:
         """
         self._space = space
         self.diagonal: Tensor | None = None
-        self._matvec: Callable[[Sequence[Tensor]], Sequence[Tensor]] = self._call
+        self._operator: LinearOperator | None = None
         if isinstance(choice, LinearOperator):
             if choice.space.shapes != space.shapes:
                 expected, got = ([tuple(s) for s in shapes] for shapes in (space.shapes, choice.space.shapes))
                 raise ValueError(f"preconditioner: expected an operator on the shapes {expected}, got {got}")
-            self._matvec = choice.matvec
+            self._operator = choice
         elif callable(choice) and not isinstance(choice, torch.nn.Module):
             self._function = choice
         else:
@@ -60,7 +60,8 @@ class Preconditioner:
     def step(self, op: Op, kernel: Callable) -> Callable:
         """The function that takes a step of ``op`` with this preconditioner.
 
-        A function can only be called between torch ops: then that is the reference, which takes it as it is.
+        Returns:
+            ``kernel`` for a diagonal; the reference, whose torch ops can call a function in between, for a function.
         """
         return kernel if self.diagonal is not None else op.kernels["torch"]
 
@@ -72,20 +73,23 @@ class Preconditioner:
         return torch.stack([self._times_one(row) for row in rows]).view_as(r)
 
     def norm(self, r: Tensor) -> Tensor:
-        r""":math:`\sqrt{r^T M r}` per row, float64.
+        """The square root of ``r.M r`` per row.
+
+        Returns:
+            Shape ``()`` or ``(k,)``, float64.
 
         Raises:
             ValueError: If that is not a real number, because M is not positive definite.
         """
         square = (r.double() * self.times(r).double()).sum(-1)
         if not bool(((square > 0) & square.isfinite() | (r == 0).all(-1)).all()):
-            raise ValueError(
-                f"preconditioner: expected a positive definite one, got v.M v = {float(square.min()):.3g} for a vector v"
-            )
+            least = float(square.min())
+            raise ValueError(f"preconditioner: expected a positive definite one, got v.M v = {least:.3g} for some v")
         return square.sqrt()
 
     def _times_one(self, r: Tensor) -> Tensor:
-        product = self._matvec([t.to(dtype) for t, dtype in zip(self._space.views(r), self._space.dtypes, strict=True)])
+        v = [t.to(dtype) for t, dtype in zip(self._space.views(r), self._space.dtypes, strict=True)]
+        product = self._call(v) if self._operator is None else self._operator.matvec(v)
         return torch.cat([t.detach().reshape(-1).to(r.dtype) for t in product])
 
     def _call(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
