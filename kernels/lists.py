@@ -79,18 +79,20 @@ def for_all_rows(m: Sequence[Tensor], rows: int) -> list[Tensor]:
     return [t.reshape(1, -1).expand(rows, -1) for t in m]
 
 
-def launch_parameters(numel: int) -> dict[str, int]:
-    """Block size and warps for a piece of ``numel`` elements per row."""
+def launch_parameters(numel: int, itemsize: int) -> dict[str, int]:
+    """Block size and warps for a piece of ``numel`` elements of ``itemsize`` bytes per row."""
     if INTERPRETED:  # Time goes by programs, whatever their size.
         return {"BLOCK": min(triton.next_power_of_2(numel), 65536)}
     # Two sizes only: every other one would be compiled on its first use.
-    return {"BLOCK": 1024, "num_warps": 4} if numel <= 1024 else {"BLOCK": 2048, "num_warps": 8}
+    # 32 bytes per thread and list leave registers for the five lists and more of some kernels.
+    block = 8192 // itemsize
+    return {"BLOCK": block // 2, "num_warps": 4} if numel <= block // 2 else {"BLOCK": block, "num_warps": 8}
 
 
 def blocks_of(piece: Piece) -> int:
     """Programs per row of a piece."""
     numel = piece[0].shape[1]
-    return triton.cdiv(numel, launch_parameters(numel)["BLOCK"])
+    return triton.cdiv(numel, launch_parameters(numel, piece[0].itemsize)["BLOCK"])
 
 
 def partial_sums(pieces: Sequence[Piece], like: Tensor, sums: int) -> Tensor:
@@ -120,7 +122,7 @@ def run(kernel: triton.JITFunction, pieces: Sequence[Piece], partial: Tensor, *s
             strides = [t.stride(0) if rows > 1 else 0 for t in piece]
             out = partial[:, done : done + blocks]
             arguments = (*piece, *strides, numel, blocks, out, out.stride(0), *scalars)
-            kernel[(rows * blocks,)](*arguments, **launch_parameters(numel))
+            kernel[(rows * blocks,)](*arguments, **launch_parameters(numel, piece[0].itemsize))
             done += blocks
 
 

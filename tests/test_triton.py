@@ -36,7 +36,7 @@ cg_step_ = ops.cg_step_.kernel(CPU, "triton")
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also split pieces into several programs, as on a GPU."""
     if request.param:
-        monkeypatch.setattr(lists, "launch_parameters", lambda numel: {"BLOCK": request.param})
+        monkeypatch.setattr(lists, "launch_parameters", lambda *_: {"BLOCK": request.param})
 
 
 def running_state(rows: int | None) -> Tensor:

@@ -44,7 +44,7 @@ REGISTERS = 64
 
 def compile_kernel(kernel, constants: dict, state: str, product: str):
     """Compile as a launch would, with aligned pointers and a length divisible by 16."""
-    constants = constants | {"BLOCK": 2048}
+    constants = constants | {"BLOCK": 1024 if state == "fp64" else 2048}
     signature, aligned = {}, []
     for name in kernel.arg_names:
         if name in constants:

@@ -119,8 +119,10 @@ def series(system: System, b: Tensor, steps: int, alpha: float, watch: Watch | N
     def advance() -> None:
         step_([v], [p], system.product(views), stats, alpha, system.damping)
 
-    over = watch and (lambda step: watch.over(stats.view(-1, 2).tolist(), step))
-    step = system.iterate(steps, advance, over)
+    def over(step: int) -> bool:
+        return watch is not None and watch.over(stats.view(-1, 2).tolist(), step)
+
+    step = system.iterate(steps, advance, over if watch else None)
     return p.mul_(alpha), step
 
 
