@@ -17,8 +17,8 @@ from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerC
 from hypergrad_ext.solvers.watch import Watch
 
 _LANCZOS_STEPS = 8
-# Above the largest Ritz value with its error added, so that the largest eigenvalue is inside.
-_MARGIN = 1.1
+# Of the largest magnitude, added to the largest Ritz value with its error, so that the largest eigenvalue is inside.
+_MARGIN = 0.1
 # Of the smallest Ritz value, where its error is too large to tell.
 _GUARD = 0.2
 
@@ -89,14 +89,18 @@ class Chebyshev(Solver):
         m = Preconditioner.of(self.preconditioner, system.operator.space)
         if self.bounds is None:
             found = _spectrum(system, m)
+            damping = system.damping if m is None else 0.0
             if not math.isfinite(found.high):
                 return Outcome(b, [Status.NON_FINITE_OPERATOR] * rows, 0)
-            if found.high <= 0 or found.low < -10 * torch.finfo(b.dtype).eps * found.high:
+            size = max(abs(found.low), abs(found.high)) + damping
+            if size == 0:
+                return Outcome(b, [Status.SINGULAR] * rows, 0, "H v = 0 for a random v")
+            if found.low + damping < -10 * torch.finfo(b.dtype).eps * size:
                 # A Ritz value lies between eigenvalues: the iteration would diverge for sure.
                 norms = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).reshape(-1).tolist()
-                status = Status.SINGULAR if found.low == found.high == 0 else Status.NEGATIVE_CURVATURE
-                return Outcome(b.zero_(), [status] * rows, 0, f"Ritz value {found.low:.3g}", residuals=norms)
-            low, high = self._bounds_from(found, system.damping if m is None else 0.0)
+                detail = f"Ritz value {found.low + damping:.3g}"
+                return Outcome(b.zero_(), [Status.NEGATIVE_CURVATURE] * rows, 0, detail, residuals=norms)
+            low, high = self._bounds_from(found, damping)
         else:
             low, high = (float(bound) for bound in self.bounds)
 
@@ -107,9 +111,12 @@ class Chebyshev(Solver):
 
     def _bounds_from(self, found: RitzRange, damping: float) -> tuple[float, float]:
         """Bounds from Ritz values, and from what so many steps can do: divide a residual by 7 to 10^6."""
-        high = _MARGIN * (found.high + found.high_error) + damping
-        low = max((found.low - found.low_error) / _MARGIN, _GUARD * found.low) + damping
+        margin = _MARGIN * max(abs(found.low), abs(found.high))
+        high = found.high + found.high_error + margin + damping
         least = high / (self.steps + 1) ** 2
+        if found.low < 0:
+            return max(found.low - found.low_error - margin + damping, least), high
+        low = max((found.low - found.low_error) / (1 + _MARGIN), _GUARD * found.low) + damping
         if self.tol is None:  # steps to spare go to smaller eigenvalues than Lanczos saw
             low = min(low, 7.25**2 * least)
         return max(low, least, damping), high
