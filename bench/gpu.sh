@@ -32,7 +32,7 @@ step build "$python" -m pip install --no-deps --no-build-isolation -e .
 ((${#failed[@]} == 0)) || exit 1
 step info "$python" -m hypergrad_ext info
 step tests "$python" -m pytest -q -m "cuda and not slow" tests
-step ops "$python" -m pytest -q tests/test_ops.py -k cuda
+step ops "$python" -m pytest -q tests/test_ops.py tests/test_steps.py -k cuda
 
 if command -v compute-sanitizer >/dev/null; then
   small=("$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k "not triton and (TestAlignment and bfloat16 or stop_one or TestSoftmaxHessian and bfloat16 and 2049)")

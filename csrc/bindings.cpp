@@ -58,6 +58,39 @@ void cg_step_(py::handle x, py::handle r, py::handle p, py::handle hp, py::handl
   hg::cg_step_(x_list, r_list, p_list, hp_list, state_tensor, damping);
 }
 
+void pcg_step_(py::handle x, py::handle r, py::handle p, py::handle hp, py::handle m, py::handle state,
+               double damping) {
+  const TensorSequence x_list("x", x), r_list("r", r), p_list("p", p), hp_list("hp", hp), m_list("m", m);
+  const at::Tensor& state_tensor = TensorSequence::tensor("state", state.ptr());
+  const py::gil_scoped_release release;
+  hg::pcg_step_(x_list, r_list, p_list, hp_list, m_list, state_tensor, damping);
+}
+
+void richardson_step_(py::handle x, py::handle hx, py::handle b, py::handle m, py::handle stats, double alpha,
+                      double damping) {
+  const TensorSequence x_list("x", x), hx_list("hx", hx), b_list("b", b), m_list("m", m);
+  const at::Tensor& stats_tensor = TensorSequence::tensor("stats", stats.ptr());
+  const py::gil_scoped_release release;
+  hg::richardson_step_(x_list, hx_list, b_list, m_list, stats_tensor, alpha, damping);
+}
+
+void chebyshev_step_(py::handle x_old, py::handle x, py::handle hx, py::handle b, py::handle m, py::handle stats,
+                     double alpha, double momentum, double damping) {
+  const TensorSequence old_list("x_old", x_old), x_list("x", x), hx_list("hx", hx), b_list("b", b), m_list("m", m);
+  const at::Tensor& stats_tensor = TensorSequence::tensor("stats", stats.ptr());
+  const py::gil_scoped_release release;
+  hg::chebyshev_step_(old_list, x_list, hx_list, b_list, m_list, stats_tensor, alpha, momentum, damping);
+}
+
+void minres_step_(py::handle x, py::handle v, py::handle v_old, py::handle w, py::handle w_old, py::handle hv,
+                  py::handle state, double damping) {
+  const TensorSequence x_list("x", x), v_list("v", v), v_old_list("v_old", v_old);
+  const TensorSequence w_list("w", w), w_old_list("w_old", w_old), hv_list("hv", hv);
+  const at::Tensor& state_tensor = TensorSequence::tensor("state", state.ptr());
+  const py::gil_scoped_release release;
+  hg::minres_step_(x_list, v_list, v_old_list, w_list, w_old_list, hv_list, state_tensor, damping);
+}
+
 py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
 
 // The tensors that every op of the GLM family starts with.
@@ -190,6 +223,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("damping") = 0.0);
   m.def("cg_step_", &cg_step_, py::arg("x"), py::arg("r"), py::arg("p"), py::arg("hp"), py::arg("state"),
         py::arg("damping") = 0.0);
+  m.def("pcg_step_", &pcg_step_, py::arg("x"), py::arg("r"), py::arg("p"), py::arg("hp"), py::arg("m"),
+        py::arg("state"), py::arg("damping") = 0.0);
+  m.def("richardson_step_", &richardson_step_, py::arg("x"), py::arg("hx"), py::arg("b"), py::arg("m"),
+        py::arg("stats"), py::arg("alpha"), py::arg("damping") = 0.0);
+  m.def("chebyshev_step_", &chebyshev_step_, py::arg("x_old"), py::arg("x"), py::arg("hx"), py::arg("b"), py::arg("m"),
+        py::arg("stats"), py::arg("alpha"), py::arg("momentum"), py::arg("damping") = 0.0);
+  m.def("minres_step_", &minres_step_, py::arg("x"), py::arg("v"), py::arg("v_old"), py::arg("w"), py::arg("w_old"),
+        py::arg("hv"), py::arg("state"), py::arg("damping") = 0.0);
   m.def("glm_hvp", &glm_hvp, py::arg("x"), py::arg("weights"), py::arg("v"), py::arg("l2"), py::arg("scale"),
         py::arg("intercept"));
   m.def("glm_neumann_solve", &glm_neumann_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),

@@ -59,12 +59,22 @@ class Lists {
                        dtype);
       if (half) list.dtype = dtype == at::kHalf ? DType::f16 : DType::bf16;
     }
+    for (const at::Tensor& t : tensors) add(list, name, contiguous(t), tensors[0]);
+    return finish(list, name);
+  }
+
+  // A list that is only read, in the state's dtype; any strides. One `for_all_rows` has no rows of its own.
+  const VectorList& constant(const char* name, at::TensorList tensors, bool for_all_rows = false) {
+    VectorList& list = start(name, tensors);
+    list.dtype = lists_[0].dtype;
+    const auto dtype = list.dtype == DType::f64 ? at::kDouble : at::kFloat;
     for (const at::Tensor& t : tensors) {
-      if (t.is_contiguous()) {
-        add(list, name, t, tensors[0]);
+      TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must have the dtype of ", first_, ", got ", t.scalar_type());
+      if (for_all_rows) {
+        check_device(name, t);
+        list.spans.push_back({static_cast<char*>(contiguous(t).data_ptr()), t.numel(), 0});
       } else {
-        copies_.push_back(t.contiguous());
-        add(list, name, copies_.back(), tensors[0]);
+        add(list, name, contiguous(t), tensors[0]);
       }
     }
     return finish(list, name);
@@ -78,8 +88,18 @@ class Lists {
     return lists_.back();
   }
 
-  void add(VectorList& list, const char* name, const at::Tensor& t, const at::Tensor& head) {
+  const at::Tensor& contiguous(const at::Tensor& t) {
+    if (t.is_contiguous()) return t;
+    copies_.push_back(t.contiguous());
+    return copies_.back();
+  }
+
+  void check_device(const char* name, const at::Tensor& t) const {
     TORCH_CHECK_VALUE(t.device() == device_, name, " must be on ", device_, ", got ", t.device());
+  }
+
+  void add(VectorList& list, const char* name, const at::Tensor& t, const at::Tensor& head) {
+    check_device(name, t);
     TORCH_CHECK_TYPE(t.scalar_type() == head.scalar_type(), name, " must have one dtype, got ", head.scalar_type(),
                      " and ", t.scalar_type());
     TORCH_CHECK_VALUE(!batched_ || (t.dim() >= 1 && t.size(0) == rows_), name, " must have ", rows_,
@@ -103,7 +123,7 @@ class Lists {
   const char* first_ = "";
   int64_t total_ = 0;
   std::deque<VectorList> lists_;  // a deque, so that references stay valid
-  std::vector<at::Tensor> copies_;
+  std::deque<at::Tensor> copies_;
 };
 
 }  // namespace hg

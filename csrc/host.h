@@ -17,6 +17,20 @@ void neumann_step_(at::TensorList v, at::TensorList p, at::TensorList hv, const 
 void cg_step_(at::TensorList x, at::TensorList r, at::TensorList p, at::TensorList hp, const at::Tensor& state,
               double damping);
 
+// The same for M (H + damping I), M the diagonal matrix m: one row for all. state is (5,) or (k, 5).
+void pcg_step_(at::TensorList x, at::TensorList r, at::TensorList p, at::TensorList hp, at::TensorList m,
+               const at::Tensor& state, double damping);
+
+// stats is (3,) or (k, 3), laid out as ResidualStats; m is one row for all, or empty for M = I.
+void richardson_step_(at::TensorList x, at::TensorList hx, at::TensorList b, at::TensorList m, const at::Tensor& stats,
+                      double alpha, double damping);
+void chebyshev_step_(at::TensorList x_old, at::TensorList x, at::TensorList hx, at::TensorList b, at::TensorList m,
+                     const at::Tensor& stats, double alpha, double momentum, double damping);
+
+// state is (16,) or (k, 16), laid out as MinresState.
+void minres_step_(at::TensorList x, at::TensorList v, at::TensorList v_old, at::TensorList w, at::TensorList w_old,
+                  at::TensorList hv, const at::Tensor& state, double damping);
+
 // Generalised linear models, H = scale x^T D x + diag(l2). x: (n, d); weights: (n,) for a diagonal D, or
 // probabilities (n, classes); v and b: (k, weights of the model), the intercepts last; l2: like one row of v.
 at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "minres.h"
 #include "update.h"
 #include "vector_list.h"
 
@@ -18,6 +19,24 @@ void neumann_step(const VectorList& v, const VectorList& p, const VectorList& hv
 // x, r, p: float64 or float32; hp as hv above; state: rows x kCgState.
 void cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
              double* state, double damping);
+
+// The same with p from M r, M the diagonal matrix m; state: rows x kPcgState.
+void pcg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, const VectorList& m,
+              int64_t rows, double* state, double damping);
+
+// x <- x + alpha M r, r = b - (H + damping I) x, given hx = H x; stats: rows x kResidualStats. Without m (a null
+// pointer) M = I. b and m are only read, in the dtype of x; hx as hv above.
+void richardson_step(const VectorList& x, const VectorList& hx, const VectorList& b, const VectorList* m, int64_t rows,
+                     double* stats, double alpha, double damping);
+
+// x_old <- x + momentum (x - x_old) + alpha M r, with r, m and stats likewise.
+void chebyshev_step(const VectorList& x_old, const VectorList& x, const VectorList& hx, const VectorList& b,
+                    const VectorList* m, int64_t rows, double* stats, double alpha, double momentum, double damping);
+
+// One iteration of MINRES, given hv = H v: the next Lanczos vector over v_old, the next direction over w_old, and x
+// one direction behind; a row that stops catches up. state: rows x kMinresState.
+void minres_step(const VectorList& x, const VectorList& v, const VectorList& v_old, const VectorList& w,
+                 const VectorList& w_old, const VectorList& hv, int64_t rows, double* state, double damping);
 
 }  // namespace hg::cpu
 
@@ -37,5 +56,21 @@ const char* neumann_step(const VectorList& v, const VectorList& p, const VectorL
 
 const char* cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
                     double* state, double damping, const Scratch& scratch, Stream stream);
+
+const char* pcg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp,
+                     const VectorList& m, int64_t rows, double* state, double damping, const Scratch& scratch,
+                     Stream stream);
+
+const char* richardson_step(const VectorList& x, const VectorList& hx, const VectorList& b, const VectorList* m,
+                            int64_t rows, double* stats, double alpha, double damping, const Scratch& scratch,
+                            Stream stream);
+
+const char* chebyshev_step(const VectorList& x_old, const VectorList& x, const VectorList& hx, const VectorList& b,
+                           const VectorList* m, int64_t rows, double* stats, double alpha, double momentum,
+                           double damping, const Scratch& scratch, Stream stream);
+
+const char* minres_step(const VectorList& x, const VectorList& v, const VectorList& v_old, const VectorList& w,
+                        const VectorList& w_old, const VectorList& hv, int64_t rows, double* state, double damping,
+                        const Scratch& scratch, Stream stream);
 
 }  // namespace hg::cuda

@@ -45,3 +45,30 @@ def mlp_hvp(
 def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor: ...
 def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> None: ...
+def pcg_step_(
+    x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, m: _Tensors, state: Tensor, damping: float = 0.0
+) -> None: ...
+def richardson_step_(
+    x: _Tensors, hx: _Tensors, b: _Tensors, m: _Tensors, stats: Tensor, alpha: float, damping: float = 0.0
+) -> None: ...
+def chebyshev_step_(
+    x_old: _Tensors,
+    x: _Tensors,
+    hx: _Tensors,
+    b: _Tensors,
+    m: _Tensors,
+    stats: Tensor,
+    alpha: float,
+    momentum: float,
+    damping: float = 0.0,
+) -> None: ...
+def minres_step_(
+    x: _Tensors,
+    v: _Tensors,
+    v_old: _Tensors,
+    w: _Tensors,
+    w_old: _Tensors,
+    hv: _Tensors,
+    state: Tensor,
+    damping: float = 0.0,
+) -> None: ...

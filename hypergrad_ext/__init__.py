@@ -22,6 +22,8 @@ from hypergrad_ext.solution import SolveError as SolveError
 from hypergrad_ext.solution import SolveWarning as SolveWarning
 from hypergrad_ext.solution import Status as Status
 from hypergrad_ext.solvers import CG as CG
+from hypergrad_ext.solvers import MINRES as MINRES
+from hypergrad_ext.solvers import Chebyshev as Chebyshev
 from hypergrad_ext.solvers import Direct as Direct
 from hypergrad_ext.solvers import Identity as Identity
 from hypergrad_ext.solvers import Neumann as Neumann
@@ -49,8 +51,10 @@ __all__ = [
     "MLPHessian",
     # Solvers: how H^{-1} b is found
     "CG",
+    "Chebyshev",
     "Direct",
     "Identity",
+    "MINRES",
     "Neumann",
     "Solver",
     # What a solve returns

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext.kernels as triton_kernels
-from hypergrad_ext import _native, backends, reference
+from hypergrad_ext import _native, backends, reference, reference_minres
 
 _library = torch.library.Library("hypergrad_ext", "FRAGMENT")
 
@@ -91,6 +91,38 @@ cg_step_ = Op(
     device_of=4,
 )
 
+pcg_step_ = Op(
+    "pcg_step_(Tensor(a!)[] x, Tensor(b!)[] r, Tensor(c!)[] p, Tensor[] hp, Tensor[] m, Tensor(d!) state,"
+    " float damping=0.0) -> ()",
+    reference=reference.pcg_step_,
+    fake=_fake_in_place,
+    device_of=5,
+)
+
+richardson_step_ = Op(
+    "richardson_step_(Tensor(a!)[] x, Tensor[] hx, Tensor[] b, Tensor[] m, Tensor(b!) stats, float alpha,"
+    " float damping=0.0) -> ()",
+    reference=reference.richardson_step_,
+    fake=_fake_in_place,
+    device_of=4,
+)
+
+chebyshev_step_ = Op(
+    "chebyshev_step_(Tensor(a!)[] x_old, Tensor[] x, Tensor[] hx, Tensor[] b, Tensor[] m, Tensor(b!) stats,"
+    " float alpha, float momentum, float damping=0.0) -> ()",
+    reference=reference.chebyshev_step_,
+    fake=_fake_in_place,
+    device_of=5,
+)
+
+minres_step_ = Op(
+    "minres_step_(Tensor(a!)[] x, Tensor[] v, Tensor(b!)[] v_old, Tensor[] w, Tensor(c!)[] w_old, Tensor[] hv,"
+    " Tensor(d!) state, float damping=0.0) -> ()",
+    reference=reference_minres.minres_step_,
+    fake=_fake_in_place,
+    device_of=6,
+)
+
 glm_hvp = Op(
     "glm_hvp(Tensor x, Tensor weights, Tensor v, Tensor? l2, float scale, bool intercept) -> Tensor",
     reference=reference.glm_hvp,
@@ -150,6 +182,10 @@ mlp_hvp = Op(
 ALL = (
     neumann_step_,
     cg_step_,
+    pcg_step_,
+    richardson_step_,
+    chebyshev_step_,
+    minres_step_,
     glm_hvp,
     glm_neumann_solve,
     glm_cg_solve,

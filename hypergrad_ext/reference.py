@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,78 @@ def neumann_step_(
     stats.copy_(torch.stack([squares, bad.double()], dim=-1).view_as(stats))
 
 
+Preconditioner = Sequence[Tensor] | Callable[[Tensor], Tensor]
+"""M: the diagonal of a matrix as a list, one row for all and none for the identity; or a function of ``(rows, n)``."""
+
+
+def _times(m: Preconditioner, r: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``M r`` for the pieces of ``r``."""
+    widths = [piece.shape[1] for piece in r]
+    if callable(m):
+        return m(torch.cat([*r], 1)).split(widths, 1)
+    if not m:
+        return r
+    diagonal = torch.cat([t.reshape(-1) for t in m]).split(widths)
+    return [d * piece for d, piece in zip(diagonal, r, strict=True)]
+
+
+def _fill_residual_stats(
+    stats: Tensor, r: Sequence[Tensor], z: Sequence[Tensor], x: Sequence[Tensor], rows: int
+) -> None:
+    square, energy = stats.new_zeros(2, rows)
+    bad = torch.zeros(rows, dtype=torch.bool, device=stats.device)
+    for r_i, z_i, x_i in zip(r, z, x, strict=True):
+        square += r_i.double().square().sum(1)
+        energy += (r_i.double() * z_i.double()).sum(1)
+        bad |= ~x_i.isfinite().all(1)
+    stats.copy_(torch.stack([square, bad.double(), energy], dim=-1).view_as(stats))
+
+
+def richardson_step_(
+    x: Sequence[Tensor],
+    hx: Sequence[Tensor],
+    b: Sequence[Tensor],
+    m: Preconditioner,
+    stats: Tensor,
+    alpha: float,
+    damping: float = 0.0,
+) -> None:
+    """``x <- x + alpha M r``, ``r = b - (hx + damping x)``, ``stats <- (||r||^2, any new x not finite, r.M r)``.
+
+    From ``x = alpha b`` and with M = I its iterates are the partial sums of the Neumann series.
+    """
+    _check_contiguous(x=x)
+    rows = stats.shape[0] if stats.dim() == 2 else 1
+    pieces = list(aligned(rows, x, hx, b))
+    r = [b_i - (hx_i.to(x_i.dtype) + damping * x_i) for x_i, hx_i, b_i in pieces]
+    z = _times(m, r) if pieces else r
+    for (x_i, _, _), z_i in zip(pieces, z, strict=True):
+        x_i.add_(alpha * z_i)
+    _fill_residual_stats(stats, r, z, [piece[0] for piece in pieces], rows)
+
+
+def chebyshev_step_(
+    x_old: Sequence[Tensor],
+    x: Sequence[Tensor],
+    hx: Sequence[Tensor],
+    b: Sequence[Tensor],
+    m: Preconditioner,
+    stats: Tensor,
+    alpha: float,
+    momentum: float,
+    damping: float = 0.0,
+) -> None:
+    """``x_old <- x + momentum (x - x_old) + alpha M r``, with ``r`` and ``stats`` as in `richardson_step_`."""
+    _check_contiguous(x_old=x_old)
+    rows = stats.shape[0] if stats.dim() == 2 else 1
+    pieces = list(aligned(rows, x_old, x, hx, b))
+    r = [b_i - (hx_i.to(x_i.dtype) + damping * x_i) for _, x_i, hx_i, b_i in pieces]
+    z = _times(m, r) if pieces else r
+    for (old_i, x_i, _, _), z_i in zip(pieces, z, strict=True):
+        old_i.copy_(x_i + (momentum * (x_i - old_i) + alpha * z_i))
+    _fill_residual_stats(stats, r, z, [piece[0] for piece in pieces], rows)
+
+
 def cg_step_(
     x: Sequence[Tensor],
     r: Sequence[Tensor],
@@ -63,16 +135,50 @@ def cg_step_(
     ``p.(H + damping I)p / p.p`` and a flag: 0 running, 1 converged, 2 non-positive curvature,
     3 not finite. A row whose flag is set is left alone.
     """
-    _check_contiguous(x=x, r=r, p=p)
     rows = state.shape[0] if state.dim() == 2 else 1
     residual, stop, curvature, flag = state.view(rows, 4).unbind(1)
-    pieces = [(x_i, r_i, p_i, hp_i.to(p_i.dtype) + damping * p_i) for x_i, r_i, p_i, hp_i in aligned(rows, x, r, p, hp)]
+    _cg_iteration(x, r, p, hp, [], (residual, stop, curvature, flag, residual), damping)
 
-    def dot(a: int, b: int) -> Tensor:
-        return sum((piece[a].double() * piece[b].double()).sum(1) for piece in pieces)  # type: ignore[return-value]
 
+def pcg_step_(
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    p: Sequence[Tensor],
+    hp: Sequence[Tensor],
+    m: Preconditioner,
+    state: Tensor,
+    damping: float = 0.0,
+) -> None:
+    """`cg_step_` with the preconditioner M; ``state`` has ``r.M r`` in one more column.
+
+    If that is not positive, neither is M, and the flag becomes 2.
+    """
+    rows = state.shape[0] if state.dim() == 2 else 1
+    _cg_iteration(x, r, p, hp, m, state.view(rows, 5).unbind(1), damping)
+
+
+def _cg_iteration(
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    p: Sequence[Tensor],
+    hp: Sequence[Tensor],
+    m: Preconditioner,
+    columns: Sequence[Tensor],
+    damping: float,
+) -> None:
+    _check_contiguous(x=x, r=r, p=p)
+    residual, stop, curvature, flag, energy = columns
+    pieces = [
+        (x_i, r_i, p_i, hp_i.to(p_i.dtype) + damping * p_i) for x_i, r_i, p_i, hp_i in aligned(len(flag), x, r, p, hp)
+    ]
+
+    def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+        products = [(a_i.double() * b_i.double()).sum(1) for a_i, b_i in zip(a, b, strict=True)]
+        return sum(products, torch.zeros_like(flag))
+
+    p_all, hp_all, r_all = ([piece[i] for piece in pieces] for i in (2, 3, 1))
     running = flag == 0
-    php, pp, hphp = (dot(2, 3), dot(2, 2), dot(3, 3)) if pieces else [torch.zeros_like(flag)] * 3
+    php, pp, hphp = dot(p_all, hp_all), dot(p_all, p_all), dot(hp_all, hp_all)
     broken = running & ~php.isfinite()
     eps = torch.finfo(x[0].dtype).eps if pieces else 0.0
     rounding = torch.where(hphp.isfinite(), eps * pp.sqrt() * hphp.sqrt(), 0)
@@ -84,19 +190,22 @@ def cg_step_(
     def where(factor: Tensor, t: Tensor) -> Tensor:
         return torch.where(running, factor, 0).to(t.dtype)[:, None]
 
-    alpha = residual / php
+    alpha = energy / php
     for x_i, r_i, p_i, hp_i in pieces:
         keep = running[:, None]
         x_i.copy_(torch.where(keep, x_i + where(alpha, x_i) * p_i, x_i))
         r_i.copy_(torch.where(keep, r_i - where(alpha, x_i) * hp_i, r_i))
-    rr = dot(1, 1) if pieces else torch.zeros_like(flag)
-    beta = rr / residual
+    z_all = _times(m, r_all) if pieces else r_all
+    rr, rz = dot(r_all, r_all), dot(r_all, z_all)
+    beta = rz / energy
     residual.copy_(torch.where(running, rr, residual))
-    flag[running & ~rr.isfinite()] = 3.0
+    energy.copy_(torch.where(running, rz, energy))
+    flag[running & (rz <= 0)] = 2.0
     flag[running & (rr <= stop)] = 1.0
+    flag[running & ~(rr.isfinite() & rz.isfinite())] = 3.0
     running = flag == 0
-    for _, r_i, p_i, _ in pieces:
-        p_i.copy_(torch.where(running[:, None], r_i + where(beta, p_i) * p_i, p_i))
+    for (_, _, p_i, _), z_i in zip(pieces, z_all, strict=True):
+        p_i.copy_(torch.where(running[:, None], z_i + where(beta, p_i) * p_i, p_i))
 
 
 def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:

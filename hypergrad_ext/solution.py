@@ -54,7 +54,7 @@ _MESSAGES = {
     Status.NEGATIVE_CURVATURE: (
         "The operator is not positive definite: a direction of zero or negative curvature was met, and the solve "
         "ended with the iterate before it. Add damping above the magnitude of the most negative eigenvalue, train the "
-        "inner problem further, or use a Gauss-Newton operator."
+        "inner problem further, use a Gauss-Newton operator, or solve the indefinite system as it is with MINRES."
     ),
     Status.SINGULAR: "The operator is singular to working precision. Add damping.",
     Status.DIVERGED: (

@@ -48,6 +48,69 @@ def cg_step_(
     cg_step.cg_step_(x, r, p, hp, state, damping)
 
 
+def pcg_step_(
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    p: Sequence[Tensor],
+    hp: Sequence[Tensor],
+    m: Sequence[Tensor],
+    state: Tensor,
+    damping: float = 0.0,
+) -> None:
+    """See `hypergrad_ext.reference.pcg_step_`."""
+    from hypergrad_ext.kernels import cg_step
+
+    cg_step.pcg_step_(x, r, p, hp, m, state, damping)
+
+
+def richardson_step_(
+    x: Sequence[Tensor],
+    hx: Sequence[Tensor],
+    b: Sequence[Tensor],
+    m: Sequence[Tensor],
+    stats: Tensor,
+    alpha: float,
+    damping: float = 0.0,
+) -> None:
+    """See `hypergrad_ext.reference.richardson_step_`."""
+    from hypergrad_ext.kernels import richardson_step
+
+    richardson_step.richardson_step_(x, hx, b, m, stats, alpha, damping)
+
+
+def chebyshev_step_(
+    x_old: Sequence[Tensor],
+    x: Sequence[Tensor],
+    hx: Sequence[Tensor],
+    b: Sequence[Tensor],
+    m: Sequence[Tensor],
+    stats: Tensor,
+    alpha: float,
+    momentum: float,
+    damping: float = 0.0,
+) -> None:
+    """See `hypergrad_ext.reference.chebyshev_step_`."""
+    from hypergrad_ext.kernels import chebyshev_step
+
+    chebyshev_step.chebyshev_step_(x_old, x, hx, b, m, stats, alpha, momentum, damping)
+
+
+def minres_step_(
+    x: Sequence[Tensor],
+    v: Sequence[Tensor],
+    v_old: Sequence[Tensor],
+    w: Sequence[Tensor],
+    w_old: Sequence[Tensor],
+    hv: Sequence[Tensor],
+    state: Tensor,
+    damping: float = 0.0,
+) -> None:
+    """See `hypergrad_ext.reference_minres.minres_step_`."""
+    from hypergrad_ext.kernels import minres_step
+
+    minres_step.minres_step_(x, v, v_old, w, w_old, hv, state, damping)
+
+
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:
     """See `hypergrad_ext.reference.softmax_hessian`."""
     from hypergrad_ext.kernels import softmax

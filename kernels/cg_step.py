@@ -30,13 +30,14 @@ def dots_kernel(
     partial_stride,
     state,
     damping: tl.float64,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Partial sums of p.Hp, p.p and Hp.Hp, with damping in Hp."""
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
-    inside = i < tl.where(tl.load(state + row * 4 + 3) == 0, numel, 0)
+    inside = i < tl.where(tl.load(state + row * COLUMNS + 3) == 0, numel, 0)
     dtype = p.dtype.element_ty
 
     direction = tl.load(p + row * p_stride + i, mask=inside, other=0)
@@ -54,10 +55,12 @@ def advance_kernel(
     x,
     r,
     p,
+    m,
     hp,
     x_stride,
     r_stride,
     p_stride,
+    m_stride,
     hp_stride,
     numel,
     blocks,
@@ -66,13 +69,14 @@ def advance_kernel(
     state,
     alpha,
     damping: tl.float64,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``x <- x + alpha p``, ``r <- r - alpha (Hp + damping p)``, and partial sums of r.r."""
+    """``x <- x + alpha p``, ``r <- r - alpha (Hp + damping p)``, and partial sums of r.r and, if M is there, r.Mr."""
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
-    inside = i < tl.where(tl.load(state + row * 4 + 3) == 0, numel, 0)
+    inside = i < tl.where(tl.load(state + row * COLUMNS + 3) == 0, numel, 0)
     dtype = x.dtype.element_ty
     step = tl.load(alpha + row).to(dtype)
     x += row * x_stride + i
@@ -85,38 +89,46 @@ def advance_kernel(
     tl.store(x, solution, mask=inside)
     tl.store(r, residual, mask=inside)
     wide = tl.where(inside, residual, 0).to(tl.float64)
-    tl.store(partial + row * partial_stride + block, tl.sum(wide * wide))
+    partial += row * partial_stride + block * (COLUMNS - 3)
+    tl.store(partial, tl.sum(wide * wide))
+    if COLUMNS == 5:
+        z = tl.load(m + row * m_stride + i, mask=inside, other=0) * residual
+        tl.store(partial + 1, tl.sum(tl.where(inside, z, 0).to(tl.float64) * wide))
 
 
 @triton.jit(do_not_specialize=["blocks", "partial", "partial_stride"])
 def direction_kernel(
     r,
     p,
+    m,
     r_stride,
     p_stride,
+    m_stride,
     numel,
     blocks,
     partial,
     partial_stride,
     state,
     beta,
+    COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """``p <- r + beta p``; takes no sums."""
+    """``p <- M r + beta p``; takes no sums."""
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     i = block * BLOCK + tl.arange(0, BLOCK)
-    inside = i < tl.where(tl.load(state + row * 4 + 3) == 0, numel, 0)
+    inside = i < tl.where(tl.load(state + row * COLUMNS + 3) == 0, numel, 0)
     factor = tl.load(beta + row).to(p.dtype.element_ty)
     p += row * p_stride + i
-    residual = tl.load(r + row * r_stride + i, mask=inside, other=0)
-    direction = tl.load(p, mask=inside, other=0)
-    tl.store(p, residual + factor * direction, mask=inside)
+    z = tl.load(r + row * r_stride + i, mask=inside, other=0)
+    if COLUMNS == 5:
+        z *= tl.load(m + row * m_stride + i, mask=inside, other=0)
+    tl.store(p, z + factor * tl.load(p, mask=inside, other=0), mask=inside)
 
 
 def step_length(state: Tensor, dots: Tensor, eps: float) -> Tensor:
     """The step length of every row, and the flag where there is none: ``CgScalars::step_length`` in torch ops."""
-    residual, _, curvature, flag = state.unbind(1)
+    curvature, flag = state[:, 2], state[:, 3]
     php, pp, hphp = dots.unbind(1)
     running = flag == RUNNING
     broken = running & ~php.isfinite()
@@ -124,17 +136,25 @@ def step_length(state: Tensor, dots: Tensor, eps: float) -> Tensor:
     flat = running & ~broken & (php <= rounding)
     curvature.copy_(torch.where(running & ~broken, torch.where(pp > 0, php / pp, 0), curvature))
     flag.masked_fill_(broken, BROKEN).masked_fill_(flat, NON_POSITIVE_CURVATURE)
-    return residual / php
+    return state[:, _energy(state)] / php
 
 
-def conjugation(state: Tensor, rr: Tensor) -> Tensor:
+def conjugation(state: Tensor, squares: Tensor) -> Tensor:
     """The conjugation factor of every row, and the flag where the solve is over: ``CgScalars::conjugation``."""
-    residual, stop, _, flag = state.unbind(1)
+    residual, stop, flag, energy = state[:, 0], state[:, 1], state[:, 3], state[:, _energy(state)]
+    rr, rz = squares[:, 0], squares[:, -1]
     running = flag == RUNNING
-    beta = rr / residual
+    beta = rz / energy
     residual.copy_(torch.where(running, rr, residual))
-    flag.masked_fill_(running & ~rr.isfinite(), BROKEN).masked_fill_(running & (rr <= stop), CONVERGED)
+    energy.copy_(torch.where(running, rz, energy))
+    flag.masked_fill_(running & (rz <= 0), NON_POSITIVE_CURVATURE).masked_fill_(running & (rr <= stop), CONVERGED)
+    flag.masked_fill_(running & ~(rr.isfinite() & rz.isfinite()), BROKEN)
     return beta
+
+
+def _energy(state: Tensor) -> int:
+    """The column of r.Mr; without preconditioner that is r.r."""
+    return 4 if state.shape[1] == 5 else 0
 
 
 def cg_step_(
@@ -146,13 +166,40 @@ def cg_step_(
     damping: float = 0.0,
 ) -> None:
     """See `hypergrad_ext.reference.cg_step_`."""
-    scalars = lists.rows_of("state", state, 4)
-    pieces = lists.cut(scalars.shape[0], x=x, r=r, p=p, hp=hp)
+    # Without preconditioner the kernels do not look at m.
+    _iterate(x, r, p, r, hp, lists.rows_of("state", state, 4), damping)
+
+
+def pcg_step_(
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    p: Sequence[Tensor],
+    hp: Sequence[Tensor],
+    m: Sequence[Tensor],
+    state: Tensor,
+    damping: float = 0.0,
+) -> None:
+    """See `hypergrad_ext.reference.pcg_step_`."""
+    scalars = lists.rows_of("state", state, 5)
+    _iterate(x, r, p, lists.for_all_rows(m, len(scalars)), hp, scalars, damping)
+
+
+def _iterate(
+    x: Sequence[Tensor],
+    r: Sequence[Tensor],
+    p: Sequence[Tensor],
+    m: Sequence[Tensor],
+    hp: Sequence[Tensor],
+    state: Tensor,
+    damping: float,
+) -> None:
+    rows, columns = state.shape
+    pieces = lists.cut(rows, constants=("m",), x=x, r=r, p=p, m=m, hp=hp)
     eps = torch.finfo(x[0].dtype).eps if pieces else 0.0
-    partial = lists.partial_sums(pieces, scalars, 3)
-    lists.run(dots_kernel, [(p_i, hp_i) for _, _, p_i, hp_i in pieces], partial, scalars, damping)
-    alpha = step_length(scalars, partial.sum(1), eps)
-    partial = lists.partial_sums(pieces, scalars, 1)
-    lists.run(advance_kernel, pieces, partial, scalars, alpha, damping)
-    beta = conjugation(scalars, partial.sum(1).squeeze(1))
-    lists.run(direction_kernel, [(r_i, p_i) for _, r_i, p_i, _ in pieces], partial, scalars, beta)
+    partial = lists.partial_sums(pieces, state, 3)
+    lists.run(dots_kernel, [(piece[2], piece[4]) for piece in pieces], partial, state, damping, columns)
+    alpha = step_length(state, partial.sum(1), eps)
+    partial = lists.partial_sums(pieces, state, columns - 3)
+    lists.run(advance_kernel, pieces, partial, state, alpha, damping, columns)
+    beta = conjugation(state, partial.sum(1))
+    lists.run(direction_kernel, [piece[1:4] for piece in pieces], partial, state, beta, columns)

@@ -37,52 +37,74 @@ def rows_of(name: str, t: Tensor, columns: int) -> Tensor:
     return t.view(-1, columns)
 
 
-def cut(rows: int, **lists: Sequence[Tensor]) -> list[Piece]:
+def cut(rows: int, *, constants: Sequence[str] = (), **lists: Sequence[Tensor]) -> list[Piece]:
     """Cut lists into pieces ``(rows, m)`` that are contiguous in each of them.
 
     Args:
         rows: Number of rows of every tensor.
-        **lists: Lists of solver state, which the kernel may write to, and at last one that it only reads.
+        constants: Names of the lists that the kernel only reads.
+        **lists: Lists of solver state, which must have one dtype, and at last a product, which may have another.
 
     Returns:
         One tuple of views per piece, in order.
 
     Raises:
         TypeError: If a state is neither float64 nor float32, or two states differ.
-        ValueError: If a state is not contiguous, or two lists differ in length.
+        ValueError: If a state that is written to is not contiguous, or two lists differ in length.
     """
-    *states, _ = lists.items()
+    *states, (product, _) = lists.items()
     first, head = states[0]
     for name, tensors in states:
         for t in tensors:
             if t.dtype not in (torch.float64, torch.float32) or head and t.dtype != head[0].dtype:
                 raise TypeError(f"{name} must be float64 or float32 and have the dtype of {first}, got {t.dtype}")
-            if not t.is_contiguous():
+            if not t.is_contiguous() and name not in constants:
                 raise ValueError(f"{name} must be contiguous, got strides {t.stride()}")
     total = sum(t.numel() for t in head)
     for name, tensors in lists.items():
         if (numel := sum(t.numel() for t in tensors)) != total:
             raise ValueError(f"{name} must have as many elements as {first}: expected {total}, got {numel}")
-    return list(reference.aligned(rows, *lists.values()))
+    read = {name: [_with_rows(rows, t) for t in lists[name]] for name in (*constants, product)}
+    return list(reference.aligned(rows, *(lists | read).values()))
 
 
-def launch_parameters(numel: int) -> dict[str, int]:
-    """Block size and warps for a piece of ``numel`` elements per row."""
+def _with_rows(rows: int, t: Tensor) -> Tensor:
+    """``(rows, m)`` with elements side by side: a kernel knows no strides but those of rows."""
+    t = t.reshape(rows, -1)
+    return t if t.shape[1] < 2 or t.stride(1) == 1 else t.contiguous()
+
+
+def for_all_rows(m: Sequence[Tensor], rows: int) -> list[Tensor]:
+    """Views of a list without rows that repeat it in every row."""
+    return [t.reshape(1, -1).expand(rows, -1) for t in m]
+
+
+def launch_parameters(numel: int, itemsize: int) -> dict[str, int]:
+    """Block size and warps for a piece of ``numel`` elements of ``itemsize`` bytes per row."""
     if INTERPRETED:  # Time goes by programs, whatever their size.
         return {"BLOCK": min(triton.next_power_of_2(numel), 65536)}
     # Two sizes only: every other one would be compiled on its first use.
-    return {"BLOCK": 1024, "num_warps": 4} if numel <= 1024 else {"BLOCK": 2048, "num_warps": 8}
+    # 32 bytes per thread and list leave registers for the five lists and more of some kernels.
+    block = 8192 // itemsize
+    return {"BLOCK": block // 2, "num_warps": 4} if numel <= block // 2 else {"BLOCK": block, "num_warps": 8}
 
 
 def blocks_of(piece: Piece) -> int:
     """Programs per row of a piece."""
     numel = piece[0].shape[1]
-    return triton.cdiv(numel, launch_parameters(numel)["BLOCK"])
+    return triton.cdiv(numel, launch_parameters(numel, piece[0].itemsize)["BLOCK"])
 
 
 def partial_sums(pieces: Sequence[Piece], like: Tensor, sums: int) -> Tensor:
     """A buffer ``(rows, programs, sums)``: every program of a pass over ``pieces`` writes its own sums."""
     return like.new_empty(like.shape[0], sum(map(blocks_of, pieces)), sums)
+
+
+def fill_residual_stats(stats: Tensor, partial: Tensor) -> None:
+    """``stats`` of `reference.richardson_step_` from the sums of all programs."""
+    sums = partial.sum(1)
+    sums[:, 1] = (sums[:, 1] > 0).double()
+    stats.copy_(sums)
 
 
 def run(kernel: triton.JITFunction, pieces: Sequence[Piece], partial: Tensor, *scalars: Tensor | float) -> None:
@@ -100,7 +122,7 @@ def run(kernel: triton.JITFunction, pieces: Sequence[Piece], partial: Tensor, *s
             strides = [t.stride(0) if rows > 1 else 0 for t in piece]
             out = partial[:, done : done + blocks]
             arguments = (*piece, *strides, numel, blocks, out, out.stride(0), *scalars)
-            kernel[(rows * blocks,)](*arguments, **launch_parameters(numel))
+            kernel[(rows * blocks,)](*arguments, **launch_parameters(numel, piece[0].itemsize))
             done += blocks
 
 

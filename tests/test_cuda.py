@@ -10,7 +10,9 @@ import hypergrad_ext as hg
 from hypergrad_ext import _native, backends, ops, reference
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
+from tests.steps import STEPS, arguments
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
+from tests.test_steps import OPS, check
 
 # The emulator's device memory is the CPU's.
 DEVICE = torch.device("cpu" if _native.EMULATED else "cuda")
@@ -77,6 +79,46 @@ class TestAlignment:
         x, r, p = (random_list(self.SIZES, rows, dtypes[0], DEVICE) for _ in range(3))
         hp = shifted([(2 * t).to(dtypes[1]) for t in p], offsets[2])
         check_cg(shifted(x, offsets[0]), shifted(r, offsets[1]), shifted(p, offsets[0]), hp, backend, rows)
+
+    @pytest.mark.parametrize("name", STEPS)
+    def test_other_steps(self, name, offsets, rows, dtypes, backend):
+        args = arguments(name, self.SIZES, rows, dtypes, DEVICE)
+        turn = iter([offsets[0], offsets[1], offsets[2]] * 3)
+        args = [shifted(a, next(turn)) if isinstance(a, list) else a for a in args]
+        check(name, args, OPS[name].kernel(DEVICE, backend), 8 * ROUNDING[dtypes[0]], f"offsets {offsets}")
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_other_steps_on_long_lists(name, backend):
+    sizes = torch.randint(0, 40, (300 if _native.EMULATED else 3000,)).tolist()
+    args = arguments(name, sizes, 2, (torch.float32,) * 2, DEVICE, cuts=[sum(sizes)])
+    check(name, args, OPS[name].kernel(DEVICE, backend), 8e-6)
+
+
+@no_gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_other_steps_neither_wait_nor_allocate_outside_a_graph(name, backend):
+    args, again = (arguments(name, [1000, 3], 3, device=DEVICE) for _ in range(2))
+    kernel = OPS[name].kernel(DEVICE, backend)
+    kernel(*args)  # Triton compiles, and may wait, in its first call.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernel(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(args, again, strict=True):
+        if isinstance(a, list):
+            torch._foreach_copy_(a, b)
+        elif isinstance(a, Tensor):
+            a.copy_(b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernel(*args)
+    graph.replay()
+    kernel(*again)
+    for a, b in zip(args, again, strict=True):
+        if not isinstance(a, float):
+            assert_close(a, b, 1e-14)
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=lambda k: f"rows{k}")
@@ -216,7 +258,11 @@ def test_more_elements_than_32_bits_count(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [None, 4], ids=lambda k: f"rows{k}")
-@pytest.mark.parametrize("solver", [hg.CG(tol=1e-6), hg.Neumann(steps=150)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver",
+    [hg.CG(tol=1e-6), hg.Neumann(steps=150), hg.Chebyshev(60, bounds=(0.1, 1.1)), hg.MINRES(tol=1e-6)],
+    ids=lambda s: type(s).__name__,
+)
 def test_whole_solve(solver, rows, dtype, backend):
     a = spd(37, 8.0).to(DEVICE)
     b = torch.randn(*(() if rows is None else (rows,)), 37, dtype=torch.float64, device=DEVICE)

@@ -136,6 +136,13 @@ def test_options(changes, error, message):
         (lambda: hg.CG(max_steps=0), ValueError, "max_steps: expected at least 1, got 0"),
         (lambda: hg.CG(max_steps=True), TypeError, "max_steps: expected an integer, got True"),
         (lambda: hg.Neumann(steps="3"), TypeError, "steps: expected an integer, got '3'"),
+        (lambda: hg.Chebyshev(steps=-1), ValueError, "steps: expected at least 0, got -1"),
+        (lambda: hg.Chebyshev(tol=0.0), ValueError, "tol: expected a finite number > 0, got 0.0"),
+        (lambda: hg.Chebyshev(bounds=(0.0, 1.0)), ValueError, "bounds: expected a finite number > 0, got 0.0"),
+        (lambda: hg.Chebyshev(bounds=(2.0, 1.0)), ValueError, r"bounds: expected lower <= upper, got \(2.0, 1.0\)"),
+        (lambda: hg.Chebyshev(bounds=1.0), TypeError, r"bounds: expected a pair \(lower, upper\), got 1.0"),
+        (lambda: hg.MINRES(tol=-1.0), ValueError, "tol: expected a finite number > 0, got -1.0"),
+        (lambda: hg.MINRES(max_steps=0), ValueError, "max_steps: expected at least 1, got 0"),
         (lambda: hg.Identity(alpha=-1.0), ValueError, "alpha: expected a finite number > 0"),
         (lambda: hg.Direct(max_size=0), ValueError, "max_size: expected at least 1, got 0"),
     ],
@@ -144,6 +151,35 @@ def test_options(changes, error, message):
 def test_solver_settings(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("preconditioner", "error", "message"),
+    [
+        (torch.ones(4), ValueError, r"preconditioner: expected shape \(3,\).* got \(4,\)"),
+        (torch.ones(2, 3), ValueError, "preconditioner: expected one diagonal for all right-hand sides"),
+        (
+            torch.tensor([1.0, 0.0, 2.0]),
+            ValueError,
+            "preconditioner: expected positive entries .* got values from 0 to 2",
+        ),
+        (torch.tensor([1.0, -1.0, 2.0]), ValueError, "preconditioner: expected positive entries .* from -1 to 2"),
+        (torch.tensor([1.0, float("nan"), 2.0]), ValueError, "preconditioner: expected positive entries"),
+        (torch.tensor([1.0, float("inf"), 2.0]), ValueError, "preconditioner: expected positive entries"),
+        (torch.tensor([1, 2, 3]), TypeError, "preconditioner: expected torch.float32.* got torch.int64"),
+        ("jacobi", TypeError, "preconditioner: expected a tensor, list, .* got str"),
+        (lambda v: v[:2], ValueError, r"preconditioner\(v\): expected the shapes of v"),
+        (lambda v: -v, ValueError, "preconditioner: expected a positive definite one, got v.M v = -0.75"),
+        (lambda v: v * float("nan"), ValueError, "preconditioner: expected a positive definite one, got v.M v = nan"),
+        (hg.DenseMatrix(torch.eye(2)), ValueError, "preconditioner: expected an operator on the shapes"),
+    ],
+)
+@pytest.mark.parametrize("make", [hg.CG, hg.Chebyshev, hg.Neumann])
+def test_preconditioner(make, preconditioner, error, message):
+    bounds = {"bounds": (1.0, 3.0)} if make is hg.Chebyshev else {}
+    bounds |= {"alpha": 0.3} if make is hg.Neumann else {}
+    with pytest.raises(error, match=message):
+        hg.inverse_hvp(quadratic, W, V, make(preconditioner=preconditioner, **bounds))
 
 
 def test_direct_refuses_systems_that_do_not_fit():

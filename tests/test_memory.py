@@ -17,7 +17,10 @@ def live_tensors() -> tuple[int, int]:
     return len(tensors), sum(t.numel() * t.element_size() for t in tensors)
 
 
-SOLVERS = [hg.Neumann(5), hg.CG(tol=1e-6), hg.Direct(), hg.Identity()]
+SOLVERS = [
+    *(hg.Neumann(5), hg.CG(tol=1e-6), hg.Direct(), hg.Identity(), hg.Chebyshev(5), hg.MINRES(tol=1e-6)),
+    hg.CG(tol=1e-6, preconditioner=lambda v: [2 * t for t in v]),
+]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=str)

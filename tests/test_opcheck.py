@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from hypergrad_ext import ops
 from tests.compare import assert_close
+from tests.steps import STEPS, arguments
 
 
 def neumann_arguments(rows=None, state=torch.float32, product=torch.float32, sizes=(5, 130, 1)):
@@ -68,6 +69,15 @@ ARGUMENTS = {
 }
 
 
+def step_arguments(name):
+    return lambda rows=None, state=torch.float32, product=torch.float32: arguments(
+        name, [5, 130, 1], rows, (state, product)
+    )
+
+
+ARGUMENTS |= {name: step_arguments(name) for name in STEPS}
+
+
 def test_every_op_is_checked():
     assert {op.name for op in ops.ALL} == set(ARGUMENTS)
 
@@ -112,7 +122,15 @@ def cg_loop(a, b):
     return x, state
 
 
-@pytest.mark.parametrize("loop", [neumann_loop, cg_loop])
+def chebyshev_loop(a, b):
+    x_old, x, stats = torch.zeros_like(b), b.clone(), torch.zeros(3, dtype=torch.float64)
+    for momentum in (0.3, 0.2):
+        ops.chebyshev_step_([x_old], [x], [a @ x], [b], [], stats, 0.1, momentum, 0.01)
+        x_old, x = x, x_old
+    return x, stats
+
+
+@pytest.mark.parametrize("loop", [neumann_loop, cg_loop, chebyshev_loop])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(loop, backend):
     a = torch.randn(17, 17)

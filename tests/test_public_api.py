@@ -11,6 +11,7 @@ import hypergrad_ext as hg
 NAMES = [
     "CG",
     "Callable",
+    "Chebyshev",
     "DenseMatrix",
     "Direct",
     "GLMHessian",
@@ -18,6 +19,7 @@ NAMES = [
     "Hessian",
     "Identity",
     "LinearOperator",
+    "MINRES",
     "MLPHessian",
     "Neumann",
     "Solution",
@@ -56,7 +58,10 @@ def test_docstring_has_arguments_errors_and_an_example(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp", "CG", "Neumann", "Direct", "Identity"],
+    [
+        *("inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp"),
+        *("CG", "Chebyshev", "Direct", "Identity", "MINRES", "Neumann"),
+    ],
 )
 def test_docstring_says_what_it_costs(name):
     assert "Cost:" in inspect.getdoc(getattr(hg, name))

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from hypergrad_ext import ops, reference
+from hypergrad_ext import ops, reference, reference_minres
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
+from tests.steps import STEPS, arguments
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 from tests.test_softmax import in_place, problem, truth_of
+from tests.test_steps import OPS, check
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1", allow_module_level=True)
@@ -34,7 +36,7 @@ cg_step_ = ops.cg_step_.kernel(CPU, "triton")
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also split pieces into several programs, as on a GPU."""
     if request.param:
-        monkeypatch.setattr(lists, "launch_parameters", lambda numel: {"BLOCK": request.param})
+        monkeypatch.setattr(lists, "launch_parameters", lambda *_: {"BLOCK": request.param})
 
 
 def running_state(rows: int | None) -> Tensor:
@@ -66,6 +68,61 @@ class TestAgainstReference:
         cg_step_(x, r, p, hp, state, 0.5)
         assert_close([x, r, p], truth[:3], 4 * ROUNDING[dtypes[0]])
         assert_close(state, true_state, 4 * ROUNDING[dtypes[0]])
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("rows", [None, 3], ids=lambda k: f"rows{k}")
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
+@pytest.mark.parametrize("preconditioned", [False, True])
+@pytest.mark.parametrize("name", STEPS)
+def test_step_against_reference(name, preconditioned, dtypes, rows):
+    cuts, sizes = CUTS[3]
+    args = arguments(name, sizes, rows, dtypes, preconditioned=preconditioned, cuts=cuts)
+    check(name, args, OPS[name].kernel(CPU, "triton"), 8 * ROUNDING[dtypes[0]])
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_is_only_read_may_have_any_strides(name):
+    written = {"richardson_step_": (0,), "chebyshev_step_": (0,), "minres_step_": (0, 2, 4), "pcg_step_": (0, 1, 2)}
+    args = arguments(name, [30])
+    for position, a in enumerate(args):
+        if isinstance(a, list) and position not in written[name]:
+            args[position] = [torch.stack([t, t + 9], dim=1)[:, 0] for t in a]
+    check(name, args, OPS[name].kernel(CPU, "triton"), 8e-14)
+
+
+def test_product_of_the_older_steps_may_have_any_strides_too():
+    v, p, hv = torch.ones(4), torch.zeros(4), torch.arange(8.0)[::2]
+    neumann_step_([v], [p], [hv], torch.zeros(2, dtype=torch.float64), 1.0, 0.0)
+    assert v.tolist() == [1.0, -1.0, -3.0, -5.0]
+
+
+@pytest.mark.usefixtures("block")
+def test_minres_rows_stop_by_themselves():
+    args = arguments("minres_step_", [150], 4)
+    state = args[6]
+    flag, stop, step = (reference_minres.COLUMNS.index(name) for name in ("flag", "stop", "step"))
+    state[0, flag], state[0, step] = 1.0, 0.0
+    args[5][0][1, 149] = float("nan")
+    state[2, stop] = 1e9
+    check_args = [[t.clone() for t in a] if isinstance(a, list) else a for a in args[:6]]
+    true_state = state.clone()
+    reference_minres.minres_step_(*check_args, true_state, 0.7)
+    OPS["minres_step_"].kernel(CPU, "triton")(*args)
+    assert state[:, flag].tolist() == [1, 3, 1, 0] == true_state[:, flag].tolist()
+    assert_close(state, true_state, 1e-13)
+    for ours, theirs in zip(args[:5], check_args[:5], strict=True):
+        assert_close(ours[0], theirs[0], 1e-13)
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("name", ["richardson_step_", "chebyshev_step_"])
+def test_non_finite_solution_is_flagged_in_its_row_only(name):
+    args = arguments(name, [301], 3)
+    args[1 if name == "richardson_step_" else 2][0][1, 300] = float("nan")
+    OPS[name].kernel(CPU, "triton")(*args)
+    stats = next(a for a in args if isinstance(a, Tensor))
+    assert stats[:, 1].tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.usefixtures("block")
@@ -137,7 +194,15 @@ def test_refuses(changes, error, message):
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=lambda k: f"rows{k}")
-@pytest.mark.parametrize("solver", [hg.CG(tol=1e-8), hg.Neumann(steps=120)], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver",
+    [
+        *(hg.CG(tol=1e-8), hg.Neumann(steps=120), hg.Chebyshev(30, bounds=(0.3, 1.2)), hg.MINRES(tol=1e-8)),
+        *(hg.CG(tol=1e-8, preconditioner=torch.full((13,), 2.0).double()),),
+        *(hg.Neumann(steps=120, preconditioner=torch.full((13,), 2.0).double()),),
+    ],
+    ids=lambda s: type(s).__name__,
+)
 def test_whole_solve(solver, rows):
     a = spd(13, 4.0)
     b = torch.randn(13, dtype=torch.float64) if rows is None else torch.randn(rows, 13, dtype=torch.float64)

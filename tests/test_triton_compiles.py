@@ -12,33 +12,51 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter does not compile; run without TRITON_INTERPRET", allow_module_level=True)
 
-from hypergrad_ext.kernels import cg_step, neumann_step, softmax  # noqa: E402
+from hypergrad_ext.kernels import (  # noqa: E402
+    cg_step,
+    chebyshev_step,
+    minres_step,
+    neumann_step,
+    richardson_step,
+    softmax,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-KERNELS = [neumann_step.step_kernel, cg_step.dots_kernel, cg_step.advance_kernel, cg_step.direction_kernel]
-SCALARS = {"numel": "i32", "blocks": "i32", "partial_stride": "i32", "alpha": "fp64", "damping": "fp64"}
-ON_DEVICE = {"partial": "*fp64", "state": "*fp64", "beta": "*fp64"}
-PRODUCTS = ("hv", "hp")
+# Kernels, and the constants that they are compiled for besides the size of a block.
+KERNELS = [
+    (neumann_step.step_kernel, {}),
+    *((richardson_step.step_kernel, {"PRECONDITIONED": m}) for m in (False, True)),
+    *((chebyshev_step.step_kernel, {"PRECONDITIONED": m}) for m in (False, True)),
+    *((k, {}) for k in (minres_step.dot_kernel, minres_step.vectors_kernel, minres_step.close_kernel)),
+    *((cg_step.dots_kernel, {"COLUMNS": columns}) for columns in (4, 5)),
+    *((cg_step.advance_kernel, {"COLUMNS": columns}) for columns in (4, 5)),
+    *((cg_step.direction_kernel, {"COLUMNS": columns}) for columns in (4, 5)),
+]
+SCALARS = {"numel": "i32", "blocks": "i32", "partial_stride": "i32"}
+SCALARS |= dict.fromkeys(("alpha", "momentum", "damping"), "fp64")
+ON_DEVICE = dict.fromkeys(("partial", "state", "beta", "live", "factors", "step"), "*fp64")
+PRODUCTS = ("hv", "hp", "hx")
 DTYPES = [("fp64", "fp64"), ("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16")]
 REGISTERS = 64
 
 
-def compile_kernel(kernel, state: str, product: str):
+def compile_kernel(kernel, constants: dict, state: str, product: str):
     """Compile as a launch would, with aligned pointers and a length divisible by 16."""
+    constants = constants | {"BLOCK": 1024 if state == "fp64" else 2048}
     signature, aligned = {}, []
     for name in kernel.arg_names:
-        if name == "BLOCK":
+        if name in constants:
             signature[name] = "constexpr"
         elif name == "alpha" and kernel is cg_step.advance_kernel:
             signature[name] = "*fp64"
         else:
             of_list = product if name in PRODUCTS else state
             signature[name] = SCALARS.get(name) or ON_DEVICE.get(name) or ("i32" if "stride" in name else f"*{of_list}")
-        if signature[name] != "constexpr" and name not in ("blocks", "partial", "partial_stride", "alpha", "damping"):
+        if signature[name] not in ("constexpr", "fp64") and name not in ("blocks", "partial", "partial_stride"):
             aligned.append(name)
-    return compile_source(kernel, signature, {"BLOCK": 2048}, aligned, 8)
+    return compile_source(kernel, signature, constants, aligned, 8)
 
 
 def compile_source(kernel, signature, constants, aligned, warps):
@@ -62,9 +80,9 @@ def check(compiled, tmp_path):
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.__name__)
-def test_compiles_without_spills(kernel, dtypes, tmp_path):
-    compiled = compile_kernel(kernel, *dtypes)
+@pytest.mark.parametrize(("kernel", "constants"), KERNELS)
+def test_compiles_without_spills(kernel, constants, dtypes, tmp_path):
+    compiled = compile_kernel(kernel, constants, *dtypes)
     check(compiled, tmp_path)
     assert ".v4.b32" in compiled.asm["ptx"] or ".v2.b64" in compiled.asm["ptx"], "no 16-byte accesses"
 

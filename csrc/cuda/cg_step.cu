@@ -6,15 +6,18 @@
 namespace hg::cuda {
 namespace {
 
-enum List : int { kX, kR, kP, kHp };
+enum List : int { kX, kR, kP, kHp, kM };
 enum Dots : int { kPHp, kPP, kHpHp, kDots };
 
 // What all passes and scalar updates know: the state of every row, and the factor of the pass to come.
 struct Rows {
   double* state;
   double* factor;
+  bool preconditioned;
 
-  __device__ CgScalars scalars(int64_t row) const { return CgScalars{state + row * kCgState}; }
+  __device__ CgScalars scalars(int64_t row) const {
+    return CgScalars{state + row * (preconditioned ? kPcgState : kCgState), preconditioned};
+  }
   __device__ bool live(int64_t row) const { return scalars(row).running(); }
 };
 
@@ -53,20 +56,25 @@ struct DotsPass {
   }
 };
 
-template <class State, class Product>
+template <class State, class Product, bool Preconditioned>
 struct AdvancePass {
-  static constexpr int kLists = 4, kSums = 1, kWidth = 16 / sizeof(State);
+  static constexpr int kLists = 4 + Preconditioned, kSums = 1 + Preconditioned, kWidth = 16 / sizeof(State);
   template <int W>
   struct Items {
-    Pack<State, W> x, r, p;
+    Pack<State, W> x, r, p, m;
     Pack<Product, W> hp;
   };
 
   Rows rows;
   State damping, alpha;
 
-  static constexpr std::array<int, kLists> lists() { return {kX, kR, kP, kHp}; }
-  static constexpr __host__ __device__ int item_size(int list) { return list < kHp ? sizeof(State) : sizeof(Product); }
+  static constexpr std::array<int, kLists> lists() {
+    if constexpr (Preconditioned)
+      return {kX, kR, kP, kHp, kM};
+    else
+      return {kX, kR, kP, kHp};
+  }
+  static constexpr __host__ __device__ int item_size(int list) { return list == kHp ? sizeof(Product) : sizeof(State); }
   __device__ bool enter(int64_t row) {
     if (!rows.live(row)) return false;
     alpha = static_cast<State>(rows.factor[row]);
@@ -79,6 +87,7 @@ struct AdvancePass {
     items.r = at.template load<State, W>(kR, i);
     items.p = at.template load<State, W>(kP, i);
     items.hp = at.template load<Product, W>(kHp, i);
+    if constexpr (Preconditioned) items.m = at.template load<State, W>(kM, i);
   }
 
   template <int W>
@@ -90,24 +99,31 @@ struct AdvancePass {
       const State residual = cg_residual<State>(items.r.at[w], widen(items.hp.at[w]), p, alpha, damping);
       items.r.at[w] = residual;
       sums[0] += static_cast<double>(residual) * static_cast<double>(residual);
+      if constexpr (Preconditioned)
+        sums[1] += static_cast<double>(items.m.at[w] * residual) * static_cast<double>(residual);
     }
     at.store(kX, i, items.x);
     at.store(kR, i, items.r);
   }
 };
 
-template <class State>
+template <class State, bool Preconditioned>
 struct DirectionPass {
-  static constexpr int kLists = 2, kSums = 0, kWidth = 16 / sizeof(State);
+  static constexpr int kLists = 2 + Preconditioned, kSums = 0, kWidth = 16 / sizeof(State);
   template <int W>
   struct Items {
-    Pack<State, W> r, p;
+    Pack<State, W> r, p, m;
   };
 
   Rows rows;
   State beta;
 
-  static constexpr std::array<int, kLists> lists() { return {kR, kP}; }
+  static constexpr std::array<int, kLists> lists() {
+    if constexpr (Preconditioned)
+      return {kR, kP, kM};
+    else
+      return {kR, kP};
+  }
   static constexpr __host__ __device__ int item_size(int) { return sizeof(State); }
   __device__ bool enter(int64_t row) {
     if (!rows.live(row)) return false;
@@ -119,12 +135,16 @@ struct DirectionPass {
   __device__ __forceinline__ void load(Items<W>& items, const Cursor<kLists>& at, int64_t i) const {
     items.r = at.template load<State, W>(0, i);
     items.p = at.template load<State, W>(1, i);
+    if constexpr (Preconditioned) items.m = at.template load<State, W>(2, i);
   }
 
   template <int W>
   __device__ __forceinline__ void update(Items<W>& items, const Cursor<kLists>& at, int64_t i, double*) const {
 #pragma unroll
-    for (int w = 0; w < W; ++w) items.p.at[w] = cg_direction(items.r.at[w], items.p.at[w], beta);
+    for (int w = 0; w < W; ++w) {
+      const State z = Preconditioned ? items.m.at[w] * items.r.at[w] : items.r.at[w];
+      items.p.at[w] = cg_direction(z, items.p.at[w], beta);
+    }
     at.store(1, i, items.p);
   }
 };
@@ -138,25 +158,25 @@ struct StepLength : Rows {
   }
 };
 
+template <bool Preconditioned>
 struct Conjugation : Rows {
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 1 + Preconditioned;
 
-  __device__ void operator()(int64_t row, const double* square) const {
-    factor[row] = scalars(row).conjugation(square[0]);
+  __device__ void operator()(int64_t row, const double* squares) const {
+    factor[row] = scalars(row).conjugation(squares[0], squares[Preconditioned]);
   }
 };
 
-}  // namespace
-
-const char* cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
-                    double* state, double damping, const Scratch& scratch, Stream stream) {
+// The lists are x, r, p, hp, m; without preconditioner the last is not looked at.
+template <bool Preconditioned>
+const char* iterate(const AlignedPieces<5>& pieces, DType x, DType hp, int64_t rows, double* state, double damping,
+                    const Scratch& scratch, Stream stream) {
   if (rows == 0) return nullptr;
-  const AlignedPieces<4> pieces({x, r, p, hp});
-  const Tiling<4> tiling(pieces, rows);
+  const Tiling<5> tiling(pieces, rows);
   double* factor = scratch(rows * (1 + tiling.blocks * kDots));
   double* partial = factor + rows;
-  const Rows shared{state, factor};
-  const cudaError_t error = for_dtypes(x.dtype, hp.dtype, [&](auto state_type, auto product_type) {
+  const Rows shared{state, factor, Preconditioned};
+  const cudaError_t error = for_dtypes(x, hp, [&](auto state_type, auto product_type) {
     using State = decltype(state_type);
     using Product = decltype(product_type);
     const State damping_ = static_cast<State>(damping);
@@ -164,13 +184,28 @@ const char* cg_step(const VectorList& x, const VectorList& r, const VectorList& 
     const auto finish = [&](const auto& body) { return run_finish(rows, tiling.blocks, partial, body, stream); };
 
     cudaError_t e = pass(DotsPass<State, Product>{shared, damping_});
-    if (e == cudaSuccess) e = finish(StepLength{{shared}, epsilon(x.dtype)});
-    if (e == cudaSuccess) e = pass(AdvancePass<State, Product>{shared, damping_, 0});
-    if (e == cudaSuccess) e = finish(Conjugation{{shared}});
-    if (e == cudaSuccess) e = pass(DirectionPass<State>{shared, 0});
+    if (e == cudaSuccess) e = finish(StepLength{{shared}, epsilon(x)});
+    if (e == cudaSuccess) e = pass(AdvancePass<State, Product, Preconditioned>{shared, damping_, 0});
+    if (e == cudaSuccess) e = finish(Conjugation<Preconditioned>{{shared}});
+    if (e == cudaSuccess) e = pass(DirectionPass<State, Preconditioned>{shared, 0});
     return e;
   });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+const char* cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
+                    double* state, double damping, const Scratch& scratch, Stream stream) {
+  const AlignedPieces<5> pieces({x, r, p, hp, r});
+  return iterate<false>(pieces, x.dtype, hp.dtype, rows, state, damping, scratch, stream);
+}
+
+const char* pcg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp,
+                     const VectorList& m, int64_t rows, double* state, double damping, const Scratch& scratch,
+                     Stream stream) {
+  const AlignedPieces<5> pieces({x, r, p, hp, m});
+  return iterate<true>(pieces, x.dtype, hp.dtype, rows, state, damping, scratch, stream);
 }
 
 }  // namespace hg::cuda

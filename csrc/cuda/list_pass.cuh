@@ -105,9 +105,11 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int64_t last = aligned ? size - (size - head) % W : 0;
 
     double sums[S ? S : 1] = {};
-    sweep<W, 2>(pass, at, first, last, sums);
+    // Packs of many lists are enough bytes in flight, and all the registers there are.
+    constexpr bool kMany = N > 5;
+    sweep<W, kMany ? 1 : 2>(pass, at, first, last, sums);
     sweep<1, 1>(pass, at, 0, first, sums);
-    sweep<1, 4>(pass, at, last, size, sums);
+    sweep<1, kMany ? 1 : 4>(pass, at, last, size, sums);
     if constexpr (S > 0) {
       block_sum(sums);
       if (threadIdx.x == 0)

@@ -22,11 +22,13 @@ class LinearOperator(ABC):
         symmetric: Whether ``H = H^T`` is known to hold.
         used: For every parameter, whether ``H`` depends on it at all.
         lambda_max: Estimate of the largest magnitude of an eigenvalue, kept for later solves.
+        ritz_range: What Lanczos steps have found of the spectrum, likewise.
     """
 
     space: Space
     symmetric: bool = True
     lambda_max: float | None = None
+    ritz_range: tuple[float, float, float, float] | None = None
 
     @property
     def used(self) -> list[bool]:

@@ -90,13 +90,32 @@ class System:
             out.add_(part)
         return result
 
+    def product_of_given(self, v: Tensor) -> Tensor:
+        """``H v`` by the operator that was given, as one flat tensor: to look at the spectrum, before a solve."""
+        parts = self._times(self.operator, self.views(v))
+        return torch.cat([part.reshape(*v.shape[:-1], -1).to(v.dtype) for part in parts], dim=-1)
+
     def prepare(self, products: int, b: Tensor) -> None:
         """Let the operator choose its fastest form for a solve of about this many products."""
         self.prepared = self.operator.prepare(products, b.shape[0] if b.dim() == 2 else 1)
 
-    def looks(self, step: int, last: int) -> bool:
-        """Whether to read flags from the device after this step."""
-        return self._space.device.type == "cpu" or step % _LOOK_EVERY == 0 or step == last
+    def iterate(self, steps: int, advance: Callable[[], None], over: Callable[[int], bool] | None) -> int:
+        """The loop of every solver: ``advance`` until ``over``, given the number of steps, says that it is.
+
+        Args:
+            steps: Steps at the most.
+            advance: Takes one step.
+            over: Looks at flags on the device; called rarely where that means to wait for it. None never stops.
+
+        Returns:
+            Steps taken.
+        """
+        waits = self._space.device.type != "cpu"
+        for step in range(1, steps + 1):
+            advance()
+            if over and (not waits or step % _LOOK_EVERY == 0 or step == steps) and over(step):
+                return step
+        return steps
 
     def lambda_max(self, steps: int = 5) -> float:
         """Magnitude of the largest eigenvalue of ``H`` by power iteration, kept on the operator.
@@ -115,7 +134,7 @@ class System:
             norm = torch.linalg.vector_norm(q, dtype=torch.float64)
             for _ in range(steps):
                 q /= norm.to(q.dtype)
-                h = torch.cat([part.reshape(-1).to(q.dtype) for part in self._times(self.operator, self.views(q))])
+                h = self.product_of_given(q)
                 norm = torch.linalg.vector_norm(h, dtype=torch.float64)
                 if not 0 < float(norm) < float("inf"):
                     return float(norm)

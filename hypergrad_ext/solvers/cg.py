@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
+from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 
 _STATUS = {
     0.0: Status.MAX_STEPS,
@@ -25,14 +26,17 @@ class CG(Solver):
     r"""Conjugate gradients on :math:`(H + d I) x = b`.
 
     Needs a positive definite operator: a direction of zero or negative curvature ends the solve with
-    the iterate before it. The error shrinks at least by :math:`(\sqrt\kappa - 1) / (\sqrt\kappa + 1)`
-    per step, in a few steps per cluster of eigenvalues. Each right-hand side of a batch stops by itself.
+    the iterate before it; `MINRES` goes on. The error shrinks at least by
+    :math:`(\sqrt\kappa - 1) / (\sqrt\kappa + 1)` per step, in a few steps per cluster of eigenvalues; with a
+    preconditioner M, those of :math:`M (H + d I)`. Each right-hand side of a batch stops by itself.
 
     Cost: one Hessian-vector product per step.
 
     Args:
         tol: Stop once ``|b - (H + d I) x| <= tol |b|``.
         max_steps: Stop after so many steps at the latest.
+        preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
+            parameters (positive; applied by the fused step), or a function or operator that multiplies by M.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -50,6 +54,7 @@ class CG(Solver):
 
     tol: float = 1e-5
     max_steps: int = 250
+    preconditioner: PreconditionerChoice = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the settings."""
@@ -58,33 +63,50 @@ class CG(Solver):
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``x = 0``; all scalars stay in ``state``, on the device."""
+        m = Preconditioner.of(self.preconditioner, system.operator.space)
         # Residual and threshold are squared norms; curvature and flag start at 0.
         squared = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).square()
         stop = (self.tol * b_norm).square()
-        state = torch.stack([squared, stop, torch.zeros_like(squared), (squared <= stop).double()], dim=-1)
-        rows = b if b.dim() == 2 else b[None]
-        whole = system.prepared.conjugate_gradients(
-            rows, system.damping, self.max_steps, state.view(-1, 4), system.backend
-        )
+        columns = [squared, stop, torch.zeros_like(squared), (squared <= stop).double()]
+        if m is not None:
+            columns.append(m.norm(b).square())
+        state = torch.stack(columns, dim=-1)
+        whole = None
+        if m is None:
+            rows = b if b.dim() == 2 else b[None]
+            whole = system.prepared.conjugate_gradients(
+                rows, system.damping, self.max_steps, state.view(-1, 4), system.backend
+            )
         if whole is None:
-            x, step = self._loop(system, b, state)
+            x, step = self._loop(system, b, state, m)
         else:
             x, state, steps = whole
             x, step = x.view_as(b), int(steps)
             system.hvps += step * len(rows)
-        residual, _, curvature, flags = state.view(-1, 4).T.tolist()
+        residual, _, curvature, flags = state.reshape(-1, len(columns)).T.tolist()[:4]
         negative = [c for c, flag in zip(curvature, flags, strict=True) if flag == 2.0]
         detail = f"step {step}, curvature {min(negative):.3g}" if negative else ""
         return Outcome(
             x, [_STATUS[flag] for flag in flags], step, detail, residuals=[math.sqrt(square) for square in residual]
         )
 
-    def _loop(self, system: System, b: Tensor, state: Tensor) -> tuple[Tensor, int]:
-        x, r, p = torch.zeros_like(b), b, b.clone()
+    def _loop(self, system: System, b: Tensor, state: Tensor, m: Preconditioner | None) -> tuple[Tensor, int]:
+        x, r, p = torch.zeros_like(b), b, b.clone() if m is None else m.times(b)
         views = system.views(p)
-        step_ = system.kernel(ops.cg_step_)
-        for step in range(self.max_steps):
-            if system.looks(step, self.max_steps) and 0.0 not in state[..., 3].reshape(-1).tolist():
-                return x, step
-            step_([x], [r], [p], system.product(views), state, system.damping)
-        return x, self.max_steps
+        flags = state[..., 3]
+
+        def over(_: int) -> bool:
+            return 0.0 not in flags.reshape(-1).tolist()
+
+        if m is None:
+            step_ = system.kernel(ops.cg_step_)
+
+            def advance() -> None:
+                step_([x], [r], [p], system.product(views), state, system.damping)
+        else:
+            step_ = m.step(ops.pcg_step_, system.kernel(ops.pcg_step_))
+
+            def advance() -> None:
+                step_([x], [r], [p], system.product(views), m.argument, state, system.damping)
+
+        return x, 0 if over(0) else system.iterate(self.max_steps, advance, over)

@@ -1,0 +1,89 @@
+"""Divergence and convergence read off the norms that a fused step computes anyway."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext.solution import Status
+from hypergrad_ext.solvers.preconditioner import Preconditioner
+
+# A norm that grows by less than this is rounding, or too slow to matter within any sensible number of steps.
+_GROWTH = 1 + 1e-4
+
+
+class Watch:
+    """Reads norms and flags after steps and says when there is nothing to gain from another one.
+
+    What it watches are residuals r, or the terms of a Neumann series, which are residuals too: the term after K
+    updates is that of the partial sum before it, so a tolerance costs nothing. For ``0 <= H + d I`` and a step size
+    or bounds that fit the spectrum, no step takes ``r.M r`` above where it began.
+    """
+
+    def __init__(
+        self,
+        b: Tensor,
+        b_norm: Tensor,
+        tol: float | None,
+        preconditioner: Preconditioner | None = None,
+        regrowth: float = 1.0,
+    ) -> None:
+        """Watch the rows that start from ``b``, with tolerances that refer to ``b_norm``.
+
+        Args:
+            b: Right-hand sides, ``(n,)`` or ``(k, n)``.
+            b_norm: The norm that ``tol`` refers to, per row.
+            tol: Tolerance for ``|r|``, or None.
+            preconditioner: M; the identity by default.
+            regrowth: How far above the smallest value yet ``sqrt(r.M r)`` has to be, and growing, to prove
+                divergence. The norms of a series' terms can only shrink: 1. Those of recomputed residuals end in
+                rounding noise: more. Infinity where theory does not say that they shrink from step to step.
+        """
+        self._stop = [tol * norm if tol is not None else -1.0 for norm in b_norm.reshape(-1).tolist()]
+        norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+        self._norm: list[float] = norm.reshape(-1).tolist()
+        self._first: list[float] = (norm if preconditioner is None else preconditioner.norm(b)).reshape(-1).tolist()
+        self._last, self._least = self._first, list(self._first)
+        self._regrowth = regrowth
+        self._grew = [0] * len(self._stop)
+        self._failed: list[Status | None] = [None] * len(self._stop)
+        self.detail = ""
+
+    def stop(self, b: Tensor) -> Tensor:
+        """Squared norms at which rows are done, ``(k,)``, on the device of ``b``."""
+        squares = [limit * limit if limit >= 0 else -1.0 for limit in self._stop]
+        return torch.tensor(squares, dtype=torch.float64, device=b.device)
+
+    def over(self, stats: list[list[float]], step: int) -> bool:
+        """Take in ``r.r``, a non-finite flag and, with a preconditioner, ``r.M r``; True when all rows are done."""
+        sizes = []
+        for row, (square, non_finite, *energy) in enumerate(stats):
+            self._norm[row] = math.sqrt(square) if square < math.inf else math.inf
+            size = math.sqrt(energy[0]) if energy and 0 <= energy[0] < math.inf else self._norm[row]
+            sizes.append(size)
+            self._grew[row] = self._grew[row] + 1 if size > self._last[row] * _GROWTH else 0
+            self._least[row] = min(self._least[row], size)
+            grows = self._grew[row] >= 2 and size > self._regrowth * self._least[row]
+            if non_finite and step == 1:
+                self._fail(row, Status.NON_FINITE_OPERATOR, "at the first step")
+            elif non_finite or not size < math.inf or grows or size > 1.01 * self._first[row]:
+                self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
+        self._last = sizes
+        return all(failed or self._converged(row) for row, failed in enumerate(self._failed))
+
+    def statuses(self) -> list[Status]:
+        """One status per row."""
+        return [
+            failed or (Status.CONVERGED if self._converged(row) else Status.MAX_STEPS)
+            for row, failed in enumerate(self._failed)
+        ]
+
+    def _converged(self, row: int) -> bool:
+        return self._norm[row] <= self._stop[row]
+
+    def _fail(self, row: int, status: Status, detail: str) -> None:
+        if self._failed[row] is None:
+            self._failed[row] = status
+            self.detail = f", {detail}"
