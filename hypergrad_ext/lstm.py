@@ -108,8 +108,10 @@ class _Cell(Function):
 
 class _CellBackward(Function):
     @staticmethod
-    def forward(*args: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ops.lstm_cell_backward(*args)
+    def forward(
+        activations: Tensor, c: Tensor, c_next: Tensor, grad_h: Tensor, grad_c: Tensor, grad_activations: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.lstm_cell_backward(activations, c, c_next, grad_h, grad_c, grad_activations)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -127,8 +129,10 @@ class _CellBackward(Function):
 
 class _CellDoubleBackward(Function):
     @staticmethod
-    def forward(*args: Tensor) -> tuple[Tensor, ...]:
-        return ops.lstm_cell_double_backward(*args)
+    def forward(
+        activations: Tensor, c: Tensor, c_next: Tensor, grad_h: Tensor, grad_c: Tensor, v_gates: Tensor, v_c: Tensor
+    ) -> tuple[Tensor, ...]:
+        return ops.lstm_cell_double_backward(activations, c, c_next, grad_h, grad_c, v_gates, v_c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -179,8 +183,9 @@ class _CellBackwardInAllModes(_CellBackward):
         primals = [t for t in ctx.saved_tensors if t is not None]
         tangents = tuple(_or_zeros(d, t) for d, t in zip(tangents, primals, strict=False))
         # The adjoint of the adjoint: inside forward mode there is no second forward mode.
-        out, pullback = torch.func.vjp(reference.lstm_cell_backward, *primals)
-        _, pushforward = torch.func.vjp(pullback, tuple(torch.zeros_like(t) for t in out))
+        _, c, *_ = primals
+        pullback = torch.func.vjp(reference.lstm_cell_backward, *primals)[1]
+        pushforward = torch.func.vjp(pullback, (torch.zeros_like(primals[0]), torch.zeros_like(c)))[1]
         return pushforward(tangents)[0]
 
     @staticmethod
@@ -244,7 +249,7 @@ class _LayerBackward(Function):
         return by_activations, by_h[1:], by_c, by_w, by_h[0], by_c0, by_grad_h, by_grad_c, None
 
 
-def _layer_backward(activations, h, c, w_hh, h0, c0, grad_h, grad_c, grad_activations):  # type: ignore[no-untyped-def]
+def _layer_backward(activations, h, c, w_hh, h0, c0, grad_h, grad_c, grad_activations):
     """`_LayerBackward` in plain torch."""
     grad_gates, grad_c0, _, _ = reference.lstm_layer_backward(
         activations, c, c0, w_hh, grad_h, grad_c, grad_activations
@@ -257,18 +262,18 @@ def _by_torch(function: Any, inputs: Any, cotangents: Any) -> tuple[Tensor | Non
     given = [i for i, t in enumerate(inputs) if t is not None]
 
     def of_given(*tensors: Tensor) -> Any:
-        every = [None] * len(inputs)
+        every: list[Tensor | None] = [None] * len(inputs)
         for i, t in zip(given, tensors, strict=True):
-            every[i] = t  # type: ignore[call-overload]
+            every[i] = t
         return function(*every)
 
-    _, pullback = torch.func.vjp(of_given, *(inputs[i] for i in given))
+    pullback = torch.func.vjp(of_given, *(inputs[i] for i in given))[1]
     grads = dict(zip(given, pullback(tuple(cotangents)), strict=True))
     return tuple(grads.get(i) for i in range(len(inputs)))
 
 
 def _more_rows(function: Any, size: int, in_dims: tuple, args: tuple) -> tuple:
-    """vmap of a function of rows: a batch of them is more rows."""
+    """Vmap of a function of rows: a batch of them is more rows."""
     folded = []
     for t, dim in zip(args, in_dims, strict=True):
         if t is not None:

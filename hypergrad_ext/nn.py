@@ -73,7 +73,9 @@ class LSTM(torch.nn.LSTM):
             TypeError: If ``input`` is a ``PackedSequence``.
         """
         if isinstance(input, PackedSequence):
-            raise TypeError("input: expected a tensor, got a PackedSequence: pad it (pad_packed_sequence) and mask the loss")
+            raise TypeError(
+                "input: expected a tensor, got a PackedSequence: pad it (pad_packed_sequence) and mask the loss"
+            )
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             expected = f"(steps, batch, {self.input_size}) or (steps, {self.input_size})"
             raise ValueError(f"input: expected shape {expected}, got {tuple(input.shape)}")

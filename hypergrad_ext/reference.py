@@ -315,7 +315,7 @@ def lstm_cell_double_backward(
 
 
 def lstm_layer(
-    x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor, cell: Callable = lstm_cell
+    x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor, *, cell: Callable = lstm_cell
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence of an LSTM layer: `lstm_cell` of ``x_gates[t] + h[t - 1] W^T`` for every step t.
 
@@ -340,6 +340,7 @@ def lstm_layer_backward(
     grad_h: Tensor,
     grad_c: Tensor | None = None,
     grad_activations: Tensor | None = None,
+    *,
     cell: Callable = lstm_cell_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by ``x_gates`` and ``c0`` of `lstm_layer`, from those by ``h``, ``c`` and the activations.
@@ -372,6 +373,7 @@ def lstm_layer_double_backward(
     v_gates: Tensor,
     v_h0: Tensor,
     v_c0: Tensor,
+    *,
     cell: Callable = lstm_cell_double_backward,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``<v_gates, grad_gates> + <v_h0, grad_gates[0] W> + <v_c0, grad_c0>`` of `lstm_layer_backward`.

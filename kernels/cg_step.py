@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from hypergrad_ext.kernels import lists
 from torch import Tensor
+
+from hypergrad_ext.kernels import lists
 
 # Values of the flag in column 3 of the state, as in csrc/update.h. The kernels see rows that are not
 # running as empty.

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from hypergrad_ext.kernels import lists
 from torch import Tensor
 
 from hypergrad_ext import reference
+from hypergrad_ext.kernels import lists
 
 
 @triton.jit
@@ -157,18 +159,19 @@ def double_backward_kernel(
     tl.store(by_grad_c + at, by_d.to(dtype), mask=inside)
 
 
-def launch_parameters(units: int) -> dict[str, int]:
-    """Block size and warps for rows of so many units."""
+def launch_parameters(units: int, item_size: int) -> dict[str, int]:
+    """Block size and warps for rows of so many units: two units per thread, or what has registers in float64."""
     if lists.INTERPRETED:  # Time goes by programs and blocks, whatever their size.
         return {"BLOCK": min(triton.next_power_of_2(max(1, units)), 65536)}
-    return {"BLOCK": 128, "num_warps": 1} if units <= 128 else {"BLOCK": 512, "num_warps": 4}
+    warps = 1 if units <= 128 else 4
+    return {"BLOCK": (32 if item_size == 8 else 64) * warps, "num_warps": warps}
 
 
 def _launch(kernel, c: Tensor, *tensors: Tensor, **options: bool) -> None:
     if c.numel() == 0:
         return
     rows, units = c.shape
-    parameters = launch_parameters(units)
+    parameters = launch_parameters(units, c.element_size())
     blocks = triton.cdiv(units, parameters["BLOCK"])
     with lists.on_device_of(c):
         kernel[(rows * blocks,)](*tensors, units, blocks, **options, **parameters)
@@ -236,25 +239,16 @@ def lstm_cell_double_backward(
     return tuple(out)  # type: ignore[return-value]
 
 
-def lstm_layer(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def lstm_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See `hypergrad_ext.reference.lstm_layer`."""
-    return reference.lstm_layer(x_gates, w_hh, h0, c0, cell=lstm_cell)
+    return reference.lstm_layer(*args, cell=lstm_cell)
 
 
-def lstm_layer_backward(
-    activations: Tensor,
-    c: Tensor,
-    c0: Tensor,
-    w_hh: Tensor,
-    grad_h: Tensor,
-    grad_c: Tensor | None = None,
-    grad_activations: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def lstm_layer_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `hypergrad_ext.reference.lstm_layer_backward`."""
-    arguments = activations, c, c0, w_hh, grad_h, grad_c, grad_activations
-    return reference.lstm_layer_backward(*arguments, cell=lstm_cell_backward)
+    return reference.lstm_layer_backward(*args, cell=lstm_cell_backward)
 
 
-def lstm_layer_double_backward(*args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def lstm_layer_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `hypergrad_ext.reference.lstm_layer_double_backward`."""
     return reference.lstm_layer_double_backward(*args, cell=lstm_cell_double_backward)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from hypergrad_ext.kernels import lists
 from torch import Tensor
+
+from hypergrad_ext.kernels import lists
 
 
 @triton.jit(do_not_specialize=["blocks", "partial", "partial_stride"])

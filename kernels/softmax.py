@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from hypergrad_ext.kernels import lists
 from torch import Tensor
+
+from hypergrad_ext.kernels import lists
 
 
 @triton.jit(do_not_specialize=["k"])

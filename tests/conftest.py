@@ -6,9 +6,8 @@ import pytest
 import torch
 
 try:
-    import hypergrad_ext.kernels  # noqa: F401
-
     import hypergrad_ext as hg
+    import hypergrad_ext.kernels  # noqa: F401
 except ImportError as error:
     raise pytest.UsageError(
         f"hypergrad_ext is not installed ({error}); run: pip install --no-build-isolation -e '.[test]'"
