@@ -25,7 +25,7 @@ class LSTM(torch.nn.LSTM):
 
     On the CPU in float32 and float64 the recurrence is C++, shared by the threads by rows of the batch. On a GPU it
     is a loop of matrix products and fused cells (not yet run on one). Under ``torch.func``, in forward mode and in half
-    precision on the CPU it is such a loop, too. ``is_grads_batched=True`` is not supported.
+    precision on the CPU it is such a loop, too. ``is_grads_batched=True`` raises: take several vectors one by one.
 
     Args:
         *args: As for `torch.nn.LSTM`.
@@ -108,7 +108,9 @@ class LSTM(torch.nn.LSTM):
         bias = None
         if self.bias:
             bias = getattr(self, f"bias_ih_l{layer}{suffix}") + getattr(self, f"bias_hh_l{layer}{suffix}")
-        return lstm_layer(F.linear(x, w_ih, bias), w_hh, h0, c0)
+        x_gates = F.linear(x, w_ih, bias)
+        # Under autocast the product has another dtype than the parameters.
+        return lstm_layer(x_gates, *(t.to(x_gates.dtype) for t in (w_hh, h0, c0)))
 
     def _initial_state(self, x: Tensor, hx: tuple[Tensor, Tensor] | None, single: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)

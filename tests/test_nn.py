@@ -214,6 +214,37 @@ class TestModule:
 
         assert_close(list(product(ours)), list(product(theirs)), 1e-12)
 
+    def test_batch_of_vectors(self):
+        ours, theirs = both()
+        x = torch.randn(5, 4, 3, dtype=torch.float64)
+        v = [torch.randn(3, *p.shape, dtype=torch.float64) for p in theirs.parameters()]
+
+        def products(module):
+            return hg.Hessian(module(x)[0].square().sum(), list(module.parameters())).matmat(v)
+
+        assert_close(list(products(ours)), list(products(theirs)), 1e-12)
+
+    def test_batched_backward_raises(self):
+        module = nn.LSTM(3, 5)
+        params = list(module.parameters())
+        loss = module(torch.randn(2, 4, 3))[0].square().sum()
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        v = [torch.randn(2, *p.shape) for p in params]
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grads, params, v, is_grads_batched=True)
+
+    def test_autocast(self):
+        module, x = nn.LSTM(3, 5), torch.randn(6, 4, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = module(x)
+            loss = y.float().square().mean()
+        assert_close(loss, module(x)[0].square().mean(), 2e-2)
+        grads = [
+            torch.autograd.grad(value, list(module.parameters())) for value in (loss, module(x)[0].square().mean())
+        ]
+        assert all(g.dtype == torch.float32 for g in grads[0])
+        assert_close(*map(list, grads), 5e-2)
+
     def test_gradgradcheck(self):
         module = nn.LSTM(2, 3, num_layers=2, dtype=torch.float64)
         names = [name for name, _ in module.named_parameters()]
@@ -288,7 +319,7 @@ class TestModule:
             ({}, torch.zeros(0, 4, 3), None, ValueError, "input: expected at least one step"),
             ({}, torch.zeros(2, 4, 3), (torch.zeros(4, 5),) * 2, ValueError, r"h_0 of shape \(1, 4, 5\), got \(4, 5\)"),
             ({}, torch.zeros(2, 3), (torch.zeros(1, 1, 5),) * 2, ValueError, r"h_0 of shape \(1, 5\), got"),
-            ({}, pack_sequence([torch.zeros(2, 3)]), None, TypeError, "got a PackedSequence: pass it padded"),
+            ({}, pack_sequence([torch.zeros(2, 3)]), None, TypeError, "got a PackedSequence: pad it"),
         ],
         ids=range(7),
     )
