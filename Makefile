@@ -35,7 +35,7 @@ demo: $(STAMP) ## Set up, build, and run the main job on real data (results in o
 # kernels in its interpreter, which is switched on per process.
 test: $(STAMP) ## Set up, build, and run all tests
 	$(BIN)/python -m pytest
-	for isa in default avx2; do ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q tests/test_ops.py tests/test_steps.py tests/test_softmax.py || exit 1; done
+	for isa in default avx2; do ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q tests/test_ops.py tests/test_steps.py tests/test_softmax.py tests/test_lstm.py || exit 1; done
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton.py
 
 lint: $(STAMP) ## Style, types, C++ format

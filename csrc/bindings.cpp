@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <tuple>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -182,6 +183,68 @@ py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py:
   return wrap(out);
 }
 
+const at::Tensor& tensor(const char* name, py::handle object) { return TensorSequence::tensor(name, object.ptr()); }
+
+std::optional<at::Tensor> optional_tensor(const char* name, py::handle object) {
+  if (object.is_none()) return std::nullopt;
+  return tensor(name, object);
+}
+
+// f's tensors as a Python tuple, computed without the GIL.
+template <class F>
+py::tuple tensors_of(const F& f) {
+  decltype(f()) result;
+  {
+    const py::gil_scoped_release release;
+    result = f();
+  }
+  return std::apply([](const auto&... t) { return py::make_tuple(wrap(t)...); }, result);
+}
+
+py::tuple lstm_cell(py::handle gates, py::handle c) {
+  const at::Tensor &a = tensor("gates", gates), &b = tensor("c", c);
+  return tensors_of([&] { return hg::lstm_cell(a, b); });
+}
+
+py::tuple lstm_cell_backward(py::handle activations, py::handle c, py::handle c_next, py::handle grad_h,
+                             py::handle grad_c, py::handle grad_activations) {
+  const at::Tensor &a = tensor("activations", activations), &before = tensor("c", c), &after = tensor("c_next", c_next);
+  const at::Tensor &by_h = tensor("grad_h", grad_h), &by_c = tensor("grad_c", grad_c);
+  const auto by_a = optional_tensor("grad_activations", grad_activations);
+  return tensors_of([&] { return hg::lstm_cell_backward(a, before, after, by_h, by_c, by_a); });
+}
+
+py::tuple lstm_cell_double_backward(py::handle activations, py::handle c, py::handle c_next, py::handle grad_h,
+                                    py::handle grad_c, py::handle v_gates, py::handle v_c) {
+  const at::Tensor &a = tensor("activations", activations), &before = tensor("c", c), &after = tensor("c_next", c_next);
+  const at::Tensor &by_h = tensor("grad_h", grad_h), &by_c = tensor("grad_c", grad_c);
+  const at::Tensor &v_a = tensor("v_gates", v_gates), &v_before = tensor("v_c", v_c);
+  return tensors_of([&] { return hg::lstm_cell_double_backward(a, before, after, by_h, by_c, v_a, v_before); });
+}
+
+py::tuple lstm_layer(py::handle x_gates, py::handle w_hh, py::handle h0, py::handle c0) {
+  const at::Tensor &x = tensor("x_gates", x_gates), &w = tensor("w_hh", w_hh), &h = tensor("h0", h0);
+  const at::Tensor& c = tensor("c0", c0);
+  return tensors_of([&] { return hg::lstm_layer(x, w, h, c); });
+}
+
+py::tuple lstm_layer_backward(py::handle activations, py::handle c, py::handle c0, py::handle w_hh, py::handle grad_h,
+                              py::handle grad_c, py::handle grad_activations) {
+  const at::Tensor &a = tensor("activations", activations), &after = tensor("c", c), &first = tensor("c0", c0);
+  const at::Tensor &w = tensor("w_hh", w_hh), &by_h = tensor("grad_h", grad_h);
+  const auto by_c = optional_tensor("grad_c", grad_c), by_a = optional_tensor("grad_activations", grad_activations);
+  return tensors_of([&] { return hg::lstm_layer_backward(a, after, first, w, by_h, by_c, by_a); });
+}
+
+py::tuple lstm_layer_double_backward(py::handle activations, py::handle c, py::handle c0, py::handle w_hh,
+                                     py::handle dh, py::handle dc, py::handle v_gates, py::handle v_h0,
+                                     py::handle v_c0) {
+  const at::Tensor &a = tensor("activations", activations), &after = tensor("c", c), &first = tensor("c0", c0);
+  const at::Tensor &w = tensor("w_hh", w_hh), &by_h = tensor("dh", dh), &by_c = tensor("dc", dc);
+  const at::Tensor &v_a = tensor("v_gates", v_gates), &v_h = tensor("v_h0", v_h0), &v_c = tensor("v_c0", v_c0);
+  return tensors_of([&] { return hg::lstm_layer_double_backward(a, after, first, w, by_h, by_c, v_a, v_h, v_c); });
+}
+
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
@@ -244,4 +307,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("weights") = py::none());
   m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
         py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
+  m.def("lstm_cell", &lstm_cell, py::arg("gates"), py::arg("c"));
+  m.def("lstm_cell_backward", &lstm_cell_backward, py::arg("activations"), py::arg("c"), py::arg("c_next"),
+        py::arg("grad_h"), py::arg("grad_c"), py::arg("grad_activations") = py::none());
+  m.def("lstm_cell_double_backward", &lstm_cell_double_backward, py::arg("activations"), py::arg("c"),
+        py::arg("c_next"), py::arg("grad_h"), py::arg("grad_c"), py::arg("v_gates"), py::arg("v_c"));
+  m.def("lstm_layer", &lstm_layer, py::arg("x_gates"), py::arg("w_hh"), py::arg("h0"), py::arg("c0"));
+  m.def("lstm_layer_backward", &lstm_layer_backward, py::arg("activations"), py::arg("c"), py::arg("c0"),
+        py::arg("w_hh"), py::arg("grad_h"), py::arg("grad_c") = py::none(), py::arg("grad_activations") = py::none());
+  m.def("lstm_layer_double_backward", &lstm_layer_double_backward, py::arg("activations"), py::arg("c"), py::arg("c0"),
+        py::arg("w_hh"), py::arg("dh"), py::arg("dc"), py::arg("v_gates"), py::arg("v_h0"), py::arg("v_c0"));
 }

@@ -63,4 +63,32 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
                    at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
                    double scale, bool biases, double l2);
 
+// The pointwise part of an LSTM step. gates, activations: (rows, 4 units); everything else: (rows, units). Returns h,
+// the next c and the activations.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& gates, const at::Tensor& c);
+// Gradients by gates and c, from those by h, the next c and the activations.
+std::tuple<at::Tensor, at::Tensor> lstm_cell_backward(const at::Tensor& activations, const at::Tensor& c,
+                                                      const at::Tensor& c_next, const at::Tensor& grad_h,
+                                                      const at::Tensor& grad_c,
+                                                      const std::optional<at::Tensor>& grad_activations);
+// Gradients of <v, what lstm_cell_backward returns> by its first five arguments.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_cell_double_backward(
+    const at::Tensor& activations, const at::Tensor& c, const at::Tensor& c_next, const at::Tensor& grad_h,
+    const at::Tensor& grad_c, const at::Tensor& v_gates, const at::Tensor& v_c);
+
+// The recurrence of an LSTM layer over all steps. x_gates, activations: (steps, batch, 4 units); h, c: (steps, batch,
+// units); h0, c0: (batch, units); w_hh: (4 units, units). Returns h, c and the activations.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_layer(const at::Tensor& x_gates, const at::Tensor& w_hh,
+                                                          const at::Tensor& h0, const at::Tensor& c0);
+// Gradients by x_gates and c0, and what reached h and c of every step.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_layer_backward(
+    const at::Tensor& activations, const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
+    const at::Tensor& grad_h, const std::optional<at::Tensor>& grad_c,
+    const std::optional<at::Tensor>& grad_activations);
+// Gradients of <v, (grad_gates, the gradient that leaves by h0, grad_c0)> by activations, c, c0, grad_h and grad_c.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> lstm_layer_double_backward(
+    const at::Tensor& activations, const at::Tensor& c, const at::Tensor& c0, const at::Tensor& w_hh,
+    const at::Tensor& dh, const at::Tensor& dc, const at::Tensor& v_gates, const at::Tensor& v_h0,
+    const at::Tensor& v_c0);
+
 }  // namespace hg

@@ -72,3 +72,36 @@ def minres_step_(
     state: Tensor,
     damping: float = 0.0,
 ) -> None: ...
+def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+def lstm_cell_backward(
+    activations: Tensor,
+    c: Tensor,
+    c_next: Tensor,
+    grad_h: Tensor,
+    grad_c: Tensor,
+    grad_activations: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def lstm_cell_double_backward(
+    activations: Tensor, c: Tensor, c_next: Tensor, grad_h: Tensor, grad_c: Tensor, v_gates: Tensor, v_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def lstm_layer(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+def lstm_layer_backward(
+    activations: Tensor,
+    c: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    grad_h: Tensor,
+    grad_c: Tensor | None = None,
+    grad_activations: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def lstm_layer_double_backward(
+    activations: Tensor,
+    c: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    dh: Tensor,
+    dc: Tensor,
+    v_gates: Tensor,
+    v_h0: Tensor,
+    v_c0: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...

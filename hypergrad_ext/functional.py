@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.lstm import lstm_cell as lstm_cell
 
 
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> Tensor:

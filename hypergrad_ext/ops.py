@@ -72,6 +72,10 @@ def _tracing() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _fresh(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
 def _fake_in_place(*args: Tensor | float | None) -> None:
     """In-place ops return nothing, whatever the shapes."""
 
@@ -179,6 +183,52 @@ mlp_hvp = Op(
     native=("cpp",),
 )
 
+lstm_cell = Op(
+    "lstm_cell(Tensor gates, Tensor c) -> (Tensor, Tensor, Tensor)",
+    reference=reference.lstm_cell,
+    fake=lambda gates, c: (_fresh(c), _fresh(c), _fresh(gates)),
+    device_of=1,
+)
+
+lstm_cell_backward = Op(
+    "lstm_cell_backward(Tensor activations, Tensor c, Tensor c_next, Tensor grad_h, Tensor grad_c,"
+    " Tensor? grad_activations=None) -> (Tensor, Tensor)",
+    reference=reference.lstm_cell_backward,
+    fake=lambda activations, c, *rest: (_fresh(activations), _fresh(c)),
+    device_of=1,
+)
+
+lstm_cell_double_backward = Op(
+    "lstm_cell_double_backward(Tensor activations, Tensor c, Tensor c_next, Tensor grad_h, Tensor grad_c,"
+    " Tensor v_gates, Tensor v_c) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.lstm_cell_double_backward,
+    fake=lambda activations, c, *rest: (_fresh(activations), *(_fresh(c) for _ in range(4))),
+    device_of=1,
+)
+
+lstm_layer = Op(
+    "lstm_layer(Tensor x_gates, Tensor w_hh, Tensor h0, Tensor c0) -> (Tensor, Tensor, Tensor)",
+    reference=reference.lstm_layer,
+    fake=lambda x_gates, w_hh, h0, c0: (*(c0.new_empty(len(x_gates), *c0.shape) for _ in range(2)), _fresh(x_gates)),
+    device_of=3,
+)
+
+lstm_layer_backward = Op(
+    "lstm_layer_backward(Tensor activations, Tensor c, Tensor c0, Tensor w_hh, Tensor grad_h, Tensor? grad_c=None,"
+    " Tensor? grad_activations=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.lstm_layer_backward,
+    fake=lambda activations, c, c0, *rest: (_fresh(activations), _fresh(c0), _fresh(c), _fresh(c)),
+    device_of=2,
+)
+
+lstm_layer_double_backward = Op(
+    "lstm_layer_double_backward(Tensor activations, Tensor c, Tensor c0, Tensor w_hh, Tensor dh, Tensor dc,"
+    " Tensor v_gates, Tensor v_h0, Tensor v_c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.lstm_layer_double_backward,
+    fake=lambda activations, c, c0, *rest: (_fresh(activations), _fresh(c), _fresh(c0), _fresh(c), _fresh(c)),
+    device_of=2,
+)
+
 ALL = (
     neumann_step_,
     cg_step_,
@@ -192,4 +242,10 @@ ALL = (
     softmax_hessian,
     softmax_hessian_,
     mlp_hvp,
+    lstm_cell,
+    lstm_cell_backward,
+    lstm_cell_double_backward,
+    lstm_layer,
+    lstm_layer_backward,
+    lstm_layer_double_backward,
 )

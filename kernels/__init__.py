@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,3 +123,45 @@ def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | 
     from hypergrad_ext.kernels import softmax
 
     softmax.softmax_hessian_(logits, u, scale, weights)
+
+
+def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `hypergrad_ext.reference.lstm_cell`."""
+    from hypergrad_ext.kernels import lstm
+
+    return lstm.lstm_cell(gates, c)
+
+
+def lstm_cell_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    """See `hypergrad_ext.reference.lstm_cell_backward`."""
+    from hypergrad_ext.kernels import lstm
+
+    return lstm.lstm_cell_backward(*args)
+
+
+def lstm_cell_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `hypergrad_ext.reference.lstm_cell_double_backward`."""
+    from hypergrad_ext.kernels import lstm
+
+    return lstm.lstm_cell_double_backward(*args)
+
+
+def lstm_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """See `hypergrad_ext.reference.lstm_layer`."""
+    from hypergrad_ext.kernels import lstm
+
+    return lstm.lstm_layer(*args)
+
+
+def lstm_layer_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `hypergrad_ext.reference.lstm_layer_backward`."""
+    from hypergrad_ext.kernels import lstm
+
+    return lstm.lstm_layer_backward(*args)
+
+
+def lstm_layer_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `hypergrad_ext.reference.lstm_layer_double_backward`."""
+    from hypergrad_ext.kernels import lstm
+
+    return lstm.lstm_layer_double_backward(*args)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from hypergrad_ext import _native, backends, ops, reference
+from hypergrad_ext import _native, backends, nn, ops, reference
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.steps import STEPS, arguments
+from tests.test_lstm import DTYPES as LSTM_DTYPES
+from tests.test_lstm import FLOOR, arguments_of, wide
+from tests.test_lstm import NAMES as LSTM_NAMES
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 from tests.test_steps import OPS, check
 
@@ -323,3 +328,33 @@ class TestSoftmaxHessian:
         value.zero_()
         graph.replay()
         assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("dtype", LSTM_DTYPES, ids=str)
+@pytest.mark.parametrize("name", LSTM_NAMES)
+def test_lstm(name, dtype, backend):
+    """Widths that 16 bytes divide and widths that they do not, and rows that start in the middle of 16 bytes."""
+    for rows, units in ((1, 1), (3, 33), (20, 200), (7, 1024)):
+        arguments = arguments_of(name, rows, units, dtype)
+        truth, by_torch = (getattr(reference, name)(*a) for a in (wide(arguments), arguments))
+        for offset in (0, 1):
+            on_device = [shifted([t.to(DEVICE)], offset)[0] for t in arguments]
+            value = getattr(ops, name).kernel(DEVICE, backend)(*on_device)
+            for ours, theirs, exact in zip(value, by_torch, truth, strict=True):
+                # TF32 is off; a layer's products are added up in another order.
+                assert_no_worse_than_torch(ours.cpu(), theirs, exact, 4 * FLOOR[dtype], f"{rows} x {units}")
+
+
+def test_lstm_module_and_its_hessian():
+    torch.manual_seed(0)
+    on_cpu = nn.LSTM(7, 33, num_layers=2, dtype=torch.float64)
+    on_device = copy.deepcopy(on_cpu).to(DEVICE)
+    x = torch.randn(5, 3, 7, dtype=torch.float64)
+    v = [torch.randn_like(p) for p in on_cpu.parameters()]
+
+    def product(module, x, v):
+        return hg.Hessian(module(x)[0].square().sum(), list(module.parameters())).matvec(v)
+
+    truth = product(on_cpu, x, v)
+    value = product(on_device, x.to(DEVICE), [t.to(DEVICE) for t in v])
+    assert_close([t.cpu() for t in value], list(truth), 1e-12)

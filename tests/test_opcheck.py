@@ -10,6 +10,8 @@ from torch.utils import _pytree as pytree
 from hypergrad_ext import ops
 from tests.compare import assert_close
 from tests.steps import STEPS, arguments
+from tests.test_lstm import NAMES as LSTM_NAMES
+from tests.test_lstm import arguments_of
 
 
 def neumann_arguments(rows=None, state=torch.float32, product=torch.float32, sizes=(5, 130, 1)):
@@ -57,6 +59,13 @@ def mlp_arguments(rows=None, state=torch.float32, product=torch.float32):
     return weights, hidden, slopes, bends, deltas, torch.randn(n, 3).to(state).softmax(1), v, 0.05, True, 0.1
 
 
+def lstm_arguments(name):
+    def arguments(rows=None, state=torch.float32, product=torch.float32):
+        return arguments_of(name, rows or 1, 7, product)
+
+    return arguments
+
+
 ARGUMENTS = {
     "neumann_step_": neumann_arguments,
     "cg_step_": cg_arguments,
@@ -66,6 +75,7 @@ ARGUMENTS = {
     "softmax_hessian": softmax_arguments,
     "softmax_hessian_": softmax_arguments,
     "mlp_hvp": mlp_arguments,
+    **{name: lstm_arguments(name) for name in LSTM_NAMES},
 }
 
 

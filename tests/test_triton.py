@@ -13,6 +13,9 @@ from hypergrad_ext import ops, reference, reference_minres
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.steps import STEPS, arguments
+from tests.test_lstm import DTYPES as LSTM_DTYPES
+from tests.test_lstm import FLOOR, arguments_of, wide
+from tests.test_lstm import NAMES as LSTM_NAMES
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 from tests.test_softmax import in_place, problem, truth_of
 from tests.test_steps import OPS, check
@@ -21,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from hypergrad_ext.kernels import lists, softmax  # noqa: E402
+from hypergrad_ext.kernels import lists, lstm, softmax  # noqa: E402
 
 CPU = torch.device("cpu")
 CUTS = [([1], [1]), ([5, 300, 7], [312]), ([312], [100, 0, 212]), ([17, 0, 1030, 3], [1047, 3])]
@@ -254,3 +257,53 @@ class TestSoftmaxHessian:
         value = ops.softmax_hessian.kernel(CPU, "triton")(logits, u, scale)
         truth = truth_of(logits, u, scale)
         assert ((value - truth).abs() <= 1e-13 * u.abs().max()).all()
+
+
+@pytest.fixture(params=[16, None], ids=["many-blocks", "one-block"])
+def unit_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also cut rows into several blocks, as on a GPU in wide layers."""
+    if request.param:
+        monkeypatch.setattr(lstm, "launch_parameters", lambda units, item_size: {"BLOCK": request.param})
+
+
+@pytest.mark.usefixtures("unit_block")
+@pytest.mark.parametrize("rest", [True, False])
+@pytest.mark.parametrize("dtype", LSTM_DTYPES, ids=str)
+@pytest.mark.parametrize("name", LSTM_NAMES)
+def test_lstm_against_reference(name, dtype, rest):
+    for rows, units in ((1, 1), (3, 5), (2, 33)):
+        arguments = arguments_of(name, rows, units, dtype, rest=rest)
+        value = getattr(ops, name).kernel(CPU, "triton")(*arguments)
+        by_torch, truth = (getattr(reference, name)(*a) for a in (arguments, wide(arguments)))
+        for ours, theirs, exact in zip(value, by_torch, truth, strict=True):
+            assert ours.shape == theirs.shape and ours.dtype == dtype
+            # The interpreter cuts off the bits that bfloat16 has no room for, in each of a layer's three steps; a GPU
+            # rounds.
+            floor = 3 * 2**-7 if dtype == torch.bfloat16 else FLOOR[dtype]
+            assert_no_worse_than_torch(ours, theirs, exact, floor, f"{rows} x {units}")
+
+
+@pytest.mark.parametrize("dtype", LSTM_DTYPES[:2], ids=str)
+def test_lstm_activations_are_accurate_near_zero(dtype):
+    x = torch.logspace(-30, 1, 2001, dtype=torch.float64).to(dtype)
+    gates = torch.cat([x, -x]).repeat(4)[None]
+    _, _, activations = ops.lstm_cell.kernel(CPU, "triton")(gates, torch.zeros(1, 2 * len(x), dtype=dtype))
+    exact = torch.cat([x.double(), -x.double()]).tanh()
+    g = activations.chunk(4, 1)[2][0].double()
+    assert ((g - exact) / exact).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "error", "message"),
+    [
+        (1, torch.zeros(3), ValueError, r"c must have shape \(rows, units\), got \(3,\)"),
+        (0, torch.zeros(5, 7), ValueError, r"gates must have shape \(5, 28\), got \(5, 7\)"),
+        (0, torch.zeros(5, 28).half(), TypeError, "gates must be torch.float64 like c, got torch.float16"),
+    ],
+    ids=range(3),
+)
+def test_lstm_refuses(position, bad, error, message):
+    arguments = arguments_of("lstm_cell", 5, 7)
+    arguments[position] = bad
+    with pytest.raises(error, match=message):
+        ops.lstm_cell.kernel(CPU, "triton")(*arguments)

@@ -15,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from hypergrad_ext.kernels import (  # noqa: E402
     cg_step,
     chebyshev_step,
+    lstm,
     minres_step,
     neumann_step,
     richardson_step,
@@ -104,3 +105,18 @@ def test_softmax_hessian_compiles_without_spills(dtype, weighted, classes, tmp_p
     check(compiled, tmp_path)
     if classes % 16 == 0:
         assert ".v4.b32" in compiled.asm["ptx"] or ".v2.b64" in compiled.asm["ptx"], "no 16-byte accesses"
+
+
+@pytest.mark.parametrize("units", [33, 128, 1024])
+@pytest.mark.parametrize("kernel", [lstm.forward_kernel, lstm.backward_kernel, lstm.double_backward_kernel])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_lstm_compiles_without_spills(dtype, kernel, units, tmp_path):
+    parameters = lstm.launch_parameters(units, {"fp64": 8, "fp32": 4}.get(dtype, 2))
+    constants = {"BLOCK": parameters["BLOCK"]}
+    constants |= {"ACTIVATIONS": True} if "ACTIVATIONS" in kernel.arg_names else {}
+    signature = {name: f"*{dtype}" for name in kernel.arg_names} | {"units": "i32", "blocks": "i32"}
+    aligned = [name for name in kernel.arg_names if signature[name].startswith("*") and name not in constants]
+    signature |= dict.fromkeys(constants, "constexpr")
+    aligned += ["units"] if units % 16 == 0 else []
+    compiled = compile_source(kernel, signature, constants, aligned, parameters["num_warps"])
+    check(compiled, tmp_path)

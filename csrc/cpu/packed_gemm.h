@@ -1,0 +1,108 @@
+// Products with a matrix that is used at every step of a recurrence: packed once into panels two registers
+// wide, which then stream through the cache in the order in which they are read.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace hg::cpu {
+
+// Columns are packed in groups of so many bytes, one to four panels, so that the buffer's size is the same for every
+// instruction set.
+constexpr int64_t kGroupBytes = 128;
+
+template <class Real>
+struct Packed {
+  static constexpr int64_t kGroup = kGroupBytes / static_cast<int64_t>(sizeof(Real));
+  const Real* b;  // element (t, j) at b[t * row_stride + j * column_stride]
+  int64_t row_stride, column_stride, depth, columns;
+  Real* panels;
+
+  int64_t groups() const { return (columns + kGroup - 1) / kGroup; }
+  int64_t size() const { return groups() * kGroup * depth; }
+};
+
+template <class Real, class Tiles>
+struct PackedGemm {
+  using S = Simd<Real, Tiles::bytes>;
+  using V = typename S::V;
+  static constexpr int W = S::width, kPanel = 2 * W;
+  // Two sums per row and two factors fill the register file: 32 registers with AVX-512, else 16.
+  static constexpr int kRows = Tiles::bytes == 64 ? 12 : 6;
+
+  static HG_INLINE void pack(const Packed<Real>& m, int64_t group) {
+    const int64_t begin = group * Packed<Real>::kGroup, end = begin + Packed<Real>::kGroup;
+    for (int64_t j = begin; j < end; j += kPanel) {
+      Real* panel = m.panels + j * m.depth;
+      for (int p = 0; p < kPanel; ++p)
+        for (int64_t t = 0; t < m.depth; ++t)
+          panel[t * kPanel + p] = j + p < m.columns ? m.b[t * m.row_stride + (j + p) * m.column_stride] : Real(0);
+    }
+  }
+
+  // out = addend + a b, a and out with `rows` rows; addend may be null, or out itself.
+  struct Rows {
+    const Real* a;
+    int64_t a_stride, rows;
+    const Real* addend;
+    Real* out;
+    int64_t stride;  // of addend and out
+  };
+
+  static HG_INLINE void multiply(const Packed<Real>& m, const Rows& at) {
+    const int64_t blocks = (at.rows + kRows - 1) / kRows;
+    for (int64_t j = 0; j < m.columns; j += kPanel)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t first = block * at.rows / blocks, count = (block + 1) * at.rows / blocks - first;
+        tiles<kRows>(m, at, first, count, j);
+      }
+  }
+
+ private:
+  template <int R>
+  static HG_INLINE void tiles(const Packed<Real>& m, const Rows& at, int64_t first, int64_t count, int64_t j) {
+    if (count == R) return tile<R>(m, at, first, j);
+    if constexpr (R > 1) tiles<R - 1>(m, at, first, count, j);
+  }
+
+  template <int R>
+  static HG_INLINE void tile(const Packed<Real>& m, const Rows& at, int64_t first, int64_t j) {
+    // Unrolled by command: else the sums are zeroed and finished in memory, not in registers.
+    V sums[R][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[r][0] = sums[r][1] = V{};
+    const Real *a = at.a + first * at.a_stride, *b = m.panels + j * m.depth;
+    for (int64_t t = 0; t < m.depth; ++t, b += kPanel) {
+      const V low = S::load(b), high = S::load(b + W);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const Real factor = a[r * at.a_stride + t];
+        sums[r][0] += factor * low;
+        sums[r][1] += factor * high;
+      }
+    }
+    const int64_t i = first * at.stride + j, inside = m.columns - j;
+    if (inside >= kPanel) {
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        const int64_t k = i + r * at.stride;
+        if (at.addend) sums[r][0] += S::load(at.addend + k), sums[r][1] += S::load(at.addend + k + W);
+        S::store(at.out + k, sums[r][0]);
+        S::store(at.out + k + W, sums[r][1]);
+      }
+      return;
+    }
+    Real values[R][kPanel];
+    for (int r = 0; r < R; ++r) {
+      S::store(values[r], sums[r][0]);
+      S::store(values[r] + W, sums[r][1]);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int64_t p = 0, k = i + r * at.stride; p < inside; ++p)
+        at.out[k + p] = values[r][p] + (at.addend ? at.addend[k + p] : Real(0));
+  }
+};
+
+}  // namespace hg::cpu

@@ -1,0 +1,298 @@
+"""The LSTM as functions that are differentiable twice by fused ops, and any number of times by torch's own rules.
+
+The activations are an output of the forward pass, and all that the backward pass needs besides the memory. So the
+backward of the backward hands its gradients by them to the forward pass, whose backward runs anyway for what
+comes back from the loss: one recurrence for both, where torch runs two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from hypergrad_ext import ops, reference
+
+
+def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The pointwise part of an LSTM step.
+
+    .. math:: c' = \sigma(f)\,c + \sigma(i)\tanh(g), \qquad h' = \sigma(o)\tanh(c')
+
+    for ``gates`` :math:`(i, f, g, o) = x W_{ih}^\top + b_{ih} + h W_{hh}^\top + b_{hh}`, in the order of
+    `torch.nn.LSTMCell`. Forward, backward and the backward of the backward are one fused pass each; between them the
+    activations and both memories are kept, six numbers per unit. Third derivatives run in plain torch. Works in forward
+    mode and under ``torch.func.vmap``.
+
+    Args:
+        gates: ``(..., 4 units)``: float64, float32, bfloat16 or float16 (the last two computed in float32).
+        c: ``(..., units)``, the memory, of the same dtype.
+
+    Returns:
+        ``h'`` and ``c'``, like ``c``.
+
+    Raises:
+        ValueError: If the shapes do not go together.
+        TypeError: If the dtypes differ or are not floating point.
+
+    Example:
+        >>> from hypergrad_ext import functional
+        >>> h, c = functional.lstm_cell(torch.zeros(1, 8), torch.ones(1, 2))
+        >>> c
+        tensor([[0.5000, 0.5000]])
+    """
+    if c.dim() == 0 or gates.shape != (*c.shape[:-1], 4 * c.shape[-1]):
+        expected = f"(..., 4 units) for c of shape (..., units) = {tuple(c.shape)}"
+        raise ValueError(f"gates: expected shape {expected}, got {tuple(gates.shape)}")
+    if gates.dtype != c.dtype or not c.is_floating_point():
+        raise TypeError(f"gates and c: expected one floating dtype, got {gates.dtype} and {c.dtype}")
+    rows = c.shape[:-1].numel()
+    # torch.compile refuses a function with a jvp.
+    function = _Cell if torch.compiler.is_compiling() else _CellInAllModes
+    h, c_next, _ = function.apply(gates.reshape(rows, gates.shape[-1]), c.reshape(rows, c.shape[-1]))
+    return h.view(c.shape), c_next.view(c.shape)
+
+
+def lstm_layer(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
+    """One direction of one LSTM layer: `lstm_cell` of ``x_gates[t] + h[t - 1] W^T`` for every step t.
+
+    Forward, backward and the backward of the backward are one loop over the steps each, in C++ on the CPU. Under
+    ``torch.func`` and in forward mode the steps run one by one.
+
+    Args:
+        x_gates: ``(steps, batch, 4 units)``, the inputs' part of the gates with all biases.
+        w_hh: ``(4 units, units)``.
+        h0: ``(batch, units)``.
+        c0: ``(batch, units)``.
+
+    Returns:
+        ``h`` and ``c`` of every step, ``(steps, batch, units)``.
+    """
+    if not _transformed():
+        h, c, _ = _Layer.apply(x_gates, w_hh, h0, c0)
+        return h, c
+    h, c, steps = h0, c0, []
+    for x in x_gates.unbind(0):
+        h, c = lstm_cell(x + h @ w_hh.T, c)
+        steps.append((h, c))
+    return torch.stack([h for h, _ in steps]), torch.stack([c for _, c in steps])
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+class _Cell(Function):
+    """``gates`` (rows, 4 units), ``c`` (rows, units) -> ``h'``, ``c'``, activations."""
+
+    @staticmethod
+    def forward(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.lstm_cell(gates, c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _, c_next, activations = output
+        ctx.save_for_backward(activations, inputs[1], c_next)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
+        activations, c, c_next = ctx.saved_tensors
+        grads = _or_zeros(grad_h, c), _or_zeros(grad_c, c), grad_activations
+        function = _CellBackward if torch.compiler.is_compiling() else _CellBackwardInAllModes
+        return function.apply(activations, c, c_next, *grads)
+
+
+class _CellBackward(Function):
+    @staticmethod
+    def forward(
+        activations: Tensor, c: Tensor, c_next: Tensor, grad_h: Tensor, grad_c: Tensor, grad_activations: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return ops.lstm_cell_backward(activations, c, c_next, grad_h, grad_c, grad_activations)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, v_gates: Tensor | None, v_c: Tensor | None) -> Any:
+        activations, c, *_, grad_activations = ctx.saved_tensors
+        v = _or_zeros(v_gates, activations), _or_zeros(v_c, c)
+        if grad_activations is not None:  # only in a third derivative
+            return _by_torch(reference.lstm_cell_backward, ctx.saved_tensors, v)
+        return *_CellDoubleBackward.apply(*ctx.saved_tensors[:5], *v), None
+
+
+class _CellDoubleBackward(Function):
+    @staticmethod
+    def forward(
+        activations: Tensor, c: Tensor, c_next: Tensor, grad_h: Tensor, grad_c: Tensor, v_gates: Tensor, v_c: Tensor
+    ) -> tuple[Tensor, ...]:
+        return ops.lstm_cell_double_backward(activations, c, c_next, grad_h, grad_c, v_gates, v_c)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _by_torch(reference.lstm_cell_double_backward, ctx.saved_tensors, grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Tensor) -> tuple:
+        return _more_rows(_CellDoubleBackward, info.batch_size, in_dims, args)
+
+
+class _CellInAllModes(_Cell):
+    """The same in forward mode and under vmap."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _Cell.setup_context(ctx, inputs, output)
+        _, c_next, activations = output
+        ctx.save_for_forward(activations, inputs[1], c_next)
+
+    @staticmethod
+    def jvp(ctx: Any, gates_t: Tensor | None, c_t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        activations, c, c_next = ctx.saved_tensors
+        gates_t, c_t, zero = _or_zeros(gates_t, activations), _or_zeros(c_t, c), torch.zeros_like(c)
+        *_, h_t, c_next_t = _CellDoubleBackward.apply(activations, c, c_next, zero, zero, gates_t, c_t)
+        i, f, g, o = activations.chunk(4, -1)
+        slopes = torch.cat([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], -1)
+        return h_t, c_next_t, slopes * gates_t
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Tensor) -> tuple:
+        return _more_rows(_CellInAllModes, info.batch_size, in_dims, args)
+
+
+class _CellBackwardInAllModes(_CellBackward):
+    """The same in forward mode and under vmap."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _CellBackward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        primals = [t for t in ctx.saved_tensors if t is not None]
+        tangents = tuple(_or_zeros(d, t) for d, t in zip(tangents, primals, strict=False))
+        # The adjoint of the adjoint: inside forward mode there is no second forward mode.
+        _, c, *_ = primals
+        pullback = torch.func.vjp(reference.lstm_cell_backward, *primals)[1]
+        pushforward = torch.func.vjp(pullback, (torch.zeros_like(primals[0]), torch.zeros_like(c)))[1]
+        return pushforward(tangents)[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Tensor | None) -> tuple:
+        return _more_rows(_CellBackwardInAllModes, info.batch_size, in_dims, args)
+
+
+class _Layer(Function):
+    """``lstm_layer``, with the activations as a third output."""
+
+    @staticmethod
+    def forward(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.lstm_layer(x_gates, w_hh, h0, c0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        h, c, activations = output
+        ctx.save_for_backward(activations, h, c, *inputs[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
+        grad_h = _or_zeros(grad_h, ctx.saved_tensors[1])
+        return _LayerBackward.apply(*ctx.saved_tensors, grad_h, grad_c, grad_activations)[:4]
+
+
+class _LayerBackward(Function):
+    """Gradients by ``x_gates``, ``w_hh``, ``h0``, ``c0``; then what reached h and c of every step."""
+
+    @staticmethod
+    def forward(activations, h, c, w_hh, h0, c0, grad_h, grad_c, grad_activations) -> Any:  # type: ignore[no-untyped-def]
+        grads = ops.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
+        grad_gates, grad_c0, dh, dc = grads
+        return grad_gates, _rows(grad_gates).T @ _rows(_before(h0, h)), grad_gates[0] @ w_hh, grad_c0, dh, dc
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        grad_gates, _, _, _, dh, dc = output
+        ctx.mark_non_differentiable(dh, dc)
+        ctx.save_for_backward(*inputs, grad_gates, dh, dc)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, v_gates, v_w, v_h0, v_c0, *_: None) -> Any:  # type: ignore[no-untyped-def]
+        *inputs, grad_gates, dh, dc = ctx.saved_tensors
+        activations, h, c, w_hh, h0, c0, _, grad_c, grad_activations = inputs
+        like = activations, w_hh, h0, c0
+        v = [_or_zeros(t, s) for t, s in zip((v_gates, v_w, v_h0, v_c0), like, strict=True)]
+        if grad_activations is not None or torch.is_grad_enabled():  # only in a third derivative
+            return _by_torch(_layer_backward, inputs, v)
+        v_gates, v_w, v_h0, v_c0 = v
+        gates = torch.addmm(_rows(v_gates), _rows(_before(h0, h)), v_w.T).view_as(v_gates)
+        by_activations, by_c, by_c0, by_grad_h, by_grad_c = ops.lstm_layer_double_backward(
+            activations, c, c0, w_hh, dh, dc, gates, v_h0, v_c0
+        )
+        by_w = _rows(grad_gates).T @ _rows(_before(v_h0, by_grad_h))
+        by_h = torch.zeros(len(h) + 1, *h0.shape, dtype=h.dtype, device=h.device)
+        torch.mm(_rows(grad_gates), v_w, out=_rows(by_h[:-1]))
+        if grad_c is None:
+            by_grad_c = None
+        return by_activations, by_h[1:], by_c, by_w, by_h[0], by_c0, by_grad_h, by_grad_c, None
+
+
+def _layer_backward(activations, h, c, w_hh, h0, c0, grad_h, grad_c, grad_activations):
+    """`_LayerBackward` in plain torch."""
+    grad_gates, grad_c0, _, _ = reference.lstm_layer_backward(
+        activations, c, c0, w_hh, grad_h, grad_c, grad_activations
+    )
+    return grad_gates, _rows(grad_gates).T @ _rows(_before(h0, h)), grad_gates[0] @ w_hh, grad_c0
+
+
+def _by_torch(function: Any, inputs: Any, cotangents: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of ``function`` by its inputs that are not None, differentiable by torch's own rules."""
+    given = [i for i, t in enumerate(inputs) if t is not None]
+
+    def of_given(*tensors: Tensor) -> Any:
+        every: list[Tensor | None] = [None] * len(inputs)
+        for i, t in zip(given, tensors, strict=True):
+            every[i] = t
+        return function(*every)
+
+    pullback = torch.func.vjp(of_given, *(inputs[i] for i in given))[1]
+    grads = dict(zip(given, pullback(tuple(cotangents)), strict=True))
+    return tuple(grads.get(i) for i in range(len(inputs)))
+
+
+def _more_rows(function: Any, size: int, in_dims: tuple, args: tuple) -> tuple:
+    """Vmap of a function of rows: a batch of them is more rows."""
+    folded = []
+    for t, dim in zip(args, in_dims, strict=True):
+        if t is not None:
+            t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            t = t.reshape(-1, t.shape[-1])
+        folded.append(t)
+    out = function.apply(*folded)
+    return tuple(t.view(size, -1, t.shape[-1]) for t in out), (0,) * len(out)
+
+
+def _or_zeros(t: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if t is None else t
+
+
+def _before(first: Tensor, sequence: Tensor) -> Tensor:
+    """What every step starts from: ``first``, then the sequence but for its last."""
+    return torch.cat([first[None], sequence[:-1]])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A sequence as one matrix, (steps x batch, features)."""
+    return t.flatten(0, 1)

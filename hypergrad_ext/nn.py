@@ -1,0 +1,125 @@
+"""Modules whose Hessian-vector products torch has not, or has only slowly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from hypergrad_ext.lstm import lstm_layer
+
+
+class LSTM(torch.nn.LSTM):
+    r"""`torch.nn.LSTM`, with fast Hessian-vector products.
+
+    The same module: arguments, parameters and their names, state dict, shapes of inputs and outputs, results. What
+    differs is what runs: the inputs of all steps go through one matrix product, and the recurrence of a layer is one
+    op in each of the three passes, forward, backward and the backward of the backward (`hypergrad_ext.lstm`). cuDNN's
+    and oneDNN's LSTMs, which `torch.nn.LSTM` uses where it can, have no backward of the backward.
+
+    Between the passes every layer keeps, per step and unit, the four activations, the memory and the output, and while
+    there is a graph of the gradient, the gradients by all of these.
+
+    On the CPU in float32 and float64 the recurrence is C++, shared by the threads by rows of the batch. On a GPU it
+    is a loop of matrix products and fused cells (not yet run on one). Under ``torch.func``, in forward mode and in half
+    precision on the CPU it is such a loop, too. ``is_grads_batched=True`` raises: take several vectors one by one.
+
+    Args:
+        *args: As for `torch.nn.LSTM`.
+        **kwargs: As for `torch.nn.LSTM`: ``input_size``, ``hidden_size``, ``num_layers``, ``bias``, ``batch_first``,
+            ``dropout``, ``bidirectional``, ``device``, ``dtype``.
+
+    Raises:
+        ValueError: If ``proj_size`` is given: projections are not supported.
+
+    Cost: a Hessian-vector product is about two training gradients.
+
+    Example:
+        >>> from hypergrad_ext import nn
+        >>> lstm = nn.LSTM(input_size=3, hidden_size=5)
+        >>> lstm.load_state_dict(torch.nn.LSTM(3, 5).state_dict())
+        <All keys matched successfully>
+        >>> params = dict(lstm.named_parameters())
+        >>> loss = lstm(torch.randn(7, 2, 3))[0].square().mean()
+        >>> x = hg.inverse_hvp(loss, params, params, damping=1.0)
+        >>> x["weight_hh_l0"].shape
+        torch.Size([20, 5])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See the class."""
+        super().__init__(*args, **kwargs)
+        if self.proj_size:
+            raise ValueError(f"proj_size: expected 0, got {self.proj_size}: projections are not supported")
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Run the layers.
+
+        Args:
+            input: ``(steps, batch, input_size)``, with ``batch_first`` ``(batch, steps, input_size)``, or ``(steps,
+                input_size)`` without a batch.
+            hx: ``h_0`` and ``c_0``, ``(num_layers * directions, batch, hidden_size)``; zeros if None.
+
+        Returns:
+            The outputs of the last layer, and ``h_n`` and ``c_n``.
+
+        Raises:
+            ValueError: If shapes do not go together, or there is no step.
+            TypeError: If ``input`` is a ``PackedSequence``.
+        """
+        if isinstance(input, PackedSequence):
+            raise TypeError(
+                "input: expected a tensor, got a PackedSequence: pad it (pad_packed_sequence) and mask the loss"
+            )
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
+            expected = f"(steps, batch, {self.input_size}) or (steps, {self.input_size})"
+            raise ValueError(f"input: expected shape {expected}, got {tuple(input.shape)}")
+        single = input.dim() == 2
+        x = input.unsqueeze(1) if single else input.transpose(0, 1) if self.batch_first else input
+        if len(x) == 0:
+            raise ValueError(f"input: expected at least one step, got shape {tuple(input.shape)}")
+        h_0, c_0 = self._initial_state(x, hx, single)
+
+        directions = 2 if self.bidirectional else 1
+        states = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(directions):
+                i = layer * directions + direction
+                backwards = direction == 1
+                h, c = self._run(x.flip(0) if backwards else x, layer, "_reverse" * backwards, h_0[i], c_0[i])
+                states.append((h[-1], c[-1]))
+                outputs.append(h.flip(0) if backwards else h)
+            x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+            if self.dropout and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout, self.training)
+        h_n, c_n = (torch.stack(state) for state in zip(*states, strict=True))
+        if single:
+            return x.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
+        return x.transpose(0, 1) if self.batch_first else x, (h_n, c_n)
+
+    def _run(self, x: Tensor, layer: int, suffix: str, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh = (getattr(self, f"weight_{kind}_l{layer}{suffix}") for kind in ("ih", "hh"))
+        bias = None
+        if self.bias:
+            bias = getattr(self, f"bias_ih_l{layer}{suffix}") + getattr(self, f"bias_hh_l{layer}{suffix}")
+        x_gates = F.linear(x, w_ih, bias)
+        # Under autocast the product has another dtype than the parameters.
+        return lstm_layer(x_gates, *(t.to(x_gates.dtype) for t in (w_hh, h0, c0)))
+
+    def _initial_state(self, x: Tensor, hx: tuple[Tensor, Tensor] | None, single: bool) -> tuple[Tensor, Tensor]:
+        shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
+        if hx is None:
+            zeros = x.new_zeros(shape)
+            return zeros, zeros
+        expected = (shape[0], shape[2]) if single else shape
+        for name, t in zip(("h_0", "c_0"), hx, strict=True):
+            if t.shape != expected:
+                raise ValueError(f"hx: expected {name} of shape {expected}, got {tuple(t.shape)}")
+        h_0, c_0 = (t.unsqueeze(1) if single else t for t in hx)
+        return h_0, c_0

@@ -1,0 +1,328 @@
+"""functional.lstm_cell and nn.LSTM: equal to torch's, differentiable to any order, and what they refuse."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence
+
+import hypergrad_ext as hg
+from hypergrad_ext import functional, lstm, nn
+from tests.compare import assert_close, assert_no_worse_than_torch
+
+
+def cell_in_torch(gates, c):
+    i, f, g, o = gates.chunk(4, -1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def layer_in_torch(x_gates, w_hh, h, c):
+    steps = []
+    for x in x_gates:
+        h, c = cell_in_torch(x + h @ w_hh.T, c)
+        steps.append((h, c))
+    return tuple(torch.stack(each) for each in zip(*steps, strict=True))
+
+
+def draw(*shapes):
+    return [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+
+class TestCell:
+    @pytest.mark.parametrize("shape", [(3,), (4, 3), (2, 4, 3), (0, 3)], ids=str)
+    def test_equals_torch_ops(self, shape):
+        gates, c = draw((*shape[:-1], 4 * shape[-1]), shape)
+        for ours, theirs in zip(functional.lstm_cell(gates, c), cell_in_torch(gates, c), strict=True):
+            assert ours.shape == theirs.shape
+            assert_close(ours, theirs, 1e-14)
+
+    def test_derivatives(self):
+        inputs = draw((3, 12), (3, 3))
+        assert gradcheck(functional.lstm_cell, inputs, check_forward_ad=True)
+        assert gradgradcheck(functional.lstm_cell, inputs, check_fwd_over_rev=True)
+        assert gradgradcheck(lambda gates, c: functional.lstm_cell(gates, c)[0], inputs)
+        assert gradgradcheck(lambda gates: functional.lstm_cell(gates, inputs[1].detach())[1], inputs[:1])
+
+    def test_third_and_fourth_order(self):
+        inputs = draw((3, 12), (3, 3))
+        assert_close(*(fourth(f, inputs) for f in (functional.lstm_cell, cell_in_torch)), 1e-13)
+
+    @pytest.mark.parametrize("transform", [torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))])
+    def test_under_torch_func(self, transform):
+        gates, c = (t.detach() for t in draw((3, 12), (3, 3)))
+        ours, theirs = (transform(lambda g: cell(g, c)[0].square().sum())(gates) for cell in CELLS)  # noqa: B023
+        assert_close(ours, theirs, 1e-13)
+
+    @pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 1)], ids=str)
+    def test_vmap(self, in_dims):
+        gates, c = (
+            torch.randn(3, 12) if d is None else torch.randn(3, 12).expand(5, 3, 12).clone().movedim(0, d)
+            for d in in_dims
+        )
+        c = c[..., :3]
+        assert_close(*(list(torch.func.vmap(cell, in_dims)(gates, c)) for cell in CELLS), 1e-6)
+
+    def test_gradient_under_compile(self):
+        torch._dynamo.reset()
+        gates, c = torch.randn(3, 12, requires_grad=True), torch.randn(3, 3)
+        compiled = torch.compile(functional.lstm_cell, fullgraph=True, backend="aot_eager")
+        ours, theirs = (torch.autograd.grad(f(gates, c)[0].square().sum(), gates) for f in (compiled, cell_in_torch))
+        assert_close(ours, theirs, 1e-6)
+
+    @pytest.mark.parametrize(
+        ("gates", "c", "error", "message"),
+        [
+            (torch.zeros(3, 8), torch.zeros(3, 3), ValueError, r"gates: expected shape .*, got \(3, 8\)"),
+            (torch.zeros(4), torch.zeros(()), ValueError, "gates: expected shape"),
+            (torch.zeros(3, 12).double(), torch.zeros(3, 3), TypeError, "one floating dtype, got torch.float64 and"),
+            (torch.zeros(12).long(), torch.zeros(3).long(), TypeError, "one floating dtype"),
+        ],
+        ids=range(4),
+    )
+    def test_refuses(self, gates, c, error, message):
+        with pytest.raises(error, match=message):
+            functional.lstm_cell(gates, c)
+
+
+CELLS = functional.lstm_cell, cell_in_torch
+
+
+def fourth(f, inputs):
+    """Gradients of gradients, four deep."""
+    for _ in range(4):
+        values = f(*inputs)
+        # Third powers, so that no order is trivial.
+        total = sum((t**3).sum() for t in values)
+        grads = torch.autograd.grad(total, inputs, create_graph=True)
+        f = lambda *_, grads=grads: grads  # noqa: E731
+    return list(grads)
+
+
+class TestLayer:
+    @pytest.mark.parametrize("steps", [1, 2, 4])
+    def test_derivatives(self, steps):
+        inputs = draw((steps, 3, 8), (8, 2), (3, 2), (3, 2))
+        assert gradcheck(lstm.lstm_layer, inputs)
+        assert gradgradcheck(lstm.lstm_layer, inputs)
+        for output in (0, 1):
+            assert gradgradcheck(lambda *a: lstm.lstm_layer(*a)[output][-1], inputs)  # noqa: B023
+        fixed = [t.detach() for t in inputs]
+        for position in range(4):
+            rest = fixed[:position], fixed[position + 1 :]
+            assert gradgradcheck(lambda t: lstm.lstm_layer(*rest[0], t, *rest[1])[0], inputs[position])  # noqa: B023
+
+    def test_third_and_fourth_order(self):
+        inputs = draw((3, 2, 8), (8, 2), (2, 2), (2, 2))
+        assert_close(*(fourth(f, inputs) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
+
+    def test_under_torch_func(self):
+        inputs = [t.detach() for t in draw((3, 2, 8), (8, 2), (2, 2), (2, 2))]
+
+        def hessian(layer):
+            return torch.func.hessian(lambda w: layer(inputs[0], w, *inputs[2:])[0].square().sum())(inputs[1])
+
+        assert_close(hessian(lstm.lstm_layer), hessian(layer_in_torch), 1e-13)
+
+
+OPTIONS = [
+    {},
+    {"num_layers": 2},
+    {"bias": False},
+    {"batch_first": True},
+    {"bidirectional": True},
+    {"num_layers": 3, "bidirectional": True, "batch_first": True, "bias": False},
+]
+
+
+def both(dtype=torch.float64, size=3, units=5, **options):
+    """torch's module and ours with the same parameters."""
+    theirs = torch.nn.LSTM(size, units, dtype=dtype, **options)
+    ours = nn.LSTM(size, units, dtype=dtype, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def flat(result):
+    y, (h, c) = result
+    return [y, h, c]
+
+
+class TestModule:
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    @pytest.mark.parametrize(("steps", "batch"), [(7, 4), (1, 4), (7, 1), (1, 1)])
+    @pytest.mark.parametrize("state", [False, True])
+    def test_equals_torch(self, options, steps, batch, state):
+        ours, theirs = both(**options)
+        shape = (batch, steps, 3) if options.get("batch_first") else (steps, batch, 3)
+        count = options.get("num_layers", 1) * (1 + options.get("bidirectional", False))
+        x, h, c = draw(shape, (count, batch, 5), (count, batch, 5))
+        hx = (h, c) if state else None
+        values, truths = flat(ours(x, hx)), flat(theirs(x, hx))
+        assert [t.shape for t in values] == [t.shape for t in truths]
+        assert_close(values, truths, 1e-12)
+        inputs = [x, *((h, c) if state else ())]
+        grads = [torch.randn_like(t) for t in truths]
+        assert_close(
+            list(torch.autograd.grad(values, [*inputs, *ours.parameters()], grads)),
+            list(torch.autograd.grad(truths, [*inputs, *theirs.parameters()], grads)),
+            1e-12,
+        )
+
+    def test_without_a_batch(self):
+        ours, theirs = both(num_layers=2, bidirectional=True)
+        x, h, c = draw((7, 3), (4, 5), (4, 5))
+        for arguments in ((x,), (x, (h, c))):
+            values, truths = flat(ours(*arguments)), flat(theirs(*arguments))
+            assert [t.shape for t in values] == [t.shape for t in truths]
+            assert_close(values, truths, 1e-12)
+
+    def test_batch_of_none(self):
+        y, (h, c) = nn.LSTM(3, 5)(torch.zeros(4, 0, 3))
+        assert y.shape == (4, 0, 5) and h.shape == c.shape == (1, 0, 5)
+
+    @pytest.mark.parametrize("units", [5, 33, 200])
+    def test_float32_is_no_less_accurate_than_torch(self, units):
+        ours, theirs = both(torch.float32, units, units, num_layers=2)
+        exact = copy.deepcopy(theirs).double()
+        x = torch.randn(20, 6, units)
+
+        def results(module, x):
+            y, _ = module(x)
+            return [y, *torch.autograd.grad(y.square().mean(), list(module.parameters()))]
+
+        for value, by_torch, truth in zip(
+            *(results(m, x) for m in (ours, theirs)), results(exact, x.double()), strict=True
+        ):
+            assert_no_worse_than_torch(value, by_torch, truth, 2e-7)
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=str)
+    def test_hessian_product(self, options):
+        """Against torch's double backward through its own cells, which float64 takes."""
+        ours, theirs = both(**options)
+        x = torch.randn(5, 4, 3, dtype=torch.float64)
+        v = [torch.randn_like(p) for p in theirs.parameters()]
+
+        def product(module):
+            params = list(module.parameters())
+            y, (h, c) = module(x)
+            return hg.Hessian(y.square().sum() + (h * c).sum(), params).matvec(v)
+
+        assert_close(list(product(ours)), list(product(theirs)), 1e-12)
+
+    def test_batch_of_vectors(self):
+        ours, theirs = both()
+        x = torch.randn(5, 4, 3, dtype=torch.float64)
+        v = [torch.randn(3, *p.shape, dtype=torch.float64) for p in theirs.parameters()]
+
+        def products(module):
+            return hg.Hessian(module(x)[0].square().sum(), list(module.parameters())).matmat(v)
+
+        assert_close(list(products(ours)), list(products(theirs)), 1e-12)
+
+    def test_batched_backward_raises(self):
+        module = nn.LSTM(3, 5)
+        params = list(module.parameters())
+        loss = module(torch.randn(2, 4, 3))[0].square().sum()
+        grads = torch.autograd.grad(loss, params, create_graph=True)
+        v = [torch.randn(2, *p.shape) for p in params]
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(grads, params, v, is_grads_batched=True)
+
+    def test_autocast(self):
+        module, x = nn.LSTM(3, 5), torch.randn(6, 4, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, _ = module(x)
+            loss = y.float().square().mean()
+        assert_close(loss, module(x)[0].square().mean(), 2e-2)
+        grads = [
+            torch.autograd.grad(value, list(module.parameters())) for value in (loss, module(x)[0].square().mean())
+        ]
+        assert all(g.dtype == torch.float32 for g in grads[0])
+        assert_close(*map(list, grads), 5e-2)
+
+    def test_gradgradcheck(self):
+        module = nn.LSTM(2, 3, num_layers=2, dtype=torch.float64)
+        names = [name for name, _ in module.named_parameters()]
+
+        def run(x, *params):
+            return torch.func.functional_call(module, dict(zip(names, params, strict=True)), (x,))[0]
+
+        assert gradgradcheck(run, (*draw((3, 2, 2)), *module.parameters()))
+
+    def test_dropout_between_layers(self):
+        module = nn.LSTM(3, 50, num_layers=2, dropout=0.5)
+        x = torch.randn(4, 2, 3)
+        torch.manual_seed(0)
+        y = module(x)[0]
+        torch.manual_seed(0)
+        first, second = nn.LSTM(3, 50), nn.LSTM(50, 50)
+        for layer, single in enumerate((first, second)):
+            single.load_state_dict({k[:-1] + "0": t for k, t in module.state_dict().items() if k[-1] == str(layer)})
+        torch.manual_seed(0)
+        assert_close(y, second(F.dropout(first(x)[0], 0.5))[0], 1e-7)
+        module.eval()
+        assert_close(module(x)[0], second(first(x)[0])[0], 1e-7)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision(self, dtype):
+        ours, theirs = both(torch.float32, num_layers=2)
+        x = torch.randn(6, 4, 3)
+        truth = flat(theirs(x))
+        assert_close([t.float() for t in flat(ours.to(dtype)(x.to(dtype)))], truth, 2e-2)
+
+    def test_state_dict_round_trip(self):
+        ours, theirs = both(num_layers=2, bidirectional=True)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        assert isinstance(ours, torch.nn.LSTM)
+        assert_close(
+            flat(copy.deepcopy(ours)(torch.ones(2, 1, 3).double())), flat(ours(torch.ones(2, 1, 3).double())), 0
+        )
+
+    def test_hypergradient_of_its_inputs_weights(self):
+        """One weight per sequence of the training data, against the same with torch's module."""
+        x, y = torch.randn(4, 6, 3).double(), torch.randn(6, 5).double()
+
+        def gradient(module):
+            weights = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+            errors = (module(x)[0][-1] - y).square().sum(1)
+            penalty = sum(p.square().sum() for p in module.parameters())
+            train = (weights.sigmoid() * errors).mean() + penalty
+            val = (module(x.flip(1))[0][-1] - y).square().mean()
+            return hg.hypergradient(val, train, module, weights, hg.CG(tol=1e-12))
+
+        assert_close(*(gradient(module) for module in both()), 1e-9)
+
+    def test_forward_mode(self):
+        ours, theirs = both()
+        x, t = torch.randn(2, 4, 2, 3, dtype=torch.float64)
+        _, tangent = torch.func.jvp(lambda x: ours(x)[0], (x,), (t,))
+        assert_close(tangent, torch.autograd.functional.jvp(lambda x: theirs(x)[0], x, t)[1], 1e-12)
+
+    @pytest.mark.parametrize(
+        ("options", "input", "hx", "error", "message"),
+        [
+            ({"proj_size": 2}, None, None, ValueError, "proj_size: expected 0, got 2"),
+            (
+                {},
+                torch.zeros(2, 4, 4),
+                None,
+                ValueError,
+                r"expected shape \(steps, batch, 3\) .*got \(2, 4, 4\)",
+            ),
+            ({}, torch.zeros(3), None, ValueError, "input: expected shape"),
+            ({}, torch.zeros(0, 4, 3), None, ValueError, "input: expected at least one step"),
+            ({}, torch.zeros(2, 4, 3), (torch.zeros(4, 5),) * 2, ValueError, r"h_0 of shape \(1, 4, 5\), got \(4, 5\)"),
+            ({}, torch.zeros(2, 3), (torch.zeros(1, 1, 5),) * 2, ValueError, r"h_0 of shape \(1, 5\), got"),
+            ({}, pack_sequence([torch.zeros(2, 3)]), None, TypeError, "got a PackedSequence: pad it"),
+        ],
+        ids=range(7),
+    )
+    def test_refuses(self, options, input, hx, error, message):
+        with pytest.raises(error, match=message):
+            nn.LSTM(3, 5, **options)(input, hx)
