@@ -58,8 +58,9 @@ _MESSAGES = {
     ),
     Status.SINGULAR: "The operator is singular to working precision. Add damping.",
     Status.DIVERGED: (
-        "The terms of the series grow instead of shrinking: alpha is above 2 / lambda_max, or the operator has "
-        "negative eigenvalues. Decrease alpha (alpha=None finds one), add damping, or use CG."
+        "The residuals grow instead of shrinking: alpha is above 2 / lambda_max, Chebyshev's upper bound is below "
+        "lambda_max, or the operator has negative eigenvalues. Decrease alpha or raise the bound (None finds one), "
+        "add damping, or use CG or MINRES."
     ),
     Status.NON_FINITE_INPUT: (
         "The right-hand side or x0 holds NaN or infinity before any step was taken. "
