@@ -28,7 +28,9 @@ REPORT = re.compile(
     r".*Used (?P<registers>\d+) registers(?P<rest>.*)"
 )
 # What the names of kernels and of their types need not say.
-NOISE = re.compile(r"hg::cuda::|hg::|\(anonymous namespace\)::|<unnamed>::|_INTERNAL_\w+::|^void |\(int\)|\(bool\)|\(.*\)$")
+NOISE = re.compile(
+    r"hg::cuda::|hg::|\(anonymous namespace\)::|<unnamed>::|_INTERNAL_\w+::|^void |\(int\)|\(bool\)|\(.*\)$"
+)
 
 
 @dataclass(frozen=True)
