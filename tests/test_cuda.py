@@ -1,4 +1,4 @@
-"""What only the CUDA kernels can show, on a GPU or emulated: alignment, long lists, streams, graphs, 64-bit addresses."""
+"""What only CUDA kernels can show, on a GPU or emulated: alignment, long lists, streams, graphs, 64-bit addresses."""
 
 from __future__ import annotations
 
