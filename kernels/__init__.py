@@ -60,3 +60,21 @@ def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | 
     from hypergrad_ext.kernels import softmax
 
     softmax.softmax_hessian_(logits, u, scale, weights)
+
+
+def mlp_hvp(
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    probabilities: Tensor | None,
+    v: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+) -> Tensor:
+    """See `hypergrad_ext.reference.mlp_hvp`."""
+    from hypergrad_ext.kernels import mlp
+
+    return mlp.mlp_hvp(weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2)
