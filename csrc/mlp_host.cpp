@@ -5,7 +5,9 @@
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <deque>
+#include <limits>
 
 #include "cuda/call.h"
 #include "host.h"
@@ -48,6 +50,21 @@ class Matrices {
   std::deque<at::Tensor> copies_;
 };
 
+// Products of fewer multiply-adds than this take a GPU less time than the launches around them. An estimate for an
+// H200: 3 us at 45 TFLOP/s.
+constexpr int64_t kSmallProduct = int64_t{1} << 26;
+
+// Whether launches, not arithmetic, are what a product takes its time for: then few of them beat cuBLAS.
+[[maybe_unused]] bool launch_bound(const MlpData& data, int64_t k) {
+  constexpr int64_t kFarthest = std::numeric_limits<int>::max();
+  for (const MlpLayer& layer : data.layers) {
+    if (k * data.n * layer.in * layer.out > kSmallProduct) return false;
+    const int64_t farthest = data.n * std::max(layer.hidden.stride, layer.delta.stride);
+    if (std::max(farthest, layer.out * layer.weight.stride) > kFarthest) return false;
+  }
+  return true;
+}
+
 void check_count(const char* name, at::TensorList tensors, size_t expected) {
   TORCH_CHECK_VALUE(tensors.size() == expected, name, " must hold ", expected, " tensors, got ", tensors.size());
 }
@@ -74,7 +91,7 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   data.scale = scale, data.biases = biases, data.l2 = l2;
   data.layers.reserve(count);
   // A GPU needs no padding.
-  Matrices rows_of(v, v.is_cpu() ? kMlpPadding / static_cast<int64_t>(v.element_size()) : 1);
+  Matrices rows_of(v, cuda::for_cpu(v) ? kMlpPadding / static_cast<int64_t>(v.element_size()) : 1);
   int64_t numel = 0, in = hidden[0].size(1);
   for (size_t l = 0; l < count; ++l) {
     TORCH_CHECK_VALUE(weights[l].dim() == 2, "weights must have shape (outputs, inputs), got ", weights[l].sizes());
@@ -98,10 +115,13 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
 
   at::Tensor out = at::empty_like(v);
-  if (v.is_cpu()) {
+  if (cuda::for_cpu(v)) {
     cpu::mlp_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   } else {
-    cuda::call("mlp_hvp", v.device(), [&](const auto&, auto stream) {
+    cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
+      const int64_t k = v.size(0);
+      if (launch_bound(data, k))
+        return cuda::mlp_hvp(data, v.const_data_ptr(), k, out.mutable_data_ptr(), scratch, stream);
       return mlp_hvp_by_layers(data, weights, hidden, deltas, v, out, stream);
     });
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../mlp.h"
+#include "launch.h"
 #include "pack.cuh"
 
 namespace hg::cuda {
@@ -126,11 +127,8 @@ const char* run(const MlpTangents& shape, bool in_packs, const F& f, Stream stre
     return static_cast<unsigned>(std::min((size + each - 1) / each, kMaxGrid));
   };
   const dim3 grid(blocks(shape.n, block.y), blocks(columns, block.x), blocks(shape.k, 1));
-  if (in_packs)
-    each<kWidth><<<grid, block, 0, stream>>>(shape.k, shape.n, shape.width, f);
-  else
-    each<1><<<grid, block, 0, stream>>>(shape.k, shape.n, shape.width, f);
-  const cudaError_t error = cudaGetLastError();
+  const cudaError_t error =
+      launch(in_packs ? each<kWidth, F> : each<1, F>, grid, block, 0, stream, shape.k, shape.n, shape.width, f);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -163,10 +161,10 @@ const char* mlp_loss(const MlpTangents& shape, const void* bias, int64_t bias_st
     using Real = decltype(zero);
     const int64_t blocks = (shape.k * shape.n + kThreads / kWarp - 1) / (kThreads / kWarp);
     const unsigned grid = static_cast<unsigned>(std::min(blocks, kMaxGrid));
-    loss_rows<Real><<<grid, kThreads, 0, stream>>>(shape.k, shape.n, shape.width, static_cast<const Real*>(bias),
-                                                   bias_stride, probabilities, static_cast<Real>(scale),
-                                                   static_cast<Real*>(product));
-    const cudaError_t error = cudaGetLastError();
+    const cudaError_t error =
+        launch(loss_rows<Real>, dim3(grid), dim3(kThreads), 0, stream, shape.k, shape.n, shape.width,
+               static_cast<const Real*>(bias), bias_stride, Shared<Real>(probabilities), static_cast<Real>(scale),
+               static_cast<Real*>(product));
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   });
 }

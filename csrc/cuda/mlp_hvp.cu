@@ -212,7 +212,9 @@ const char* hvp(const MlpData& data, const Real* v, int64_t k, Real* out, const 
   std::vector<int64_t> before(last + 1), tangents(last + 1), curved(last + 1);
   int64_t numel = 0, size = 0, widest = 0;
   // Of 128 bytes each, so that a thread's neighbours are not in another's cache line.
-  const auto take = [&](int64_t width) { return (size += (k * n * width + 31) / 32 * 32) - (k * n * width + 31) / 32 * 32; };
+  const auto take = [&](int64_t width) {
+    return (size += (k * n * width + 31) / 32 * 32) - (k * n * width + 31) / 32 * 32;
+  };
   for (int64_t l = 0; l <= last; ++l) {
     const MlpLayer& layer = data.layers[l];
     before[l] = numel, numel += layer.out * (layer.in + data.biases);
@@ -239,8 +241,14 @@ const char* hvp(const MlpData& data, const Real* v, int64_t k, Real* out, const 
     const Term<Real> by_v{shared(layer.hidden, true), matrix(weight, layer.in, true, numel), in};
     Term<Real> by_w{};
     if (l > 0) by_w = {own(memory + tangents[l - 1], layer.in, true), shared(layer.weight, true), in};
-    const ThroughActivation<Real> finish{data.biases ? weight + layer.in * layer.out : nullptr, numel, layer.slope,
-                                         layer.bend, memory + tangents[l], memory + curved[l], n, layer.out};
+    const ThroughActivation<Real> finish{data.biases ? weight + layer.in * layer.out : nullptr,
+                                         numel,
+                                         layer.slope,
+                                         layer.bend,
+                                         memory + tangents[l],
+                                         memory + curved[l],
+                                         n,
+                                         layer.out};
     error = run<true, true>(by_v, l > 0 ? &by_w : nullptr, rows, static_cast<int>(layer.out), k, finish, stream);
   }
   if (error != cudaSuccess) return cudaGetErrorString(error);
@@ -252,8 +260,8 @@ const char* hvp(const MlpData& data, const Real* v, int64_t k, Real* out, const 
     const MlpLayer& layer = data.layers[l];
     const int in = static_cast<int>(layer.in), width = static_cast<int>(layer.out);
     const Real* weight = v + before[l];
-    const Gradient<Real> finish{weight,      out + before[l], numel, layer.in, layer.in * layer.out, data.biases,
-                                static_cast<Real>(data.l2)};
+    const Gradient<Real> finish{weight,      out + before[l],           numel, layer.in, layer.in * layer.out,
+                                data.biases, static_cast<Real>(data.l2)};
     const Term<Real> of_delta{own(delta, layer.out, false), shared(layer.hidden, false), rows};
     if (l == 0) {
       error = run<false, false, Real>(of_delta, nullptr, width, in + 1, k, finish, stream);
