@@ -51,7 +51,7 @@ struct MlpTangents {
   int64_t k, n, width;
 };
 
-// out = H v on the current device, for networks so small that launches are what takes time (mlp_is_small says which).
+// out = H v on the current device, for products so small that launches are what takes time.
 const char* mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out, const Scratch& scratch, Stream stream);
 
 // What is left of a product once the matrices are multiplied. Like all launchers these never wait, and return
