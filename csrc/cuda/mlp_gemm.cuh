@@ -31,8 +31,8 @@ struct Term {
 // a(i, t) and b(j, t) are contiguous along t, or else along i and j.
 template <class Real, class Finish, bool kAlongA, bool kAlongB>
 struct Product {
-  // Depth of a tile in shared memory.
-  static constexpr int kDepth = 16, kLoads = kTile * kDepth / kGroup;
+  // Depth of a tile in shared memory, and of what is in registers at a time, which have to do for two blocks.
+  static constexpr int kDepth = 16, kUnroll = sizeof(Real) == 8 ? 2 : 4, kLoads = kTile * kDepth / kGroup;
   using Quad = Pack<Real, 4>;
   // Rows of a tile are 4 elements apart from being a multiple of the banks.
   using Tiles = Quad[2][kSlices][kDepth][kTile / 4 + 1];
@@ -87,7 +87,7 @@ struct Product {
       put<kAlongB>(b, tiles[1][slice]);
       __syncthreads();
       load(tile + kSlices);
-#pragma unroll 4
+#pragma unroll kUnroll
       for (int s = 0; s < kDepth; ++s) {
         const Quad by_row = tiles[0][slice][s][y], by_column = tiles[1][slice][s][x];
 #pragma unroll
