@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "vector_list.h"
+#include "kernels.h"
 
 namespace hg {
 
@@ -42,4 +42,32 @@ namespace cpu {
 void mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Tangents of one layer: k x n x width, contiguous, for k vectors over the same n rows of the batch.
+struct MlpTangents {
+  DType dtype;
+  int64_t k, n, width;
+};
+
+// out = H v on the current device, for products so small that launches are what takes time.
+const char* mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out, const Scratch& scratch, Stream stream);
+
+// What is left of a product once the matrices are multiplied. Like all launchers these never wait, and return
+// nullptr, or what CUDA says went wrong. `product` is what matrix products have made, and is overwritten.
+
+// Ra = product + bias; tangent = act'(a) Ra; product = act''(a) dL/dh Ra, or anything where there is no bend.
+// bias: one row per vector, `bias_stride` elements apart, or null.
+const char* mlp_forward(const MlpTangents& shape, const void* bias, int64_t bias_stride, const Rows& slope,
+                        const Rows& bend, void* product, void* tangent, Stream stream);
+
+// R(dL/dz) from Rz = product + bias, in place: scale p (Rz - <p, Rz>), or scale Rz without probabilities.
+const char* mlp_loss(const MlpTangents& shape, const void* bias, int64_t bias_stride, const Rows& probabilities,
+                     double scale, void* product, Stream stream);
+
+// R(dL/da) = act'(a) product + curved, in place; curved: what mlp_forward left of the layer's product, or null.
+const char* mlp_backward(const MlpTangents& shape, const Rows& slope, const void* curved, void* product, Stream stream);
+
+}  // namespace cuda
 }  // namespace hg

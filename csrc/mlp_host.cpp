@@ -1,27 +1,33 @@
-// Host function of the MLP family: tensors in, memory-safety checks, one kernel call.
+// Host function of the MLP family: tensors in, memory-safety checks, then one kernel on the CPU, or the layers' matrix
+// products and what is between them on a GPU.
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <deque>
+#include <limits>
 
+#include "cuda/call.h"
 #include "host.h"
 #include "mlp.h"
+#include "mlp_layers.h"
 
 namespace hg {
 namespace {
 
-// The matrices of one call: of one dtype, on the CPU, with rows that may be read up to the padding.
+// The matrices of one call: of one dtype, on one device, with rows that may be read up to the padding.
 class Matrices {
  public:
-  Matrices(at::ScalarType dtype, int64_t padding) : dtype_(dtype), padding_(padding) {}
+  Matrices(const at::Tensor& like, int64_t padding)
+      : dtype_(like.scalar_type()), device_(like.device()), padding_(padding) {}
 
   Rows operator()(const char* name, const at::Tensor& t, int64_t rows, int64_t columns) {
     TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == rows && t.size(1) == columns, name, " must have shape (", rows, ", ",
                       columns, "), got ", t.sizes());
     TORCH_CHECK_TYPE(t.scalar_type() == dtype_, name, " must be ", dtype_, " like v, got ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.is_cpu(), name, " must be on the CPU like v, got ", t.device());
+    TORCH_CHECK_VALUE(t.device() == device_, name, " must be on ", device_, " like v, got ", t.device());
     const int64_t width = (columns + padding_ - 1) / padding_ * padding_;
     if (!readable(t, rows, width)) {
       copies_.push_back(at::zeros({rows, width}, t.options().requires_grad(false)));
@@ -39,9 +45,25 @@ class Matrices {
   }
 
   at::ScalarType dtype_;
+  at::Device device_;
   int64_t padding_;
   std::deque<at::Tensor> copies_;
 };
+
+// Products of fewer multiply-adds than this take a GPU less time than the launches around them. An estimate for an
+// H200: 3 us at 45 TFLOP/s.
+constexpr int64_t kSmallProduct = int64_t{1} << 26;
+
+// Whether launches, not arithmetic, are what a product takes its time for: then few of them beat cuBLAS.
+[[maybe_unused]] bool launch_bound(const MlpData& data, int64_t k) {
+  constexpr int64_t kFarthest = std::numeric_limits<int>::max();
+  for (const MlpLayer& layer : data.layers) {
+    if (k * data.n * layer.in * layer.out > kSmallProduct) return false;
+    const int64_t farthest = data.n * std::max(layer.hidden.stride, layer.delta.stride);
+    if (std::max(farthest, layer.out * layer.weight.stride) > kFarthest) return false;
+  }
+  return true;
+}
 
 void check_count(const char* name, at::TensorList tensors, size_t expected) {
   TORCH_CHECK_VALUE(tensors.size() == expected, name, " must hold ", expected, " tensors, got ", tensors.size());
@@ -54,7 +76,7 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
                    double scale, bool biases, double l2) {
   const auto dtype = v.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat, "v must be float64 or float32, got ", dtype);
-  TORCH_CHECK_VALUE(v.is_cpu(), "v must be on the CPU, got ", v.device());
+  TORCH_CHECK_VALUE(v.is_cpu() || v.is_cuda(), "v must be on a CPU or CUDA device, got ", v.device());
   TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one tensor");
   const size_t count = weights.size();
   check_count("hidden", hidden, count);
@@ -68,7 +90,8 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   data.n = hidden[0].size(0);
   data.scale = scale, data.biases = biases, data.l2 = l2;
   data.layers.reserve(count);
-  Matrices rows_of(dtype, kMlpPadding / static_cast<int64_t>(v.element_size()));
+  // A GPU needs no padding.
+  Matrices rows_of(v, cuda::for_cpu(v) ? kMlpPadding / static_cast<int64_t>(v.element_size()) : 1);
   int64_t numel = 0, in = hidden[0].size(1);
   for (size_t l = 0; l < count; ++l) {
     TORCH_CHECK_VALUE(weights[l].dim() == 2, "weights must have shape (outputs, inputs), got ", weights[l].sizes());
@@ -92,10 +115,22 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
 
   at::Tensor out = at::empty_like(v);
-  cpu::mlp_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  if (cuda::for_cpu(v)) {
+    cpu::mlp_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  } else {
+    cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
+      const int64_t k = v.size(0);
+      if (launch_bound(data, k))
+        return cuda::mlp_hvp(data, v.const_data_ptr(), k, out.mutable_data_ptr(), scratch, stream);
+      return mlp_hvp_by_layers(data, weights, hidden, deltas, v, out, stream);
+    });
+  }
   return out;
 }
 
 TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { m.impl("mlp_hvp", &mlp_hvp); }
+#if defined(HG_WITH_CUDA)
+TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { m.impl("mlp_hvp", &mlp_hvp); }
+#endif
 
 }  // namespace hg

@@ -180,7 +180,6 @@ mlp_hvp = Op(
     reference=reference.mlp_hvp,
     fake=lambda weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2: torch.empty_like(v),
     device_of=6,
-    native=("cpp",),
 )
 
 lstm_cell = Op(

@@ -344,7 +344,7 @@ def mlp_hvp(
         product = r_delta.mT @ hidden[layer] + 2 * l2 * v_w[layer]
         if layer:
             product = product + deltas[layer - 1].T @ r_h[layer - 1]
-        out[:0] = [product.reshape(k, -1), *([r_delta.sum(1)] if biases else [])]
+        out[:0] = [product.flatten(1), *([r_delta.sum(1)] if biases else [])]
         if layer:
             r_e = r_delta @ weights[layer] + deltas[layer - 1] @ v_w[layer]
             r_delta = slopes[layer - 1] * r_e

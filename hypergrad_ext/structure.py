@@ -150,13 +150,14 @@ class Space:
         self.uniform = len(set(self.dtypes)) == 1
         self.exact = self.uniform and self.dtypes[0] == self.dtype
 
-    def pack(self, argument: str, tree: Tree, *, rows: int | None = None) -> Packed:
+    def pack(self, argument: str, tree: Tree, *, rows: int | None = None, graph: bool = False) -> Packed:
         """Copy a vector, or a batch of vectors, of this space into a new flat buffer.
 
         Args:
             argument: Name of the argument, for messages.
             tree: Leaves of the parameters' shapes, or with one more leading dimension k on every leaf.
             rows: Expected batch size; by default whatever the leaves have.
+            graph: Whether autograd is to see the copy.
 
         Returns:
             The buffer, in the state's dtype, and the way back to the structure and dtypes of ``tree``.
@@ -178,9 +179,12 @@ class Space:
             if t.device != self.device:
                 raise ValueError(f"{leaves.names[i]}: expected device {self.device}, got {t.device}")
         lead = () if batch is None else (batch,)
-        flat = torch.empty(*lead, self.numel, dtype=self.dtype, device=self.device)
-        for t, part in zip(tensors, flat.split(self.sizes, dim=-1), strict=True):
-            part.copy_(t.detach().reshape(*lead, -1))
+        if graph:
+            flat = torch.cat([t.reshape(*lead, -1).to(self.dtype) for t in tensors], dim=-1)
+        else:
+            flat = torch.empty(*lead, self.numel, dtype=self.dtype, device=self.device)
+            for t, part in zip(tensors, flat.split(self.sizes, dim=-1), strict=True):
+                part.copy_(t.detach().reshape(*lead, -1))
         dtypes = [t.dtype for t in tensors]
 
         def restore(x: Tensor) -> Tree:

@@ -165,3 +165,21 @@ def lstm_layer_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tens
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_layer_double_backward(*args)
+
+
+def mlp_hvp(
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    probabilities: Tensor | None,
+    v: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+) -> Tensor:
+    """See `hypergrad_ext.reference.mlp_hvp`."""
+    from hypergrad_ext.kernels import mlp
+
+    return mlp.mlp_hvp(weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2)

@@ -16,6 +16,8 @@ from tests.steps import STEPS, arguments
 from tests.test_lstm import DTYPES as LSTM_DTYPES
 from tests.test_lstm import FLOOR, arguments_of, wide
 from tests.test_lstm import NAMES as LSTM_NAMES
+from tests.test_mlp import cast
+from tests.test_mlp import problem as mlp_problem
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 from tests.test_steps import OPS, check
 
@@ -358,3 +360,63 @@ def test_lstm_module_and_its_hessian():
     truth = product(on_cpu, x, v)
     value = product(on_device, x.to(DEVICE), [t.to(DEVICE) for t in v])
     assert_close([t.cpu() for t in value], list(truth), 1e-12)
+
+
+def on_device(arguments):
+    """The arguments of mlp_hvp there, rows still padded."""
+    move = lambda x: x.to(DEVICE) if isinstance(x, Tensor) else x  # noqa: E731
+    return [[move(t) for t in x] if isinstance(x, list) else move(x) for x in arguments]
+
+
+class TestMLPProduct:
+    @pytest.mark.parametrize("loss", ["cross_entropy", "squared"])
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    @pytest.mark.parametrize("sizes", [(5, 3), (16, 1), (33, 17, 48, 10), (64, 256, 256, 300)], ids=str)
+    def test_against_reference(self, sizes, activation, loss, backend):
+        kernel = ops.mlp_hvp.kernel(DEVICE, backend)
+        for biases, n, k, l2 in [(True, 63, 1, 0.0), (False, 130, 5, 0.1), (True, 1, 2, 0.1), (True, 9, 0, 0.0)]:
+            _, operator, _ = mlp_problem(sizes, n, activation, loss, biases, l2=l2)
+            arguments = on_device(operator._model(torch.randn(k, operator.space.numel, dtype=torch.float64)))
+            truth = reference.mlp_hvp(*arguments)
+            assert_close(kernel(*arguments), truth, 1e-12, f"biases={biases} n={n} k={k}")
+            single = cast(arguments, torch.float32)
+            by_torch = reference.mlp_hvp(*single)
+            assert_no_worse_than_torch(kernel(*single), by_torch, truth, 1e-6, f"biases={biases} n={n} k={k}")
+
+    def test_no_padding_and_rows_anywhere(self, backend):
+        _, operator, _ = mlp_problem((32, 16, 8, 4), 40)
+        arguments = cast(operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64)), torch.float32)
+        arguments = on_device(arguments)
+        truth = reference.mlp_hvp(*cast(arguments, torch.float64))
+        moved = [shifted(x, 1) if isinstance(x, list) else x for x in arguments]
+        assert_close(ops.mlp_hvp.kernel(DEVICE, backend)(*moved), truth, 1e-5)
+
+    @no_gpu
+    def test_captured_in_a_graph_without_waiting(self, backend):
+        _, operator, _ = mlp_problem((33, 17, 48, 10), 60)
+        arguments = on_device(operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64)))
+        kernel, v = ops.mlp_hvp.kernel(DEVICE, backend), arguments[6]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # Warm up: Triton compiles, cuBLAS gets its workspace.
+            kernel(*arguments)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            value = kernel(*arguments)
+        v.copy_(torch.randn_like(v))
+        graph.replay()
+        assert_close(value, reference.mlp_hvp(*arguments), 1e-12)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kernel(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_operator_and_solve(self, backend):
+        params, _, _ = mlp_problem((6, 9, 4), l2=0.3)
+        params = [p.detach().to(DEVICE) for p in params]
+        x, y = torch.randn(50, 6, dtype=torch.float64, device=DEVICE), torch.randint(4, (50,), device=DEVICE)
+        operator = hg.MLPHessian(x, params, y, activation="tanh", l2=0.3)
+        b = [torch.randn_like(p) for p in params]
+        truth = hg.solve(operator, b, hg.Direct(), damping=0.4).value
+        assert_close(hg.solve(operator, b, hg.CG(tol=1e-12), damping=0.4, backend=backend).value, truth, 1e-8)

@@ -76,6 +76,13 @@ class TestProduct:
             value = ops.mlp_hvp.kernel(CPU, backend)(*arguments)
             assert_close(value, reference.mlp_hvp(*arguments), 1e-13, f"k={k}")
 
+    @pytest.mark.parametrize(("activation", "loss"), [("relu", "squared"), ("tanh", "cross_entropy")])
+    @pytest.mark.parametrize(("biases", "l2"), [(True, 0.0), (False, 0.1)])
+    def test_products_of_many_multiply_adds(self, activation, loss, biases, l2, backend):
+        _, operator, _ = problem((130, 260, 129, 5), 300, activation, loss, biases, l2=l2)
+        arguments = operator._model(torch.randn(8, operator.space.numel, dtype=torch.float64))
+        assert_close(ops.mlp_hvp.kernel(CPU, backend)(*arguments), reference.mlp_hvp(*arguments), 1e-13)
+
     @pytest.mark.parametrize("width", range(1, 36))
     def test_any_width(self, width, backend):
         _, operator, _ = problem((width, 36 - width, width), 19)

@@ -16,6 +16,8 @@ from tests.steps import STEPS, arguments
 from tests.test_lstm import DTYPES as LSTM_DTYPES
 from tests.test_lstm import FLOOR, arguments_of, wide
 from tests.test_lstm import NAMES as LSTM_NAMES
+from tests.test_mlp import cast
+from tests.test_mlp import problem as mlp_problem
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 from tests.test_softmax import in_place, problem, truth_of
 from tests.test_steps import OPS, check
@@ -24,7 +26,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from hypergrad_ext.kernels import lists, lstm, softmax  # noqa: E402
+from hypergrad_ext.kernels import lists, lstm, mlp, softmax  # noqa: E402
 
 CPU = torch.device("cpu")
 CUTS = [([1], [1]), ([5, 300, 7], [312]), ([312], [100, 0, 212]), ([17, 0, 1030, 3], [1047, 3])]
@@ -307,3 +309,46 @@ def test_lstm_refuses(position, bad, error, message):
     arguments[position] = bad
     with pytest.raises(error, match=message):
         ops.lstm_cell.kernel(CPU, "triton")(*arguments)
+
+
+@pytest.fixture(params=[(4, 8), None], ids=["many-tiles", "one-tile"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also cut matrices into several tiles both ways, as on a GPU."""
+    if request.param:
+        rows, columns = request.param
+        monkeypatch.setattr(mlp, "launch_parameters", lambda width: {"ROWS": rows, "COLUMNS": columns})
+
+
+@pytest.mark.usefixtures("tile")
+class TestMLPProduct:
+    kernel = staticmethod(ops.mlp_hvp.kernel(CPU, "triton"))
+
+    @pytest.mark.parametrize(("activation", "loss"), [("relu", "squared"), ("tanh", "cross_entropy")])
+    @pytest.mark.parametrize("sizes", [(6, 1), (20, 17, 2), (9, 16, 11, 10)], ids=str)
+    def test_against_reference(self, sizes, activation, loss):
+        for biases, n, k, l2 in [(True, 7, 1, 0.0), (False, 5, 3, 0.1), (True, 1, 2, 0.1), (True, 7, 0, 0.0)]:
+            _, operator, _ = mlp_problem(sizes, n, activation, loss, biases, l2=l2)
+            arguments = operator._model(torch.randn(k, operator.space.numel, dtype=torch.float64))
+            value = self.kernel(*arguments)
+            assert_close(value, reference.mlp_hvp(*arguments), 1e-13, f"biases={biases} n={n} k={k}")
+
+    def test_float32_is_no_less_accurate_than_torch(self):
+        _, operator, _ = mlp_problem((9, 16, 11, 10), 12)
+        single = cast(operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64)), torch.float32)
+        truth = reference.mlp_hvp(*cast(single, torch.float64))
+        assert_no_worse_than_torch(self.kernel(*single), reference.mlp_hvp(*single), truth, 3e-7)
+
+    def test_not_finite_stays_visible(self):
+        _, operator, _ = mlp_problem((5, 7, 3), 9)
+        v = torch.randn(2, operator.space.numel, dtype=torch.float64)
+        v[0, 3] = float("nan")
+        value = self.kernel(*operator._model(v))
+        assert value[0].isnan().any() and value[1].isfinite().all()
+
+    def test_refuses(self):
+        _, operator, _ = mlp_problem((5, 7, 3), 9)
+        weights, hidden, slopes, *rest = operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"slopes must have shape \(9, 7\), got \(8, 7\)"):
+            self.kernel(weights, hidden, [slopes[0][:8]], *rest)
+        with pytest.raises(TypeError, match="slopes must be torch.float64 on cpu like v, got torch.float32"):
+            self.kernel(weights, hidden, [slopes[0].float()], *rest)

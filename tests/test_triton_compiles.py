@@ -17,6 +17,7 @@ from hypergrad_ext.kernels import (  # noqa: E402
     chebyshev_step,
     lstm,
     minres_step,
+    mlp,
     neumann_step,
     richardson_step,
     softmax,
@@ -120,3 +121,23 @@ def test_lstm_compiles_without_spills(dtype, kernel, units, tmp_path):
     aligned += ["units"] if units % 16 == 0 else []
     compiled = compile_source(kernel, signature, constants, aligned, parameters["num_warps"])
     check(compiled, tmp_path)
+
+
+@pytest.mark.parametrize("width", [10, 32, 256])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+@pytest.mark.parametrize("kernel", [mlp.forward_kernel, mlp.loss_kernel, mlp.backward_kernel], ids=lambda k: k.__name__)
+def test_mlp_hvp_compiles_without_spills(kernel, dtype, width, tmp_path):
+    parameters = mlp.launch_parameters(width)
+    constants = {name: parameters.get(name, True) for name in ("BIAS", "BEND", "ENTROPY", "ROWS", "COLUMNS")}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    integers = {"rows", "n", "width", *(name for name in kernel.arg_names if name.endswith("stride"))}
+    signature = {name: "i32" if name in integers else f"*{dtype}" for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr") | ({"scale": "fp64"} if "scale" in signature else {})
+    # Biases start anywhere in v.
+    aligned = [name for name in signature if signature[name] == f"*{dtype}" and name != "bias"]
+    if width % 16 == 0:
+        aligned += integers - {"rows", "n", "bias_stride"}
+    compiled = compile_source(kernel, signature, constants, aligned, parameters["num_warps"])
+    check(compiled, tmp_path)
+    if width % 16 == 0:
+        assert ".v4.b32" in compiled.asm["ptx"] or ".v2.b64" in compiled.asm["ptx"], "no 16-byte accesses"

@@ -7,6 +7,7 @@
 #include "../mlp.h"
 #include "buffer.h"
 #include "mlp_gemm.h"
+#include "mlp_pack.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -14,6 +15,8 @@ namespace {
 
 // Tangents of a block of rows, and rows at the most: more would gain nothing.
 constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
+// Last layers that fill at most one of so many parts of a padded row are multiplied along their inputs.
+constexpr int64_t kNarrow = 4;
 // Widest rows that are fetched ahead by hand.
 constexpr int64_t kFetchStride = 128;
 // Multiply-adds per thread below which waking another thread costs more than it saves.
@@ -149,7 +152,11 @@ class Product {
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
           fetch(*m, begin, rows);
-      if (l == last) {
+      if (l == last && kNarrow * layer.out <= at.out) {
+        const Factors<Real> along_v{by_v.a, by_v.a_stride, v + at.v_weight, layer.in, layer.in};
+        const Factors<Real> along_w{by_w.a, by_w.a_stride, real(layer.weight), layer.weight.stride, layer.in};
+        NarrowGemm<Real>::run({{along_v, along_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out}});
+      } else if (l == last) {
         Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out}});
       } else {
         Gemm<Real, ThroughActivation>::run(

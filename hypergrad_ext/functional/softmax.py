@@ -1,4 +1,4 @@
-"""Differentiable functions on top of the fused ops."""
+"""The Hessian of cross-entropy in the logits, differentiable in the vector."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
-from hypergrad_ext.lstm import lstm_cell as lstm_cell
+from hypergrad_ext.functional.batching import batched, refuse_grad
 
 
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> Tensor:
@@ -41,12 +41,7 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
         >>> functional.softmax_hessian(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
         tensor([[ 0.2500, -0.2500]])
     """
-    for name, t in (("logits", logits), ("weights", weights)):
-        if t is not None and t.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: expected a tensor that does not require grad, since the product is differentiable in u only; "
-                f"pass {name}.detach()"
-            )
+    refuse_grad("u", logits=logits, weights=weights)
     many = u.dim() == logits.dim() + 1
     if logits.dim() == 0 or u.shape[many:] != logits.shape:
         expected = f"{tuple(logits.shape)} or (k, {', '.join(map(str, logits.shape))})"
@@ -108,10 +103,10 @@ class _SoftmaxHessian(_Reverse):
             u = u.movedim(u_dim, 0)
             out = _product(logits, u.reshape(-1, *u.shape[2:]), scale, weights)
             return out.view(u.shape), 0
-        logits = _batched(logits, logits_dim, 0, size)
-        u = _batched(u, u_dim, 1, size)
+        logits = batched(logits, logits_dim, 0, size)
+        u = batched(u, u_dim, 1, size)
         if weights is not None:
-            weights = _batched(weights, weights_dim, 0, size).flatten()
+            weights = batched(weights, weights_dim, 0, size).flatten()
         out = _product(logits.flatten(0, 1), u.flatten(1, 2), scale, weights)
         return out.view(u.shape), 1
 
@@ -119,11 +114,3 @@ class _SoftmaxHessian(_Reverse):
 def _contiguous_rows(t: Tensor) -> Tensor:
     # Gradients of a sum, for one, come with a stride of 0.
     return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _batched(t: Tensor, dim: int | None, at: int, size: int) -> Tensor:
-    """The batch dimension ``dim`` moved to position ``at``, or made there."""
-    if dim is not None:
-        return t.movedim(dim, at)
-    t = t.unsqueeze(at)
-    return t.expand(*t.shape[:at], size, *t.shape[at + 1 :])

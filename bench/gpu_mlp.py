@@ -1,0 +1,144 @@
+"""Products with a multilayer perceptron's Hessian on a GPU: ``python -m bench.gpu_mlp [folder for gpu_mlp.json]``.
+
+The closed form against the retained double backward that any other package runs, one vector after another, both
+launched from Python and replayed from a CUDA graph. Device time by events, variants in turn, medians; every variant
+is checked against float64 first.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from bench.measure import environment, table
+from hypergrad_ext import backends, ops, reference
+
+# Name, layer sizes, batch, activation.
+PROBLEMS = [
+    ("784-256-256-10", (784, 256, 256, 10), 256, "relu"),
+    ("784-256-256-10", (784, 256, 256, 10), 256, "tanh"),
+    ("4 x 2048", (2048,) * 4 + (10,), 1024, "relu"),
+    ("60 x 32", (32,) * 60 + (10,), 256, "tanh"),
+]
+DEVICE = torch.device("cuda")
+
+
+class Problem:
+    """A network with cross entropy at a random point, and k vectors."""
+
+    def __init__(self, sizes: tuple[int, ...], n: int, activation: str, k: int) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        new = {"generator": generator, "device": DEVICE}
+        self.params: list[Tensor] = []
+        for i, o in zip(sizes, sizes[1:], strict=False):
+            self.params += [torch.randn(o, i, **new) / i**0.5, 0.1 * torch.randn(o, **new)]
+        self.x, self.y = torch.randn(n, sizes[0], **new), torch.randint(sizes[-1], (n,), **new)
+        self.activation = activation
+        self.operator = hg.MLPHessian(self.x, self.params, self.y, activation=activation)
+        self.v = torch.randn(k, self.operator.space.numel, **new)
+
+    def double_backward(self, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+        params, h = [p.to(dtype).requires_grad_() for p in self.params], self.x.to(dtype)
+        for layer in range(0, len(params), 2):
+            h = getattr(torch, self.activation)(h) if layer else h
+            h = F.linear(h, params[layer], params[layer + 1])
+        gradient = torch.autograd.grad(F.cross_entropy(h, self.y), params, create_graph=True)
+        rows = [self.operator.space.views(row) for row in self.v.to(dtype)]
+
+        def products() -> Tensor:
+            parts = [torch.autograd.grad(gradient, params, row, retain_graph=True) for row in rows]
+            return torch.stack([torch.cat([t.reshape(-1) for t in product]) for product in parts])
+
+        return products
+
+    def closed_form(self, backend: str) -> Callable[[], Tensor]:
+        kernel, model = ops.mlp_hvp.kernel(DEVICE, backend), self.operator._model(self.v)
+        return lambda: kernel(*model)
+
+
+def in_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same, captured once on the current stream and replayed."""
+    for _ in range(3):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        value = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return value
+
+    return replay
+
+
+def microseconds(
+    variants: dict[str, Callable[[], Tensor]], rounds: int = 25, calls: int = 10
+) -> dict[str, list[float]]:
+    """Device time per call, variants in turn; the first rounds warm up."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for round_ in range(rounds + 3):
+        for name, run in variants.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                run()
+            stop.record()
+            stop.synchronize()
+            if round_ >= 3:
+                times[name].append(1e3 * start.elapsed_time(stop) / calls)
+    return times
+
+
+def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) -> list[dict[str, object]]:
+    """One row per variant."""
+    problem = Problem(sizes, n, activation, k)
+    truth = problem.double_backward(torch.float64)()
+    variants = {"double backward": problem.double_backward()}
+    variants |= {b: problem.closed_form(b) for b in ("cuda", "triton") if not backends.unavailable(b, DEVICE.type)}
+    variants["closed form in torch"] = lambda: reference.mlp_hvp(*problem.operator._model(problem.v))
+    errors = {}
+    for variant, run in variants.items():
+        errors[variant] = float((run() - truth).norm() / truth.norm())
+        assert errors[variant] <= 2 * errors["double backward"] + 1e-6, (variant, errors)
+    for variant, run in list(variants.items()):
+        variants[f"{variant}, graph"] = in_graph(run)
+    times = microseconds(variants)
+    # Multiply-adds of the matrix products: two for the first layer, six for every other.
+    layers = list(zip(sizes, sizes[1:], strict=False))
+    flops = 2 * k * n * (6 * sum(i * o for i, o in layers) - 4 * sizes[0] * sizes[1])
+    rows = []
+    for variant, us in times.items():
+        low, middle, high = statistics.quantiles(us, n=4)
+        row: dict[str, object] = {"network": f"{name} {activation} batch {n}", "k": k, "variant": variant}
+        row |= {"us": middle, "quartiles": f"{low:.1f}-{high:.1f}", "TFLOP/s": flops / middle / 1e6}
+        row["x double backward"] = statistics.median(times["double backward"]) / middle
+        row["rel. error"] = errors[variant.removesuffix(", graph")]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    rows = []
+    # Autograd runs backward where forward ran: to be captured, all of it has to be on one stream of its own.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for problem in PROBLEMS:
+            for k in (1, 8):
+                rows += measure(*problem, k)
+    machine = environment()
+    print("  ".join(f"{key}={value}" for key, value in machine.items()))
+    print(table(rows))
+    if len(sys.argv) > 1:
+        path = Path(sys.argv[1]) / "gpu_mlp.json"
+        path.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
