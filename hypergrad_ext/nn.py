@@ -38,6 +38,7 @@ class LSTM(torch.nn.LSTM):
     Cost: a Hessian-vector product is about two training gradients.
 
     Example:
+        >>> import hypergrad_ext as hg
         >>> from hypergrad_ext import nn
         >>> lstm = nn.LSTM(input_size=3, hidden_size=5)
         >>> lstm.load_state_dict(torch.nn.LSTM(3, 5).state_dict())
