@@ -35,7 +35,7 @@ class LSTM(torch.nn.LSTM):
     Raises:
         ValueError: If ``proj_size`` is given: projections are not supported.
 
-    Cost: a Hessian-vector product is about two training gradients.
+    Cost: a Hessian-vector product is about one and a half training gradients.
 
     Example:
         >>> import hypergrad_ext as hg
