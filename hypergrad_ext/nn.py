@@ -35,9 +35,10 @@ class LSTM(torch.nn.LSTM):
     Raises:
         ValueError: If ``proj_size`` is given: projections are not supported.
 
-    Cost: a Hessian-vector product is about two training gradients.
+    Cost: a Hessian-vector product is about one and a half training gradients.
 
     Example:
+        >>> import hypergrad_ext as hg
         >>> from hypergrad_ext import nn
         >>> lstm = nn.LSTM(input_size=3, hidden_size=5)
         >>> lstm.load_state_dict(torch.nn.LSTM(3, 5).state_dict())
