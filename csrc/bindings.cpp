@@ -10,6 +10,10 @@
 
 namespace py = pybind11;
 
+namespace hg::plan {
+void bind(py::module_& m);
+}  // namespace hg::plan
+
 namespace {
 
 // A list or tuple of tensors, borrowed from Python for the length of the call: counting references
@@ -200,4 +204,5 @@ PYBIND11_MODULE(_C, m) {
         py::arg("weights") = py::none());
   m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
         py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
+  hg::plan::bind(m);
 }

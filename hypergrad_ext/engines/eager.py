@@ -33,6 +33,11 @@ class RetainedGradient:
         self._curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
         self._outputs = [g for g in grads if g is not None and g.requires_grad]
 
+    @property
+    def curved(self) -> bool:
+        """Whether any part of the gradient depends on anything: else H is zero."""
+        return bool(self._outputs)
+
     @classmethod
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
         """Build the gradient graph of a scalar loss."""

@@ -29,6 +29,11 @@ class LinearOperator(ABC):
     lambda_max: float | None = None
 
     @property
+    def engine(self) -> str | None:
+        """What runs the products of a loss; None for operators that are not one's Hessian."""
+        return None
+
+    @property
     def used(self) -> list[bool]:
         """For every parameter, whether its rows of ``H`` can be other than zero."""
         return [True] * len(self.space.names)
