@@ -145,8 +145,9 @@ class Lowering:
     def _diagonal(self, call: Call) -> bool:
         """``op(g, constants)`` as ``g * op(1, constants)``."""
         rest = call.args[1:]
-        named = [n for n in names_in(Call(None, rest, call.kwargs, (), True))]
-        if any(n[0] not in "cs" for n in named) or call.args[0][0] not in "vn":
+        named = list(names_in(Call(None, rest, call.kwargs, (), True)))
+        constants = [n for n in named if n[0] == "c"]
+        if not constants or any(n[0] not in "cs" for n in named) or call.args[0][0] not in "vn":
             return False
         op, kwargs = call.op, call.kwargs
         shape = self._views[call.args[0]].sizes
@@ -158,8 +159,7 @@ class Lowering:
             return op(ones, *values, **{k: _resolve(a, constants, scalars) for k, a in kwargs})
 
         self_dtype = self._dtype
-        t = self._recording.tensors[rest[0]]
-        if tuple(t.shape) != shape:
+        if any(self._views[n].sizes != shape for n in constants):
             return False
         name = self._derive((op, repr((rest, kwargs))), slope)
         return self._emit(call, [(MUL, self._operand(call.args[0]), self._views[name])])

@@ -106,6 +106,7 @@ class TracedGradient:
             self._run = self._bound.product
         else:
             self._run = lambda v: program([t.contiguous() for t in v], constants, scalars)
+            self.form = "traced" if self.form == "native" else self.form
         self.seconds += time.perf_counter() - begin
 
     def _program(self, recording: Recording, v: Sequence[Tensor]) -> Callable | native.Plan:
@@ -130,7 +131,6 @@ class TracedGradient:
             try:
                 return native.lower(program, recording)
             except Unsupported as refusal:
-                self.reason = str(refusal)
                 _log_once(f"Hessian-vector products replayed as torch ops: {refusal}")
         run = torch.compile(program.run, fullgraph=True, dynamic=False) if self.form == "compiled" else program.run
         return torch.no_grad()(run)
