@@ -37,11 +37,11 @@ struct Sum {
   View out, in;
 };
 
-// Derivative of (log-)softmax over rows: y (g - <g, y>), or g - exp(y) sum(g).
+// Derivative over rows, by the probabilities p: of softmax p (g - <g, p>), of its logarithm g - p sum(g).
 struct Softmax {
   bool log;
   int64_t rows, columns;
-  View grad, output, out;
+  View grad, probabilities, out;
 };
 
 // (batch, rows, columns) each; unit stride along rows or columns, in `out` along rows.

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 
-#include "exp.h"
 #include "isa.h"
 #include "lanes.h"
 
@@ -146,21 +145,20 @@ struct SumBody {
 template <class Real>
 struct SoftmaxBody {
   static HG_INLINE void run(const plan::Softmax& s, Real* const* slots) {
-    const Real *g = slots[s.grad.slot] + s.grad.offset, *y = slots[s.output.slot] + s.output.offset;
+    const Real *g = slots[s.grad.slot] + s.grad.offset, *p = slots[s.probabilities.slot] + s.probabilities.offset;
     Real* out = slots[s.out.slot] + s.out.offset;
-    using Bits = typename ExpConstants<Real>::Bits;
-    for (int64_t row = 0; row < s.rows; ++row, g += s.columns, y += s.columns, out += s.columns) {
+    for (int64_t row = 0; row < s.rows; ++row, g += s.columns, p += s.columns, out += s.columns) {
       double dot = 0;
       if (s.log) {
         sum_elements<Real, 1>(s.columns, &dot, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = g[i]; });
         const Real total = static_cast<Real>(dot);
 #pragma GCC ivdep
-        for (int64_t i = 0; i < s.columns; ++i) out[i] = g[i] - exp_nonpositive<Real, Bits>(y[i]) * total;
+        for (int64_t i = 0; i < s.columns; ++i) out[i] = g[i] - p[i] * total;
       } else {
-        sum_elements<Real, 1>(s.columns, &dot, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = g[i] * y[i]; });
+        sum_elements<Real, 1>(s.columns, &dot, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = g[i] * p[i]; });
         const Real mean = static_cast<Real>(dot);
 #pragma GCC ivdep
-        for (int64_t i = 0; i < s.columns; ++i) out[i] = y[i] * (g[i] - mean);
+        for (int64_t i = 0; i < s.columns; ++i) out[i] = p[i] * (g[i] - mean);
       }
     }
   }

@@ -241,11 +241,14 @@ class Lowering:
         t = self._recording.tensors[grad]
         if output[0] != "c" or dim % t.dim() != t.dim() - 1:
             return False
+        log = call.op is aten._log_softmax_backward_data.default
+        if log:
+            i = int(output[1:])
+            output = self._derive(("exp", output), lambda c, s: c[i].exp().contiguous())
         g, y = self._contiguous_operand(grad), self._contiguous_operand(output)
         out = self._result(call)
         if not out.contiguous:
             return False
-        log = call.op is aten._log_softmax_backward_data.default
         columns = t.shape[-1]
         self.instructions.append(Instruction("softmax", [log, t.numel() // columns, columns, g, y, out], [out.root]))
         return True
