@@ -124,6 +124,7 @@ std::shared_ptr<Plan> make(bool is_double, int64_t arena, std::vector<int64_t> l
   plan->immediates = std::move(immediates);
   Reader reader(*plan);
   for (const py::handle i : instructions) plan->instructions.push_back(reader.instruction(py::cast<py::tuple>(i)));
+  check(*plan);
   return plan;
 }
 

@@ -45,10 +45,14 @@ struct Plan {
   int64_t constants = 0, dynamic = 0, scalars = 0, views = 0;
   std::vector<double> immediates;  // numbers that follow the solve's scalars
   std::vector<Instruction> instructions;
+  std::vector<int64_t> extents;  // of every constant, the elements that views of it reach; 0 without views
 
   int64_t numel() const;
   int64_t slots() const { return 1 + 2 * static_cast<int64_t>(leaves.size()) + constants + dynamic; }
 };
+
+// Refuses a plan with a view outside its memory, and notes how far views of constants reach.
+void check(Plan& plan);
 
 class Bound {
  public:
