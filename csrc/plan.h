@@ -14,12 +14,12 @@ struct View {
   std::vector<int64_t> sizes, strides;
 };
 
-// out = a op b, with number `scalar` where the op takes one.
-enum class Code : int { copy, fill, add, sub, mul, div, axpy, scale };
+// out = a op b, with number `scalar` where the op takes one; muladd is a b + c.
+enum class Code : int { copy, fill, add, sub, mul, div, axpy, scale, muladd };
 
 struct Op {
   Code code;
-  int64_t out, a, b;  // places among the operands; -1 where the op takes fewer
+  int64_t out, a, b, c;  // places among the operands; -1 where the op takes fewer
   int64_t scalar;
 };
 

@@ -30,7 +30,7 @@ Pointwise pointwise(const py::list& fields) {
   for (const py::handle operand : fields[1]) p.operands.push_back(view(operand));
   for (const py::handle op : fields[2]) {
     const auto f = integers(op);
-    p.ops.push_back({static_cast<Code>(f.at(0)), f.at(1), f.at(2), f.at(3), f.at(4)});
+    p.ops.push_back({static_cast<Code>(f.at(0)), f.at(1), f.at(2), f.at(3), f.at(4), f.at(5)});
   }
   return p;
 }

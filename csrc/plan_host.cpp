@@ -125,7 +125,7 @@ void check(Plan& plan) {
         inside(view);
       }
       for (const Op& op : p->ops)
-        TORCH_CHECK_VALUE(op.out >= 0 && std::max({op.out, op.a, op.b}) < count &&
+        TORCH_CHECK_VALUE(op.out >= 0 && std::max({op.out, op.a, op.b, op.c}) < count &&
                               op.scalar < plan.scalars + static_cast<int64_t>(plan.immediates.size()),
                           "an op names an operand that is not there");
     } else if (const auto* s = std::get_if<Sum>(&instruction.work)) {

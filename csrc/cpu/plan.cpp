@@ -69,7 +69,18 @@ struct PointwiseBody {
     binary(out, stride, a, a, n, [&](Real x, Real) HG_LAMBDA_INLINE { return f(x); });
   }
 
-  static HG_INLINE void apply(const Op& op, Real number, Real* out, int64_t stride, Input a, Input b, int64_t n) {
+  static HG_INLINE void muladd(Real* out, int64_t stride, Input a, Input b, Input c, int64_t n) {
+    if (stride == 1 && a.stride == 1 && b.stride == 1 && c.stride == 1) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = a.data[i] * b.data[i] + c.data[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i)
+        out[i * stride] = a.data[i * a.stride] * b.data[i * b.stride] + c.data[i * c.stride];
+    }
+  }
+
+  static HG_INLINE void apply(const Op& op, Real number, Real* out, int64_t stride, Input a, Input b, Input c,
+                              int64_t n) {
     switch (op.code) {
       case Code::copy:
         return unary(out, stride, a, n, [](Real x) HG_LAMBDA_INLINE { return x; });
@@ -88,6 +99,8 @@ struct PointwiseBody {
         return binary(out, stride, a, b, n, [=](Real x, Real y) HG_LAMBDA_INLINE { return x + number * y; });
       case Code::scale:
         return unary(out, stride, a, n, [=](Real x) HG_LAMBDA_INLINE { return x * number; });
+      case Code::muladd:
+        return muladd(out, stride, a, b, c, n);
     }
   }
 
@@ -110,7 +123,8 @@ struct PointwiseBody {
           const Real number = op.scalar < 0 ? Real(0) : static_cast<Real>(numbers[op.scalar]);
           const Input a = op.a < 0 ? Input{nullptr, 1} : Input{place(op.a), stride[op.a]};
           const Input b = op.b < 0 ? a : Input{place(op.b), stride[op.b]};
-          apply(op, number, place(op.out), stride[op.out], a, b, n);
+          const Input c = op.c < 0 ? a : Input{place(op.c), stride[op.c]};
+          apply(op, number, place(op.out), stride[op.out], a, b, c, n);
         }
       }
     });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple
 _ALIGNMENT = 16
 # As in csrc/plan.h.
 MAX_OPERANDS = 64
+# Codes of pointwise ops, likewise: out = a op b, or with a number; the last one is a b + c.
+COPY, FILL, ADD, SUB, MUL, DIV, AXPY, SCALE, MULADD = range(9)
 
 
 @dataclass(eq=False)
@@ -105,7 +108,43 @@ def group(instructions: list[Instruction]) -> list[Instruction]:
             result[-1] = Instruction("pointwise", [sizes, operands, ops], last.writes + new.writes)
         else:
             result.append(new)
-    return [replace(i, fields=_coalesced(*i.fields)) if i.kind == "pointwise" else i for i in result]
+    reads = Counter(view.root for i in result for view in _read(i))
+    return [
+        replace(i, fields=_coalesced(*_multiply_added(reads, *i.fields))) if i.kind == "pointwise" else i
+        for i in result
+    ]
+
+
+def _read(instruction: Instruction) -> Iterator[View]:
+    """Every view that is read, as often as it is."""
+    if instruction.kind != "pointwise":
+        yield from instruction.views()
+        return
+    _, operands, ops = instruction.fields
+    for _, _, *inputs, _ in ops:
+        yield from (operands[i] for i in inputs if i >= 0)
+
+
+def _multiply_added(
+    reads: Counter[Root], sizes: tuple[int, ...], operands: list[View], ops: list[tuple]
+) -> tuple[tuple[int, ...], list[View], list[tuple]]:
+    """A product that only one addition of the same group reads becomes part of it."""
+    products: dict[Root, int] = {}
+    result: list[tuple | None] = []
+    for op in ops:
+        code, out, a, b, _, _ = op
+        if code == MUL and operands[out].root.kind == "arena" and reads[operands[out].root] == 1:
+            products[operands[out].root] = len(result)
+        elif code == ADD:
+            for factor, other in ((a, b), (b, a)):
+                at = products.pop(operands[factor].root, None)
+                product = None if at is None else result[at]
+                if at is not None and product is not None and operands[product[1]] == operands[factor]:
+                    result[at] = None
+                    op = (MULADD, out, product[2], product[3], other, -1)
+                    break
+        result.append(op)
+    return sizes, operands, [op for op in result if op is not None]
 
 
 def _joins(last: Instruction, new: Instruction) -> bool:
@@ -127,12 +166,13 @@ def _written(instruction: Instruction) -> Iterator[View]:
 
 
 def _coalesced(sizes: tuple[int, ...], operands: list[View], ops: list[tuple]) -> list[Any]:
-    """Equal operands once, and dimensions joined that all operands walk through as one."""
+    """Equal operands once, unused ones not at all, and dimensions joined that all walk through as one."""
+    used = {i for _, *at, _ in ops for i in at if i >= 0}
     places: dict[tuple, int] = {}
-    position = [places.setdefault((id(v.root), *v[1:]), len(places)) for v in operands]
-    unique: dict[int, View] = {}
-    for at, view in zip(position, operands, strict=True):
-        unique.setdefault(at, view)
+    position = [
+        places.setdefault((id(v.root), *v[1:]), len(places)) if i in used else -1 for i, v in enumerate(operands)
+    ]
+    unique = {at: view for at, view in zip(position, operands, strict=True) if at >= 0}
     views = [unique[i] for i in range(len(unique))]
     ops = [(code, *(position[i] if i >= 0 else i for i in at), s) for code, *at, s in ops]
     return [*coalesced(sizes, views), ops]

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines.layout import Instruction, Root, View, coalesced
+from hypergrad_ext.engines.layout import (
+    ADD,
+    AXPY,
+    COPY,
+    DIV,
+    FILL,
+    MUL,
+    SCALE,
+    SUB,
+    Instruction,
+    Root,
+    View,
+    coalesced,
+)
 from hypergrad_ext.engines.program import Program, names_in
 from hypergrad_ext.engines.record import Call, Name, Recording, Text
 
 aten = torch.ops.aten
-
-# Codes of csrc/plan.h.
-COPY, FILL, ADD, SUB, MUL, DIV, AXPY, SCALE = range(8)
 
 # Multiply the vector's part by something that only constants decide: found once per solve.
 _DIAGONAL = {
@@ -432,7 +442,7 @@ class Lowering:
         views = [
             View(x.root, x.offset, tuple(x.sizes[d] for d in order), tuple(x.strides[d] for d in order)) for x in views
         ]
-        places = [i + 1 if i < len(inputs) else -1 for i in range(2)]
+        places = [i + 1 if i < len(inputs) else -1 for i in range(3)]
         self.instructions.append(
             Instruction("pointwise", [views[0].sizes, views, [(code, 0, *places, scalar)]], [out.root])
         )
