@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -45,3 +47,26 @@ def mlp_hvp(
 def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor: ...
 def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> None: ...
+
+class BoundPlan:
+    def product(self, v: Sequence[Tensor]) -> Tensor: ...
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+class Plan:
+    def __init__(
+        self,
+        is_double: bool,
+        arena: int,
+        leaves: list[int],
+        constants: int,
+        dynamic: int,
+        scalars: int,
+        immediates: list[float],
+        instructions: list[tuple],
+    ) -> None: ...
+    def bind(self, constants: Sequence[Tensor], scalars: list[float]) -> BoundPlan: ...
