@@ -152,6 +152,7 @@ auto released(const F& f) {
 }  // namespace
 
 void bind(py::module_& m) {
+  m.attr("has_blas") = has_blas();
   py::class_<Bound, std::shared_ptr<Bound>>(m, "BoundPlan")
       .def("product",
            [](Bound& self, const py::sequence& v) {

@@ -15,7 +15,7 @@
 
 #include "kernels.h"
 
-// Torch's own BLAS, called without the dispatcher. Weak: a torch built without one goes the long way.
+// Torch's own BLAS, called without the dispatcher. Weak: a torch that exports none is told by has_blas.
 extern "C" {
 __attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
                                   const float*, const int*, const float*, const int*, const float*, float*, const int*);
@@ -77,6 +77,8 @@ VectorList as_list(const at::Tensor& t) {
 }  // namespace
 
 int64_t Plan::numel() const { return std::accumulate(leaves.begin(), leaves.end(), int64_t{0}); }
+
+bool has_blas() { return sgemm_ != nullptr && dgemm_ != nullptr; }
 
 void check(Plan& plan) {
   const int64_t leaves = static_cast<int64_t>(plan.leaves.size());
@@ -367,7 +369,9 @@ void Bound::call(const Aten& aten) {
     if (!aten.results[i]) continue;
     const View& expected = *aten.results[i];
     at::Tensor t = stack[i].toTensor();
-    TORCH_CHECK(t.defined() && t.sizes() == at::IntArrayRef(expected.sizes), aten.op.schema(), " gave another shape");
+    TORCH_CHECK(t.defined() && t.sizes() == at::IntArrayRef(expected.sizes) && t.is_cpu() &&
+                    t.scalar_type() == (plan_->is_double ? at::kDouble : at::kFloat),
+                aten.op.schema(), " gave another shape, dtype or device than when it was recorded");
     if (t.strides() != at::IntArrayRef(expected.strides))
       t = at::empty_strided(expected.sizes, expected.strides, t.options()).copy_(t);
     slots_[expected.slot] = t.data_ptr();

@@ -51,6 +51,9 @@ struct Plan {
   int64_t slots() const { return 1 + 2 * static_cast<int64_t>(leaves.size()) + constants + dynamic; }
 };
 
+// Whether torch's BLAS can be called.
+bool has_blas();
+
 // Refuses a plan with a view outside its memory, and notes how far views of constants reach.
 void check(Plan& plan);
 

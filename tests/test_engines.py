@@ -129,6 +129,21 @@ class TestSameAsEager:
         assert operator.engine == "traced"
 
     @pytest.mark.parametrize("engine", REPLAYS)
+    def test_autocast(self, engine):
+        """Parameters in float32, products in bfloat16: the native plan leaves them to torch's operations."""
+        model = made("mlp_tanh", torch.float32)
+        x, y = batch("mlp_tanh", 9, torch.float32)
+
+        def loss(params):
+            with torch.autocast("cpu", torch.bfloat16):
+                return F.cross_entropy(functional_call(model, params, (x,)).float(), y)
+
+        v = random_like(model)
+        operator = hg.Hessian(loss, model, engine=engine)
+        operator @ v
+        assert_close(operator @ v, hg.Hessian(loss, model, engine="eager") @ v, 2e-2)
+
+    @pytest.mark.parametrize("engine", REPLAYS)
     def test_strided_parameters_and_vectors(self, engine):
         w = torch.randn(5, 4, dtype=torch.float64).T.requires_grad_()
         x = torch.randn(9, 8, dtype=torch.float64)[:, ::2]

@@ -343,6 +343,8 @@ class Lowering:
                 outputs.append(None)
                 continue
             t = self._recording.tensors[name]
+            if t.dtype != self._dtype:
+                raise Unsupported(f"{call.op} gives {t.dtype} where parameters are {self._dtype}")
             root = Root("dynamic", self.dynamic, _extent(t.shape, t.stride()))
             self.dynamic += 1
             self._views[name] = View(root, 0, tuple(t.shape), t.stride())

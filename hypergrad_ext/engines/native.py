@@ -80,6 +80,10 @@ def lower(program: Program, recording: Recording) -> Plan:
         raise Unsupported("the native plan needs parameters that are all float32 or all float64")
     if any(t.device.type != "cpu" for t in (*leaves, *recording.constants)):
         raise Unsupported("the native plan runs on the CPU")
+    if not _native._C.has_blas:
+        raise Unsupported("this torch exports no BLAS")
+    if max(t.numel() for t in recording.tensors.values()) >= 2**31:
+        raise Unsupported("a tensor has more elements than BLAS counts")
     lowering = Lowering(program, recording, dtype)
     for call in program.calls:
         lowering.call(call)
