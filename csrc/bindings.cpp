@@ -11,6 +11,10 @@
 
 namespace py = pybind11;
 
+namespace hg::plan {
+void bind(py::module_& m);
+}  // namespace hg::plan
+
 namespace {
 
 // A list or tuple of tensors, borrowed from Python for the length of the call: counting references
@@ -317,4 +321,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("w_hh"), py::arg("grad_h"), py::arg("grad_c") = py::none(), py::arg("grad_activations") = py::none());
   m.def("lstm_layer_double_backward", &lstm_layer_double_backward, py::arg("activations"), py::arg("c"), py::arg("c0"),
         py::arg("w_hh"), py::arg("dh"), py::arg("dc"), py::arg("v_gates"), py::arg("v_h0"), py::arg("v_c0"));
+  hg::plan::bind(m);
 }

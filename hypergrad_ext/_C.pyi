@@ -1,6 +1,10 @@
+from collections.abc import Sequence
+
 from torch import Tensor
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
+
+has_blas: bool
 
 def build_info() -> dict[str, object]: ...
 def neumann_step_(
@@ -105,3 +109,26 @@ def lstm_layer_double_backward(
     v_h0: Tensor,
     v_c0: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+class BoundPlan:
+    def product(self, v: Sequence[Tensor]) -> Tensor: ...
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+class Plan:
+    def __init__(
+        self,
+        is_double: bool,
+        arena: int,
+        leaves: list[int],
+        constants: int,
+        dynamic: int,
+        scalars: int,
+        immediates: list[float],
+        instructions: list[tuple],
+    ) -> None: ...
+    def bind(self, constants: Sequence[Tensor], scalars: list[float]) -> BoundPlan: ...

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian, LinearOperator
-from hypergrad_ext.operators.hessian import Loss, buffers_kept, check_loss, evaluate
+from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
 from hypergrad_ext.structure import Leaves, Tree, check_real, take_apart
 
 
@@ -26,6 +26,7 @@ def hypergradient(
     x0: Tree | None = None,
     throw: bool = True,
     unused: Literal["zeros", "error"] = "zeros",
+    engine: Engine = "auto",
     backend: str | None = None,
     operator: LinearOperator | None = None,
     return_solution: bool = False,
@@ -51,6 +52,7 @@ def hypergradient(
         x0: Start of the solve, such as ``solution.value`` of the last outer step.
         throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
         unused: ``"zeros"`` or ``"error"``, for parameters and hyperparameters that nothing depends on.
+        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
         operator: Solve with this instead of the Hessian of ``train_loss``: a faster form of it, such as
             `GLMHessian`, or an approximation of your own.
@@ -80,7 +82,7 @@ def hypergradient(
         >>> hg.hypergradient(val, train, w, lam)
         tensor(-2.2500)
     """
-    hessian = Hessian(train_loss, params, unused=unused, name="train_loss")
+    hessian = Hessian(train_loss, params, unused=unused, engine=engine, name="train_loss")
     outer = take_apart("hparams", hparams)
     _check_hparams(outer, hessian.params)
     v, direct = _validation_gradients(val_loss, hessian, outer)
@@ -114,6 +116,7 @@ def implicit(
     *,
     damping: float = 0.0,
     throw: bool = True,
+    engine: Engine = "auto",
     backend: str | None = None,
 ) -> Tree:
     r"""The optimal weights as a differentiable function of the hyperparameters: :math:`w^*(\lambda)`.
@@ -130,6 +133,7 @@ def implicit(
         solver: ``"auto"`` or a solver.
         damping: d >= 0.
         throw: Raise `SolveError` in the backward pass if the solve failed. Otherwise failures only warn.
+        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:
@@ -153,13 +157,13 @@ def implicit(
         >>> lam.grad
         tensor(-2.2500)
     """
-    hessian = Hessian(train_loss, params, name="train_loss")
+    hessian = Hessian(train_loss, params, engine=engine, name="train_loss")
     outer = take_apart("hparams", hparams)
     _check_hparams(outer, hessian.params)
 
     def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.
-        now = Hessian(train_loss, params, name="train_loss")
+        now = Hessian(train_loss, params, engine=engine, name="train_loss")
         v = now.params.rebuild(grad_w)
         solution = solve_for(now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend)
         report(solution, throw)

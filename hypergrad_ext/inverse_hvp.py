@@ -8,7 +8,7 @@ import torch
 
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
-from hypergrad_ext.operators.hessian import Loss
+from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solvers import System
 from hypergrad_ext.solvers.base import check_count, check_number
 from hypergrad_ext.solvers.neumann import series
@@ -25,6 +25,7 @@ def inverse_hvp(
     x0: Tree | None = None,
     throw: bool = True,
     unused: Literal["zeros", "error"] = "zeros",
+    engine: Engine = "auto",
     backend: str | None = None,
 ) -> Tree:
     r"""Inverse-Hessian-vector product :math:`x \approx (H + d I)^{-1} v` with :math:`H = \partial^2 L / \partial w^2`.
@@ -40,6 +41,7 @@ def inverse_hvp(
         x0: Start from this instead of zero, in any structure that ``v`` may have.
         throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
         unused: ``"zeros"`` or ``"error"``, for parameters that the loss does not depend on.
+        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:
@@ -64,7 +66,7 @@ def inverse_hvp(
         >>> hg.inverse_hvp(loss, w, torch.tensor([1.0, 1.0]))
         tensor([1.0000, 0.2500])
     """
-    operator = Hessian(loss, params, unused=unused)
+    operator = Hessian(loss, params, unused=unused, engine=engine)
     solution = solve_for(operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend)
     report(solution, throw)
     return solution.value

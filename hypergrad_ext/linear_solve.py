@@ -182,6 +182,7 @@ def _solution(
         alpha=outcome.alpha,
         useless=useless,
         statuses=None if packed.rows is None else tuple(outcome.statuses),
+        engine=system.operator.engine,
     )
 
 

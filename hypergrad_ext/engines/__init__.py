@@ -1,5 +1,8 @@
 """How the Hessian-vector product of a torch loss is executed."""
 
 from hypergrad_ext.engines.batches import BatchedGradient as BatchedGradient
+from hypergrad_ext.engines.choose import ENGINES as ENGINES
+from hypergrad_ext.engines.choose import Gradient as Gradient
+from hypergrad_ext.engines.choose import Products as Products
 from hypergrad_ext.engines.eager import RetainedGradient as RetainedGradient
 from hypergrad_ext.engines.forward import twice_differentiable as twice_differentiable

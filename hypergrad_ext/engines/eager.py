@@ -42,6 +42,11 @@ class RetainedGradient:
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
 
+    @property
+    def curved(self) -> bool:
+        """Whether any part of the gradient depends on anything: else H is zero."""
+        return bool(self._outputs)
+
     @classmethod
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
         """Build the gradient graph of a scalar loss."""

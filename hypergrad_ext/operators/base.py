@@ -31,6 +31,11 @@ class LinearOperator(ABC):
     ritz_range: tuple[float, float, float, float] | None = None
 
     @property
+    def engine(self) -> str | None:
+        """What runs the products of a loss; None for operators that are not one's Hessian."""
+        return None
+
+    @property
     def used(self) -> list[bool]:
         """For every parameter, whether its rows of ``H`` can be other than zero."""
         return [True] * len(self.space.names)

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hypergrad_ext.engines import BatchedGradient, RetainedGradient, twice_differentiable
+from hypergrad_ext.engines import (
+    ENGINES,
+    BatchedGradient,
+    Gradient,
+    Products,
+    RetainedGradient,
+    twice_differentiable,
+)
+from hypergrad_ext.engines.native import Bound
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart
 
 Loss = Tensor | Callable[..., Tensor]
 """A scalar tensor that still has its graph, or a function from the parameters to one."""
 
-Gradient = RetainedGradient | BatchedGradient
+Engine = Literal["auto", "eager", "traced", "native", "compiled"]
+"""How products are run: see `Hessian`."""
 
 
 class Hessian(LinearOperator):
@@ -25,7 +34,23 @@ class Hessian(LinearOperator):
 
     The gradient's graph is built on first use and kept: a product costs one backward pass through
     it (about two training gradients), and all products of a solve see one dropout mask and one
-    update of the buffers.
+    update of the buffers. The part of that pass that depends on the vector can be recorded during one
+    product and replayed for the others:
+
+    ============== ===================================================================================
+    ``engine``     a product is
+    ============== ===================================================================================
+    ``"eager"``    a backward pass
+    ``"traced"``   the recorded torch operations, without autograd, without those that never change
+    ``"native"``   the same as a flat plan that the compiled module runs (CPU; float32 or float64)
+    ``"compiled"`` the same compiled by ``torch.compile``, which takes seconds to minutes
+    ``"auto"``     on the CPU a native plan where that is measured to be faster, else a backward pass
+    ============== ===================================================================================
+
+    The function itself runs in every solve, and every solve is recorded anew, so new batches, other
+    branches, other modes and new random masks are seen; programs are found again by what was recorded and
+    compiled once. Recording costs two to ten products, which no count shows, and holds the intermediates of
+    one product in memory. None of it has been run on a GPU yet.
 
     With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
     a product then costs a gradient and a backward pass for every batch, and all products of an operator see the same
@@ -46,12 +71,14 @@ class Hessian(LinearOperator):
         stochastic: Use one batch for every product, the next, not all of them.
         unused: What to do with parameters that the loss does not depend on: ``"zeros"`` gives them
             zero rows, ``"error"`` raises and names them.
+        engine: One of the above. What cannot be replayed is run by backward passes, and the log
+            (``logging.getLogger("hypergrad_ext")``) says why, once.
         name: What the caller calls the loss, for messages.
 
     Raises:
         TypeError: If ``loss`` is neither, or complex; if a parameter is not real floating point.
         ValueError: If ``loss`` is not a scalar or has no graph, if parameters are empty, on several
-            devices, given twice, do not require grad, or are unused and ``unused="error"``.
+            devices, given twice, do not require grad, or are unused and ``unused="error"``; if ``engine`` is unknown.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -67,15 +94,20 @@ class Hessian(LinearOperator):
         batches: Iterable[Any] | None = None,
         stochastic: bool = False,
         unused: Literal["zeros", "error"] = "zeros",
+        engine: Engine = "auto",
         name: str = "loss",
     ) -> None:
         if unused not in ("zeros", "error"):
             raise ValueError(f"unused: expected 'zeros' or 'error', got {unused!r}")
+        if engine not in ENGINES:
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
         self.params = take_apart("params", params)
         self.space = Space(self.params)
         self._unused = unused
         self.module = params if isinstance(params, nn.Module) else None
         self._gradient: Gradient | None = None
+        self._products: Products | None = None
+        self._engine = engine
         if isinstance(loss, Tensor):
             check_loss(name, loss)
             for param, t in zip(self.params.names, self.params.tensors, strict=True):
@@ -93,6 +125,10 @@ class Hessian(LinearOperator):
         if batches is not None and (isinstance(loss, Tensor) or isinstance(batches, Tensor)):
             what = "a function of the parameters and a batch" if isinstance(loss, Tensor) else "a list or DataLoader"
             raise TypeError(f"{name if isinstance(loss, Tensor) else 'batches'}: expected {what}, got a tensor")
+        if batches is not None and engine not in ("auto", "eager"):
+            raise ValueError(
+                f"engine: expected 'auto' or 'eager' beside batches, whose graphs do not stay, got {engine!r}"
+            )
         self._loss = loss
         self._name = name
         self._batches = batches
@@ -125,6 +161,7 @@ class Hessian(LinearOperator):
         if not any(g.requires_grad for g in grads.tensors):
             raise ValueError("f: expected a gradient with its graph, got one without; use create_graph=True")
         self._gradient = RetainedGradient(grads.tensors, self.params.tensors)
+        self._products = Products(self._gradient, "eager", None)
         return self
 
     @property
@@ -146,13 +183,62 @@ class Hessian(LinearOperator):
         """For every parameter, whether the loss depends on it."""
         return self.gradient.used
 
+    @property
+    def engine(self) -> str:
+        """What runs the products at this time: ``"eager"``, ``"traced"``, ``"native"`` or ``"compiled"``."""
+        return "eager" if self._products is None else self._products.engine
+
+    @property
+    def products(self) -> Products:
+        """What runs the products."""
+        if self._products is None:
+            engine = "eager" if self._batches is not None else self._engine
+            self._products = Products(self.gradient, engine, self._key())
+        return self._products
+
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """``H v``: one backward pass through the gradient's graph."""
-        return self.gradient.hvp(v)
+        """``H v``: one backward pass through the gradient's graph, or a replay of one."""
+        return self.products.hvp(v)
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """``H v`` for a batch: one batched pass where the first batch shows that to be faster."""
-        return self.gradient.hvps(v)
+        """``H v`` for a batch: one after another by replay, or one batched pass where that is faster."""
+        return self.products.hvps(v)
+
+    def prepare(self, products: int, rows: int) -> Hessian:
+        """The operator itself; its engine takes note."""
+        self.products.expect(products * rows)
+        return self
+
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole series in one call where products run on a native plan."""
+        bound = self._bound(b, backend)
+        if bound is None:
+            return None
+        x, history = bound.neumann_series(b, alpha, damping, steps, stop)
+        self.products.made(len(b) * int((history[:, 0, 0] != -1).sum()))
+        return x, history
+
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The whole solve in one call where products run on a native plan."""
+        bound = self._bound(b, backend)
+        if bound is None:
+            return None
+        x, state, taken = bound.conjugate_gradients(b, damping, steps, state)
+        self.products.made(len(b) * int(taken))
+        return x, state, taken
+
+    def _bound(self, b: Tensor, backend: str | None) -> Bound | None:
+        return self.products.bound(self.space.views(b[0]), backend) if self.space.exact else None
+
+    def _key(self) -> Hashable:
+        """Which function this is, as far as speed is concerned."""
+        loss = self._loss
+        name = type(loss.grad_fn) if isinstance(loss, Tensor) else getattr(loss, "__code__", type(loss))
+        return name, self._engine, self.space.device, tuple(self.space.shapes), tuple(self.space.dtypes)
 
     def mixed(self, x: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor | None]:
         r""":math:`x^\top \partial^2 L / \partial w\, \partial \lambda`; None for a tensor that the gradient ignores."""

@@ -1,0 +1,204 @@
+// The instructions of native plans that are not matrix products.
+#include "../plan.h"
+
+#include <algorithm>
+#include <array>
+
+#include "isa.h"
+#include "lanes.h"
+
+namespace hg::cpu {
+namespace {
+
+using plan::Code;
+using plan::Op;
+using plan::View;
+
+// Elements that all ops of a group do before the next block: a few dozen operands of it stay in the caches.
+constexpr int64_t kBlock = 1024;
+
+// Calls f(offsets) for every index of all dimensions but the last; offsets of the views in elements.
+template <class F>
+HG_INLINE void for_each_row(const std::vector<int64_t>& sizes, const View* const* views, int count, const F& f) {
+  std::array<int64_t, plan::kMaxDims> index{};
+  std::array<int64_t, plan::kMaxOperands> at;
+  for (int v = 0; v < count; ++v) at[v] = views[v]->offset;
+  const int outer = static_cast<int>(sizes.size()) - 1;
+  for (;;) {
+    f(at.data());
+    int d = outer - 1;
+    for (; d >= 0; --d) {
+      const bool wraps = ++index[d] == sizes[d];
+      for (int v = 0; v < count; ++v) at[v] += wraps ? (1 - sizes[d]) * views[v]->strides[d] : views[v]->strides[d];
+      if (!wraps) break;
+      index[d] = 0;
+    }
+    if (d < 0) return;
+  }
+}
+
+inline int64_t last_stride(const View& view) { return view.strides.empty() ? 1 : view.strides.back(); }
+
+template <class Real>
+struct PointwiseBody {
+  struct Input {
+    const Real* data;
+    int64_t stride;
+  };
+
+  template <class F>
+  static HG_INLINE void binary(Real* out, int64_t stride, Input a, Input b, int64_t n, const F& f) {
+    if (stride == 1 && a.stride == 1 && b.stride == 1) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = f(a.data[i], b.data[i]);
+    } else if (stride == 1 && a.stride == 1 && b.stride == 0) {
+      const Real y = b.data[0];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = f(a.data[i], y);
+    } else if (stride == 1 && a.stride == 0 && b.stride == 1) {
+      const Real x = a.data[0];
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = f(x, b.data[i]);
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i * stride] = f(a.data[i * a.stride], b.data[i * b.stride]);
+    }
+  }
+
+  template <class F>
+  static HG_INLINE void unary(Real* out, int64_t stride, Input a, int64_t n, const F& f) {
+    binary(out, stride, a, a, n, [&](Real x, Real) HG_LAMBDA_INLINE { return f(x); });
+  }
+
+  static HG_INLINE void muladd(Real* out, int64_t stride, Input a, Input b, Input c, int64_t n) {
+    if (stride == 1 && a.stride == 1 && b.stride == 1 && c.stride == 1) {
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) out[i] = a.data[i] * b.data[i] + c.data[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i)
+        out[i * stride] = a.data[i * a.stride] * b.data[i * b.stride] + c.data[i * c.stride];
+    }
+  }
+
+  static HG_INLINE void apply(const Op& op, Real number, Real* out, int64_t stride, Input a, Input b, Input c,
+                              int64_t n) {
+    switch (op.code) {
+      case Code::copy:
+        return unary(out, stride, a, n, [](Real x) HG_LAMBDA_INLINE { return x; });
+      case Code::fill:
+        for (int64_t i = 0; i < n; ++i) out[i * stride] = number;
+        return;
+      case Code::add:
+        return binary(out, stride, a, b, n, [](Real x, Real y) HG_LAMBDA_INLINE { return x + y; });
+      case Code::sub:
+        return binary(out, stride, a, b, n, [](Real x, Real y) HG_LAMBDA_INLINE { return x - y; });
+      case Code::mul:
+        return binary(out, stride, a, b, n, [](Real x, Real y) HG_LAMBDA_INLINE { return x * y; });
+      case Code::div:
+        return binary(out, stride, a, b, n, [](Real x, Real y) HG_LAMBDA_INLINE { return x / y; });
+      case Code::axpy:
+        return binary(out, stride, a, b, n, [=](Real x, Real y) HG_LAMBDA_INLINE { return x + number * y; });
+      case Code::scale:
+        return unary(out, stride, a, n, [=](Real x) HG_LAMBDA_INLINE { return x * number; });
+      case Code::muladd:
+        return muladd(out, stride, a, b, c, n);
+    }
+  }
+
+  static HG_INLINE void run(const plan::Pointwise& p, Real* const* slots, const double* numbers) {
+    const int count = static_cast<int>(p.operands.size());
+    std::array<const View*, plan::kMaxOperands> views;
+    std::array<Real*, plan::kMaxOperands> base;
+    std::array<int64_t, plan::kMaxOperands> stride;
+    for (int v = 0; v < count; ++v) {
+      views[v] = &p.operands[v];
+      base[v] = slots[views[v]->slot];
+      stride[v] = last_stride(*views[v]);
+    }
+    const int64_t inner = p.sizes.empty() ? 1 : p.sizes.back();
+    for_each_row(p.sizes, views.data(), count, [&](const int64_t* at) HG_LAMBDA_INLINE {
+      for (int64_t begin = 0; begin < inner; begin += kBlock) {
+        const int64_t n = std::min(kBlock, inner - begin);
+        const auto place = [&](int64_t v) { return base[v] + at[v] + begin * stride[v]; };
+        for (const Op& op : p.ops) {
+          const Real number = op.scalar < 0 ? Real(0) : static_cast<Real>(numbers[op.scalar]);
+          const Input a = op.a < 0 ? Input{nullptr, 1} : Input{place(op.a), stride[op.a]};
+          const Input b = op.b < 0 ? a : Input{place(op.b), stride[op.b]};
+          const Input c = op.c < 0 ? a : Input{place(op.c), stride[op.c]};
+          apply(op, number, place(op.out), stride[op.out], a, b, c, n);
+        }
+      }
+    });
+  }
+};
+
+template <class Real>
+struct SumBody {
+  static HG_INLINE void run(const plan::Sum& s, Real* const* slots) {
+    const View* const views[] = {&s.out, &s.in};
+    Real* const out_base = slots[s.out.slot];
+    const Real* const in_base = slots[s.in.slot];
+    const int64_t n = s.sizes.empty() ? 1 : s.sizes.back();
+    const int64_t out_stride = last_stride(s.out), in_stride = last_stride(s.in);
+    for_each_row(s.sizes, views, 2, [&](const int64_t* at) HG_LAMBDA_INLINE {
+      Real* out = out_base + at[0];
+      const Real* in = in_base + at[1];
+      if (out_stride == 0 && in_stride == 1 && !s.sizes.empty()) {
+        double total = 0;
+        sum_elements<Real, 1>(n, &total, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = in[i]; });
+        out[0] += static_cast<Real>(total);
+      } else if (out_stride == 1 && in_stride == 1) {
+#pragma GCC ivdep
+        for (int64_t i = 0; i < n; ++i) out[i] += in[i];
+      } else {
+        for (int64_t i = 0; i < n; ++i) out[i * out_stride] += in[i * in_stride];
+      }
+    });
+  }
+};
+
+template <class Real>
+struct SoftmaxBody {
+  static HG_INLINE void run(const plan::Softmax& s, Real* const* slots) {
+    const Real *g = slots[s.grad.slot] + s.grad.offset, *p = slots[s.probabilities.slot] + s.probabilities.offset;
+    Real* out = slots[s.out.slot] + s.out.offset;
+    for (int64_t row = 0; row < s.rows; ++row, g += s.columns, p += s.columns, out += s.columns) {
+      double dot = 0;
+      if (s.log) {
+        sum_elements<Real, 1>(s.columns, &dot, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = g[i]; });
+        const Real total = static_cast<Real>(dot);
+#pragma GCC ivdep
+        for (int64_t i = 0; i < s.columns; ++i) out[i] = g[i] - p[i] * total;
+      } else {
+        sum_elements<Real, 1>(s.columns, &dot, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = g[i] * p[i]; });
+        const Real mean = static_cast<Real>(dot);
+#pragma GCC ivdep
+        for (int64_t i = 0; i < s.columns; ++i) out[i] = p[i] * (g[i] - mean);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <class Real>
+void PlanKernels<Real>::pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers) {
+  static const auto function = ForIsa<PointwiseBody<Real>, const plan::Pointwise&, Real* const*, const double*>::get();
+  function(p, slots, numbers);
+}
+
+template <class Real>
+void PlanKernels<Real>::sum(const plan::Sum& s, Real* const* slots) {
+  static const auto function = ForIsa<SumBody<Real>, const plan::Sum&, Real* const*>::get();
+  function(s, slots);
+}
+
+template <class Real>
+void PlanKernels<Real>::softmax(const plan::Softmax& s, Real* const* slots) {
+  static const auto function = ForIsa<SoftmaxBody<Real>, const plan::Softmax&, Real* const*>::get();
+  function(s, slots);
+}
+
+template struct PlanKernels<float>;
+template struct PlanKernels<double>;
+
+}  // namespace hg::cpu

@@ -1,0 +1,64 @@
+// Native plans: a recorded Hessian-vector product as flat instructions over preallocated memory. Torch-free.
+//
+// Memory is addressed by slot: 0 is the arena, then come the vector's parts, the constants of the solve, the
+// results that ATen allocates, and the product's parts. Offsets and strides are in elements.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace hg::plan {
+
+struct View {
+  int64_t slot = 0, offset = 0;
+  std::vector<int64_t> sizes, strides;
+};
+
+// out = a op b, with number `scalar` where the op takes one; muladd is a b + c.
+enum class Code : int { copy, fill, add, sub, mul, div, axpy, scale, muladd };
+
+struct Op {
+  Code code;
+  int64_t out, a, b, c;  // places among the operands; -1 where the op takes fewer
+  int64_t scalar;
+};
+
+// Ops over the same indices, one after another on every block of them.
+struct Pointwise {
+  std::vector<int64_t> sizes;
+  std::vector<View> operands;
+  std::vector<Op> ops;
+};
+constexpr int kMaxOperands = 64, kMaxDims = 16;
+
+// out += in, where strides of 0 in `out` sum over a dimension.
+struct Sum {
+  std::vector<int64_t> sizes;
+  View out, in;
+};
+
+// Derivative over rows, by the probabilities p: of softmax p (g - <g, p>), of its logarithm g - p sum(g).
+struct Softmax {
+  bool log;
+  int64_t rows, columns;
+  View grad, probabilities, out;
+};
+
+// (batch, rows, columns) each; unit stride along rows or columns, in `out` along rows.
+struct Gemm {
+  View a, b, out;
+  bool accumulate;
+};
+
+}  // namespace hg::plan
+
+namespace hg::cpu {
+
+template <class Real>
+struct PlanKernels {
+  static void pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers);
+  static void sum(const plan::Sum& s, Real* const* slots);
+  static void softmax(const plan::Softmax& s, Real* const* slots);
+};
+
+}  // namespace hg::cpu

@@ -1,0 +1,92 @@
+// A native plan, and the plan bound to the data of one solve.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/ivalue.h>
+
+#include <memory>
+#include <optional>
+#include <tuple>
+#include <variant>
+#include <vector>
+
+#include "plan.h"
+
+namespace hg::plan {
+
+// An argument of an ATen op: a literal, number `index` of the solve, a view, constant `index` as it is, or
+// a list of such tensors (an empty one stands for None).
+struct Argument {
+  enum class Kind { literal, number, view, constant, list } kind = Kind::literal;
+  c10::IValue literal;
+  int64_t index = -1;  // number or constant; of a view: where its tensor is kept
+  View view;
+  std::vector<Argument> items;
+  bool optional_items = false;
+};
+
+// An op of the dispatcher; its results get slots of their own.
+struct Aten {
+  c10::OperatorHandle op;
+  std::vector<Argument> arguments;
+  std::vector<std::optional<View>> results;
+};
+
+struct Instruction {
+  std::variant<Gemm, Pointwise, Sum, Softmax, Aten> work;
+  std::vector<int64_t> frees;  // slots of ATen results that nothing reads after it
+};
+
+struct Plan {
+  bool is_double = false;
+  int64_t arena = 0;            // elements
+  std::vector<int64_t> leaves;  // elements of the vector's parts
+  int64_t constants = 0, dynamic = 0, scalars = 0, views = 0;
+  std::vector<double> immediates;  // numbers that follow the solve's scalars
+  std::vector<Instruction> instructions;
+  std::vector<int64_t> extents;  // of every constant, the elements that views of it reach; 0 without views
+
+  int64_t numel() const;
+  int64_t slots() const { return 1 + 2 * static_cast<int64_t>(leaves.size()) + constants + dynamic; }
+};
+
+// Whether torch's BLAS can be called.
+bool has_blas();
+
+// Refuses a plan with a view outside its memory, and notes how far views of constants reach.
+void check(Plan& plan);
+
+class Bound {
+ public:
+  Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants, std::vector<double> scalars);
+
+  // v: the parts of a vector. Returns the product as one flat tensor.
+  at::Tensor product(at::TensorList v);
+
+  // As glm_neumann_solve and glm_cg_solve.
+  std::tuple<at::Tensor, at::Tensor> neumann_series(const at::Tensor& b, double alpha, double damping, int64_t steps,
+                                                    const at::Tensor& stop);
+  std::tuple<at::Tensor, at::Tensor, at::Tensor> conjugate_gradients(const at::Tensor& b, double damping, int64_t steps,
+                                                                     const at::Tensor& state);
+
+ private:
+  void rows(const at::Tensor& v, const at::Tensor& out);
+  void run(const std::vector<char*>& v, char* out);
+  template <class Real>
+  void run_as();
+  template <class Real>
+  void gemm(const Gemm& g);
+  void call(const Aten& aten);
+  c10::IValue value(const Argument& a);
+  at::Tensor tensor(const Argument& a);
+  void check_vectors(const char* name, const at::Tensor& t) const;
+
+  std::shared_ptr<const Plan> plan_;
+  std::vector<at::Tensor> constants_, dynamic_, views_;
+  std::vector<double> numbers_;
+  at::Tensor arena_;
+  std::vector<void*> slots_;
+};
+
+}  // namespace hg::plan

@@ -1,0 +1,124 @@
+"""Lowers a program to a native plan: flat instructions over preallocated memory, run by the compiled module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext import _native
+from hypergrad_ext.engines.layout import Instruction, Root, View, allocate, group
+from hypergrad_ext.engines.lowering import Lowering, Unsupported
+from hypergrad_ext.engines.program import Program
+from hypergrad_ext.engines.record import Recording
+
+
+class Plan:
+    """A program as the compiled module runs it. Holds no tensors of a solve."""
+
+    def __init__(self, compiled: Any, derived: list[Callable], shapes: list[torch.Size]) -> None:
+        """Wrap a compiled plan."""
+        self._compiled = compiled
+        self._derived = derived
+        self._shapes = shapes
+
+    def bind(self, constants: Sequence[Tensor], scalars: Sequence[float]) -> Bound:
+        """The plan with the data of one solve, and memory of its own."""
+        with torch.no_grad():
+            all_constants = [*constants, *(f(constants, scalars) for f in self._derived)]
+        return Bound(self._compiled.bind([t.detach() for t in all_constants], list(scalars)), self._shapes)
+
+
+class Bound:
+    """The products of one solve."""
+
+    def __init__(self, compiled: Any, shapes: list[torch.Size]) -> None:
+        """Wrap a bound plan."""
+        self._compiled = compiled
+        self._shapes = shapes
+        self._sizes = [shape.numel() for shape in shapes]
+
+    def product(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v`` in new tensors."""
+        flat = self._compiled.product([t.detach() for t in v])
+        return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `LinearOperator.neumann_series`."""
+        return self._compiled.neumann_series(b, alpha, damping, steps, stop)
+
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `LinearOperator.conjugate_gradients`."""
+        return self._compiled.conjugate_gradients(b, damping, steps, state)
+
+
+def lower(program: Program, recording: Recording) -> Plan:
+    """The native plan of a program.
+
+    Args:
+        program: What to compute.
+        recording: A recording with this program's key, for layouts.
+
+    Returns:
+        The plan.
+
+    Raises:
+        Unsupported: If the compiled module is missing, or dtype or device are not its own.
+    """
+    if _native._C is None:
+        raise Unsupported(_native.MISSING)
+    leaves = [recording.tensors[f"v{i}"] for i in range(program.leaves)]
+    dtype = leaves[0].dtype
+    if dtype not in (torch.float32, torch.float64) or any(t.dtype != dtype for t in leaves):
+        raise Unsupported("the native plan needs parameters that are all float32 or all float64")
+    if any(t.device.type != "cpu" for t in (*leaves, *recording.constants)):
+        raise Unsupported("the native plan runs on the CPU")
+    if not _native._C.has_blas:
+        raise Unsupported("this torch exports no BLAS")
+    if max(t.numel() for t in recording.tensors.values()) >= 2**31:
+        raise Unsupported("a tensor has more elements than BLAS counts")
+    lowering = Lowering(program, recording, dtype)
+    for call in program.calls:
+        lowering.call(call)
+    instructions = group(lowering.finish(program.outputs))
+    arena = allocate(instructions)
+    constants = len(recording.constants) + len(lowering.derived)
+    compiled = _native._C.Plan(
+        dtype == torch.float64,
+        arena,
+        [t.numel() for t in leaves],
+        constants,
+        lowering.dynamic,
+        len(recording.scalars),
+        lowering.immediates,
+        serialised(instructions, (1, program.leaves, constants, lowering.dynamic)),
+    )
+    return Plan(compiled, lowering.derived, [t.shape for t in leaves])
+
+
+def serialised(instructions: Sequence[Instruction], counts: tuple[int, int, int, int]) -> list[tuple]:
+    """Instructions with slots for roots: the arena, the vector's parts, constants, what ATen allocates, outputs."""
+    first = dict(zip(("arena", "v", "c", "dynamic", "out"), accumulate((0, *counts)), strict=True))
+
+    def slot(root: Root) -> int:
+        return first[root.kind] + root.index
+
+    def write(x: Any) -> Any:
+        if isinstance(x, View):
+            return slot(x.root), x.root.position + x.offset, x.sizes, x.strides
+        return type(x)(map(write, x)) if type(x) in (tuple, list) else x
+
+    dead: list[list[int]] = []
+    seen: set[Root] = set()
+    for i in reversed(instructions):
+        here = {r for r in (*(v.root for v in i.views()), *i.writes) if r.kind == "dynamic" and r not in seen}
+        dead.append([slot(root) for root in here])
+        seen |= here
+    return [(i.kind, write(i.fields), frees) for i, frees in zip(instructions, reversed(dead), strict=True)]

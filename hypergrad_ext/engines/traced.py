@@ -1,0 +1,176 @@
+"""Products by replaying a recorded one: as torch ops, as a native plan, or compiled by Inductor."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext.engines import native
+from hypergrad_ext.engines.eager import RetainedGradient
+from hypergrad_ext.engines.lowering import Unsupported
+from hypergrad_ext.engines.program import Program
+from hypergrad_ext.engines.record import Recording, Untraceable, record
+
+_logger = logging.getLogger("hypergrad_ext")
+
+# Compiled programs that are kept, the least recently used forgotten first. A program holds no tensors.
+CACHE_SIZE = 64
+
+# Largest difference between a compiled product and an eager one with the same vector: relative to that part of
+# the product, and to all of it (a part may be zero but for rounding). Rounding stays far below, a lost term does not.
+_TOLERANCE = {torch.float64: (1e-7, 1e-10), torch.float32: (1e-3, 1e-5)}
+_LOW_PRECISION = (1e-1, 1e-2)
+
+
+@dataclass
+class Counts:
+    """What the cache has done so far in this process: each compilation is one new program."""
+
+    recorded: int = 0
+    compiled: int = 0
+    refused: int = 0
+
+
+counts = Counts()
+_lock = threading.Lock()
+_compiled: OrderedDict[Hashable, Callable | native.Plan] = OrderedDict()
+_logged: set[str] = set()
+
+
+class TracedGradient:
+    """The Hessian-vector products of one solve, after the first of them was recorded.
+
+    The first product is an ordinary backward pass that is recorded on the way. Its operations find their
+    compiled program in a cache that is shared by all solves; the saved tensors of this solve become its
+    constants. A product that cannot be replayed goes on as a backward pass, and the log says why.
+
+    Attributes:
+        form: How products are run: ``"traced"``, ``"native"``, ``"compiled"``, or ``"eager"`` after a refusal.
+        reason: Why, if not as asked for.
+        seconds: Time it took to record and to bind, without compilation.
+    """
+
+    def __init__(self, gradient: RetainedGradient, form: str) -> None:
+        """Products of ``gradient`` in the form ``"traced"``, ``"native"`` or ``"compiled"``."""
+        self._gradient = gradient
+        self.form = form
+        self.reason = ""
+        self.seconds = 0.0
+        self._run: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+        self._bound: native.Bound | None = None
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """``H v``, one tensor per parameter."""
+        if self._run is None:
+            return self.start(v)
+        return self._run(v) if self._unchanged() else self._gradient.hvp(v)
+
+    def bound_now(self) -> native.Bound | None:
+        """The native plan, if that is what runs the products."""
+        return self._bound if self._unchanged() else None
+
+    def _unchanged(self) -> bool:
+        # After a change in place the saved tensors are no longer those of one point: autograd raises or copes.
+        return all(t._version == version for t, version in self._versions)
+
+    def start(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """The first product: a backward pass with the vector ``v``, recorded."""
+        try:
+            begin = time.perf_counter()
+            recording, result = record(self._gradient.hvp, v)
+            counts.recorded += 1
+            self.seconds = time.perf_counter() - begin
+            self._bind(recording, v)
+        except Untraceable as refusal:
+            counts.refused += 1
+            self._refuse(str(refusal))
+            return self._gradient.hvp(v)
+        # A product with a graph would be a leak.
+        return [t.detach() for t in result]
+
+    def _bind(self, recording: Recording, v: Sequence[Tensor]) -> None:
+        program = self._program(recording, v)
+        begin = time.perf_counter()
+        constants, scalars = recording.constants, recording.scalars
+        self._versions = [(t, t._version) for t in constants if not t.is_inference()]
+        if isinstance(program, native.Plan):
+            self._bound = program.bind(constants, scalars)
+            self._run = self._bound.product
+        else:
+            self._run = lambda v: program([t.contiguous() for t in v], constants, scalars)
+            self.form = "traced" if self.form == "native" else self.form
+        self.seconds += time.perf_counter() - begin
+
+    def _program(self, recording: Recording, v: Sequence[Tensor]) -> Callable | native.Plan:
+        key = self.form, recording.key
+        with _lock:
+            program = _compiled.get(key)
+            if program is not None:
+                _compiled.move_to_end(key)
+                return program
+        program = self._compile(recording)
+        self._check(program, recording, v)
+        counts.compiled += 1
+        with _lock:
+            _compiled[key] = program
+            while len(_compiled) > CACHE_SIZE:
+                _compiled.popitem(last=False)
+        return program
+
+    def _compile(self, recording: Recording) -> Callable | native.Plan:
+        program = Program(recording)
+        if self.form == "native":
+            try:
+                return native.lower(program, recording)
+            except Unsupported as refusal:
+                _log_once(f"Hessian-vector products replayed as torch ops: {refusal}")
+        run = torch.compile(program.run, fullgraph=True, dynamic=False) if self.form == "compiled" else program.run
+        return torch.no_grad()(run)
+
+    def _check(self, program: Callable | native.Plan, recording: Recording, v: Sequence[Tensor]) -> None:
+        """Compare with an eager product for another vector: a recording that missed something is found here."""
+        w = [_other(t) for t in v]
+        truth = self._gradient.hvp(w)
+        if isinstance(program, native.Plan):
+            value = program.bind(recording.constants, recording.scalars).product(w)
+        else:
+            value = program(w, recording.constants, recording.scalars)
+        total = float(torch.stack([t.double().norm() for t in truth]).norm())
+        if not total < float("inf"):
+            raise Untraceable("a product is not finite")
+        for part, (ours, theirs) in enumerate(zip(value, truth, strict=True)):
+            relative, absolute = _TOLERANCE.get(theirs.dtype, _LOW_PRECISION)
+            difference = float((ours.double() - theirs.double()).norm())
+            if not difference <= relative * float(theirs.double().norm()) + absolute * total:
+                raise Untraceable(f"replayed with another vector, part {part} of the product is wrong")
+
+    def _refuse(self, reason: str) -> None:
+        self._run, self._bound, self.form, self.reason = self._gradient.hvp, None, "eager", reason
+        _log_once(f"Hessian-vector products by backward passes: {reason}")
+
+
+def clear_cache() -> None:
+    """Forget all compiled programs and set the counts to zero."""
+    with _lock:
+        _compiled.clear()
+    counts.recorded = counts.compiled = counts.refused = 0
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged.add(message)
+        _logger.warning(message)
+
+
+def _other(t: Tensor) -> Tensor:
+    """A vector unlike ``t``, the same in every run."""
+    generator = torch.Generator().manual_seed(t.numel())
+    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
