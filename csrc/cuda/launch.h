@@ -1,0 +1,25 @@
+// The one place where kernels are launched: errors come back as values, arguments are converted as in a call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+namespace hg::cuda {
+
+template <class... P>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                   std::common_type_t<P>... args) {
+  void* pointers[] = {&args...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream);
+}
+
+// All blocks of the grid run at the same time, so that they may wait for each other.
+template <class... P>
+cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
+                               std::common_type_t<P>... args) {
+  void* pointers[] = {&args...};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream);
+}
+
+}  // namespace hg::cuda
