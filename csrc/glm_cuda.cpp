@@ -56,7 +56,7 @@ void two_products(const Problem& problem, const at::Tensor& v, const at::Tensor&
       const at::Tensor p = problem.weights.narrow(0, row, rows).unsqueeze(1);
       const at::Tensor z3 = z.view({rows, k, data.classes});
       z3.mul_(p);
-      z3.sub_(p * z3.sum(2, /*keepdim=*/true));
+      z3.addcmul_(p, z3.sum(2, /*keepdim=*/true), -1);
     }
     g.addmm_(z.t(), x);
     if (data.intercept) g_bias.add_(z.sum(0));

@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
+#include "cuda/call.h"
 #include "glm_cuda.h"
 #include "host.h"
 #include "kernels.h"
@@ -69,7 +70,7 @@ void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& 
 at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,
                    const std::optional<at::Tensor>& l2, double scale, bool intercept) {
   const GlmData data = checked(x, weights, v, l2, scale, intercept);
-  if (v.is_cuda()) return glm_cuda::hvp({data, x, weights, l2}, v);
+  if (!cuda::for_cpu(v)) return glm_cuda::hvp({data, x, weights, l2}, v);
   at::Tensor out = at::empty_like(v);
   cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   return out;
@@ -85,7 +86,7 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
                     "stop must be float64 with shape (", k, ",), got ", stop.scalar_type(), " ", stop.sizes());
   TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
   check_same_device("stop", stop, b);
-  if (b.is_cuda()) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
+  if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
   at::Tensor v = b.clone(), p = b.clone(), hv = at::empty_like(b);
   // Steps that are not taken keep a squared norm of -1.
   at::Tensor history = at::full({steps, k, kNeumannStats}, -1.0, stop.options());
@@ -117,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                     "state must be float64 with shape (", k, ", ", static_cast<int>(kCgState), "), got ",
                     state.scalar_type(), " ", state.sizes());
   check_same_device("state", state, b);
-  if (b.is_cuda()) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
+  if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
   at::Tensor solution = at::empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = at::empty_like(b);
   at::Tensor scalars = state.clone();
   const VectorList x_list = glm_cuda::as_list(solution), r_list = glm_cuda::as_list(r), p_list = glm_cuda::as_list(p), hp_list = glm_cuda::as_list(hp);

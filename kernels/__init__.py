@@ -60,3 +60,10 @@ def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | 
     from hypergrad_ext.kernels import softmax
 
     softmax.softmax_hessian_(logits, u, scale, weights)
+
+
+def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
+    """See `hypergrad_ext.reference.glm_hvp`."""
+    from hypergrad_ext.kernels import glm
+
+    return glm.glm_hvp(x, weights, v, l2, scale, intercept)

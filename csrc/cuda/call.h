@@ -4,18 +4,39 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
+
+#include <limits>
+#include <vector>
 
 #include "../kernels.h"
 
 namespace hg::cuda {
 
+// Whether a tensor is one for the CPU kernels. A build that emulates CUDA takes CPU memory for a device's.
+inline bool for_cpu(const at::Tensor& t) {
+#if defined(HG_EMULATE_CUDA)
+  return false;
+#else
+  return t.is_cpu();
+#endif
+}
+
 // Calls launch(scratch, stream) for tensors on `device`, on whose current stream everything runs.
 template <class Launch>
 void call(const char* op, at::Device device, const Launch& launch) {
-#if defined(HG_WITH_CUDA)
+#if defined(HG_EMULATE_CUDA)
+  std::vector<at::Tensor> memory;
+  const auto scratch = [&](int64_t doubles) {
+    memory.push_back(at::full({doubles}, std::numeric_limits<double>::quiet_NaN(), at::kDouble));
+    return memory.back().mutable_data_ptr<double>();
+  };
+  const char* error = launch(scratch, Stream{});
+  TORCH_CHECK(error == nullptr, op, ": the emulator reports: ", error);
+#elif defined(HG_WITH_CUDA)
   const c10::DeviceGuard guard(device);
   const c10::impl::VirtualGuardImpl impl(device.type());
   const auto stream = static_cast<Stream>(impl.getStreamNativeHandle(impl.getStream(device)));

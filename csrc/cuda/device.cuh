@@ -1,14 +1,23 @@
-// What kernels ask of the chip beyond C++: dynamic shared memory, copies that run beside the arithmetic, loads
-// that see what other blocks have written, and a barrier of the whole grid.
+// What kernels ask of the chip beyond C++: shared memory, copies that run beside the arithmetic, and loads that see
+// what other blocks have written. The emulator has its own form of each.
 #pragma once
+
+#include <cuda_runtime.h>
 
 #include <cstdint>
 
+#if defined(HG_EMULATE_CUDA)
+#include "emulator/device_forms.h"
+#else
+
+// Static shared memory: HG_SHARED(double, sums, [8][2]) declares double sums[8][2].
+#define HG_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
+
 namespace hg::cuda {
 
-// Dynamic shared memory of the block, aligned to 32 bytes.
+// Dynamic shared memory of the block, aligned to 128 bytes.
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(32) char memory[];
+  extern __shared__ __align__(128) char memory[];
   return memory;
 }
 
@@ -31,33 +40,13 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// For loops that wait for another block.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
   unsigned value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
 
-// A barrier of all blocks of a cooperative launch. `arrived` is 0 at launch and counts on through all barriers.
-class GridBarrier {
- public:
-  __device__ explicit GridBarrier(unsigned* arrived) : arrived_(arrived) {}
-
-  __device__ void wait() {
-    target_ += gridDim.x;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      __threadfence();
-      atomicAdd(arrived_, 1u);
-      // The difference stays right when the count wraps around.
-      while (static_cast<int>(load_acquire(arrived_) - target_) < 0) {
-      }
-    }
-    __syncthreads();
-  }
-
- private:
-  unsigned* arrived_;
-  unsigned target_ = 0;
-};
-
 }  // namespace hg::cuda
+
+#endif

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
     glm_finish(const __grid_constant__ GlmProblem<X, Real> problem, const Real* v, const Real* partial, int blocks,
                Real* out, const int* running) {
   if (running && !*running) return;
-  __shared__ double sums[kWarps][32];
+  HG_SHARED(double, sums, [kWarps][32]);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int e = static_cast<int>(blockIdx.x) * 32 + lane;
   double sum = 0;

@@ -93,8 +93,7 @@ auto for_glm_dtypes(DType x, const F& f) {
 
 template <class Kernel>
 cudaError_t allow_shared(Kernel* kernel, int64_t bytes) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 }  // namespace hg::cuda

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "glm_launch.cuh"
+#include "grid_barrier.cuh"
 
 namespace hg::cuda {
 
@@ -30,8 +31,9 @@ struct Slice {
   __host__ __device__ static int size(int elements, int blocks) { return (elements + blocks - 1) / blocks; }
   __device__ explicit Slice(int elements) {
     const int each = size(elements, static_cast<int>(gridDim.x));
-    begin = min(static_cast<int>(blockIdx.x) * each, elements);
-    end = min(begin + each, elements);
+    const int first = static_cast<int>(blockIdx.x) * each;
+    begin = first < elements ? first : elements;
+    end = elements - begin < each ? elements : begin + each;
   }
 };
 

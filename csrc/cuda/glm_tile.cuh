@@ -124,7 +124,7 @@ class GlmBlock {
     const int padding = problem_.pitch - problem_.d;
     for (int i = threadIdx.x; i < problem_.stages * problem_.tile * padding; i += kThreads) {
       const int row = i / padding, j = i % padding;
-      x_[row * problem_.pitch + problem_.d + j] = static_cast<X>(problem_.intercept && j == 0 ? 1.f : 0.f);
+      x_[row * problem_.pitch + problem_.d + j] = narrow<X>(problem_.intercept && j == 0 ? 1.f : 0.f);
     }
   }
 
@@ -255,22 +255,21 @@ class GlmBlock {
   template <int C>
   __device__ __forceinline__ void dots(const X* x, const Real* weights, int row, int rows, int column) {
     constexpr int R = kTileRows;
-    const X* x_row[R];
-    const Real* v_column[C];
+    int x_row[R], v_column[C];
     // Rows and columns beyond the last repeat it, and are not stored.
 #pragma unroll
-    for (int r = 0; r < R; ++r) x_row[r] = x + min(row + r, rows - 1) * problem_.pitch;
+    for (int r = 0; r < R; ++r) x_row[r] = (row + r < rows ? row + r : rows - 1) * problem_.pitch;
 #pragma unroll
-    for (int c = 0; c < C; ++c) v_column[c] = v + min(column + c, problem_.columns - 1) * problem_.pitch;
+    for (int c = 0; c < C; ++c) v_column[c] = last_column(column + c) * problem_.pitch;
     Real sums[R * C] = {};
 #pragma unroll 1
     for (int j = threadIdx.x % 32 * P; j < problem_.pitch; j += 32 * P) {
       Pack<X, P> xs[R];
 #pragma unroll
-      for (int r = 0; r < R; ++r) xs[r] = load(x_row[r] + j);
+      for (int r = 0; r < R; ++r) xs[r] = load(x + x_row[r] + j);
 #pragma unroll
       for (int c = 0; c < C; ++c) {
-        const Pack<Real, P> vs = load(v_column[c] + j);
+        const Pack<Real, P> vs = load(v + v_column[c] + j);
 #pragma unroll
         for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -301,9 +300,9 @@ class GlmBlock {
   template <int C>
   __device__ __forceinline__ void outer(const X* x, int group, int rows, int column, int j) {
     constexpr int R = kTileRows;
-    const Real* z[C];
+    int z[C];
 #pragma unroll
-    for (int c = 0; c < C; ++c) z[c] = z_ + min(column + c, problem_.columns - 1) * problem_.z_pitch();
+    for (int c = 0; c < C; ++c) z[c] = last_column(column + c) * problem_.z_pitch();
     Real sums[C][P] = {};
     x += j;
 #pragma unroll 1
@@ -314,7 +313,7 @@ class GlmBlock {
         for (int r = 0; r < R; ++r) xs[r] = load(x + (row + r) * problem_.pitch);
 #pragma unroll
         for (int c = 0; c < C; ++c) {
-          const auto zs = *reinterpret_cast<const Pack<Real, R>*>(z[c] + row);
+          const auto zs = *reinterpret_cast<const Pack<Real, R>*>(z_ + z[c] + row);
 #pragma unroll
           for (int r = 0; r < R; ++r)
 #pragma unroll
@@ -327,7 +326,7 @@ class GlmBlock {
 #pragma unroll
           for (int c = 0; c < C; ++c)
 #pragma unroll
-            for (int w = 0; w < P; ++w) sums[c][w] += z[c][r] * static_cast<Real>(widen(xs.at[w]));
+            for (int w = 0; w < P; ++w) sums[c][w] += z_[z[c] + r] * static_cast<Real>(widen(xs.at[w]));
         }
       }
     }
@@ -340,6 +339,9 @@ class GlmBlock {
         for (int w = 0; w < P; ++w) to[w] += sums[c][w];
       }
   }
+
+  // The column, or the last one if there is no such column.
+  __device__ int last_column(int column) const { return column < problem_.columns ? column : problem_.columns - 1; }
 
   template <class T>
   static __device__ __forceinline__ Pack<T, P> load(const T* at) {

@@ -10,16 +10,18 @@ namespace hg::cuda {
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                    std::common_type_t<P>... args) {
+  static_assert((sizeof(P) + ... + 0) <= 4096, "kernel arguments end at 4 KB");
   void* pointers[] = {&args...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream);
+  return cudaLaunchKernel(kernel, grid, block, pointers, shared, stream);
 }
 
 // All blocks of the grid run at the same time, so that they may wait for each other.
 template <class... P>
 cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,
                                std::common_type_t<P>... args) {
+  static_assert((sizeof(P) + ... + 0) <= 4096, "kernel arguments end at 4 KB");
   void* pointers[] = {&args...};
-  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared, stream);
+  return cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared, stream);
 }
 
 }  // namespace hg::cuda
