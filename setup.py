@@ -7,6 +7,7 @@
     cuda            CUDA, or fail
     cpu             C++ for the CPU, or fail
     none            pure Python
+    emulate         for tests: a second module, ``_C_emulated``, whose CUDA kernels run on the CPU
 """
 
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-MODES = ("auto", "cuda", "cpu", "none")
+MODES = ("auto", "cuda", "cpu", "none", "emulate")
 HERE = Path(__file__).parent
 
 
@@ -86,8 +87,8 @@ def choose(mode, torch):
         if mode == "auto":
             return "none", reason
         raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD={mode}, but {reason}")
-    if mode == "cpu":
-        return "cpu", "HYPERGRAD_EXT_BUILD=cpu"
+    if mode in ("cpu", "emulate"):
+        return mode, f"HYPERGRAD_EXT_BUILD={mode}"
     home = find_cuda_home()
     if mode == "cuda":
         if home is None:
@@ -96,6 +97,19 @@ def choose(mode, torch):
     if torch.version.cuda and home:
         return "cuda", f"torch has CUDA {torch.version.cuda}, toolkit {home}"
     return "cpu", "no CUDA toolkit found" if torch.version.cuda else "this torch has no CUDA"
+
+
+def emulated_sources():
+    """The CUDA files as C++ files, which is what the extension says to torch's build, and the emulator."""
+    folder = HERE / "build" / "emulated"
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in HERE.glob("csrc/cuda/*.cu"):
+        text = f'#include "../../csrc/cuda/{source.name}"\n'
+        stub = folder / f"{source.stem}.cpp"
+        if not stub.exists() or stub.read_text() != text:
+            stub.write_text(text)
+        yield stub
+    yield from HERE.glob("csrc/cuda/emulator/*.cpp")
 
 
 def build_extension(kind, torch):
@@ -125,8 +139,13 @@ def build_extension(kind, torch):
         if runtime is None:
             raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD=cuda, but {home} has no libcudart_static.a")
         link += [str(runtime), "-ldl", "-lrt", "-lpthread"]
+    if kind == "emulate":
+        sources += emulated_sources()
+        # Kernels say where the compiler is to unroll; g++ does not know the word.
+        cxx += ["-DHG_WITH_CUDA", "-DHG_EMULATE_CUDA", "-O1", "-g1", "-Wno-unknown-pragmas"]
+        cxx += [f"-I{HERE / 'csrc' / 'cuda' / 'emulator'}"]
     return cpp_extension.CppExtension(
-        "hypergrad_ext._C",
+        "hypergrad_ext._C_emulated" if kind == "emulate" else "hypergrad_ext._C",
         sources=sorted(str(s.relative_to(HERE)) for s in sources),
         depends=sorted(str(h.relative_to(HERE)) for h in headers),
         extra_compile_args=flags,
@@ -141,6 +160,8 @@ def build_command():
         def build_extension(self, ext):
             # A library left by an earlier build must not be packed after this one has failed.
             Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            # Objects of different builds have the same names.
+            self.build_temp = str(Path(self.build_temp) / ext.name)
             super().build_extension(ext)
 
     return Build

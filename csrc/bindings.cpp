@@ -163,12 +163,15 @@ py::dict build_info() {
 #else
   info["cuda"] = false;
 #endif
+#if defined(HG_EMULATE_CUDA)
+  info["emulated"] = true;
+#endif
   return info;
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   // Without torch's own translator a c10 error would carry the C++ backtrace into the message.
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {

@@ -17,7 +17,7 @@ void neumann_step_(at::TensorList v, at::TensorList p, at::TensorList hv, const 
   const VectorList& p_list = lists.state("p", p);
   const VectorList& hv_list = lists.product("hv", hv);
   double* out = stats.mutable_data_ptr<double>();
-  if (stats.is_cpu()) return cpu::neumann_step(v_list, p_list, hv_list, rows, out, alpha, damping);
+  if (cuda::for_cpu(stats)) return cpu::neumann_step(v_list, p_list, hv_list, rows, out, alpha, damping);
   // Instantiated, and so linked, only in a build with CUDA.
   cuda::call("neumann_step_", stats.device(), [&](const auto& scratch, auto stream) {
     return cuda::neumann_step(v_list, p_list, hv_list, rows, out, alpha, damping, scratch, stream);
@@ -34,7 +34,7 @@ void cg_step_(at::TensorList x, at::TensorList r, at::TensorList p, at::TensorLi
   const VectorList& p_list = lists.state("p", p);
   const VectorList& hp_list = lists.product("hp", hp);
   double* scalars = state.mutable_data_ptr<double>();
-  if (state.is_cpu()) return cpu::cg_step(x_list, r_list, p_list, hp_list, rows, scalars, damping);
+  if (cuda::for_cpu(state)) return cpu::cg_step(x_list, r_list, p_list, hp_list, rows, scalars, damping);
   cuda::call("cg_step_", state.device(), [&](const auto& scratch, auto stream) {
     return cuda::cg_step(x_list, r_list, p_list, hp_list, rows, scalars, damping, scratch, stream);
   });

@@ -26,7 +26,8 @@ def unavailable(backend: str, device_type: str) -> str:
             return _native.MISSING
         if not _native.build_info()["cuda"]:
             return "hypergrad_ext._C was built without CUDA (HYPERGRAD_EXT_BUILD=cuda builds it)"
-        return "" if device_type == "cuda" else f"the CUDA kernels do not run on {device_type}"
+        runs_on = "cpu" if _native.EMULATED else "cuda"
+        return "" if device_type == runs_on else f"the CUDA kernels do not run on {device_type}"
     import hypergrad_ext.kernels as triton_kernels
 
     return triton_kernels.unavailable(device_type)

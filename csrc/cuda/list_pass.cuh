@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../vector_list.h"
+#include "launch.h"
 #include "pack.cuh"
 #include "sums.cuh"
 
@@ -123,7 +124,6 @@ template <class Pass, int M>
 cudaError_t run_pass(const AlignedPieces<M>& pieces, const Tiling<M>& tiling, int64_t rows, const Pass& pass,
                      double* partial, cudaStream_t stream) {
   using Table = PieceTable<Pass::kLists>;
-  static_assert(sizeof(Table) + sizeof(Pass) + sizeof rows + sizeof partial <= 4096, "kernel arguments end at 4 KB");
   const auto& all = pieces.pieces();
   Table table;
   table.tile = tiling.tile;
@@ -142,8 +142,8 @@ cudaError_t run_pass(const AlignedPieces<M>& pieces, const Tiling<M>& tiling, in
       table.blocks += tiling.tiles(piece.numel);
     }
     const dim3 grid(static_cast<unsigned>(table.blocks), grid_rows(rows));
-    list_pass<<<grid, kThreads, 0, stream>>>(table, pass, rows, partial);
-    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
+    const cudaError_t error = launch(list_pass<Pass>, grid, kThreads, 0, stream, table, pass, rows, partial);
+    if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
 }
@@ -152,8 +152,7 @@ cudaError_t run_pass(const AlignedPieces<M>& pieces, const Tiling<M>& tiling, in
 template <class Finish>
 cudaError_t run_finish(int64_t rows, int64_t partials, const double* partial, const Finish& finish,
                        cudaStream_t stream) {
-  finish_rows<<<grid_rows(rows), kThreads, 0, stream>>>(partial, partials, rows, finish);
-  return cudaGetLastError();
+  return launch(finish_rows<Finish>, grid_rows(rows), kThreads, 0, stream, partial, partials, rows, finish);
 }
 
 // Calls f with a value of the state's type and one of the product's; the host function has checked the pair.

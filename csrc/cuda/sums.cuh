@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "device.cuh"
+
 namespace hg::cuda {
 
 constexpr int kThreads = 256;
@@ -13,7 +15,7 @@ constexpr int kMaxGridRows = 65535;
 // Adds up each sum over the block; thread 0 holds the result. All threads of the block must call it.
 template <int S>
 __device__ __forceinline__ void block_sum(double (&sums)[S]) {
-  __shared__ double warps[kThreads / 32][S];
+  HG_SHARED(double, warps, [kThreads / 32][S]);
 #pragma unroll
   for (int s = 0; s < S; ++s) {
 #pragma unroll
