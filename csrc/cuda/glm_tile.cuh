@@ -64,7 +64,7 @@ struct GlmProblem {
 // Hands out shared memory. With a null base it only counts.
 class Arena {
  public:
-  __host__ __device__ explicit Arena(char* base) : base_(base) {}
+  __host__ __device__ explicit Arena(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
   template <class T>
   __host__ __device__ T* take(int64_t count) {
     T* at = reinterpret_cast<T*>(base_ + size_);
@@ -74,7 +74,7 @@ class Arena {
   __host__ __device__ int64_t size() const { return size_; }
 
  private:
-  char* base_;
+  uintptr_t base_;
   int64_t size_ = 0;
 };
 
