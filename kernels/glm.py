@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from hypergrad_ext import reference
 from hypergrad_ext.kernels import lists
 from torch import Tensor
 
+from hypergrad_ext import reference
+
 # Columns of Z that one program has in registers; models with more classes are two matrix products.
-MOST_COLUMNS = 64
+MOST_COLUMNS = 32
 # Programs per group of columns: a few per multiprocessor of the largest GPUs.
 PROGRAMS = 528
 
@@ -95,15 +96,14 @@ def rows_kernel(
             tl.store(partial + bias, g_bias, mask=in_column)
 
 
-def launch_parameters(n: int, d: int, columns: int) -> dict[str, int]:
+def launch_parameters(n: int, columns: int) -> dict[str, int]:
     """Columns per group, rows per block, elements of a row at a time, and warps."""
     # A matrix product has at least 16 rows and columns; a single column takes plain sums.
     padded = 1 if columns == 1 else max(16, triton.next_power_of_2(columns))
     if lists.INTERPRETED:  # Time goes by programs, whatever their size.
         return {"COLUMNS": padded, "ROWS": max(16, triton.next_power_of_2(n)), "CHUNK": 512}
-    # Small blocks where there are few rows, so that all multiprocessors have some.
-    rows = 32 if n < 32 * PROGRAMS else 64
-    return {"COLUMNS": padded, "ROWS": rows, "CHUNK": 128 if padded == 1 else 32, "num_warps": 4}
+    # More elements of a matrix product at a time do not fit in registers: exact products are not for tensor cores.
+    return {"COLUMNS": padded, "ROWS": 32, "CHUNK": 128 if padded == 1 else 16, "num_warps": 4}
 
 
 def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
@@ -114,7 +114,7 @@ def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: flo
         return reference.glm_hvp(x, weights, v, l2, scale, intercept)
     softmax = classes > 1
     columns = classes if softmax else k
-    parameters = launch_parameters(n, d, min(columns, MOST_COLUMNS))
+    parameters = launch_parameters(n, min(columns, MOST_COLUMNS))
     width, size = parameters["COLUMNS"], v.shape[1]
     blocks = triton.cdiv(n, parameters["ROWS"])
     programs = min(blocks, PROGRAMS)
@@ -156,9 +156,7 @@ def _classes(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, intercept
         raise ValueError(f"x must have shape (n, d) with contiguous rows, got {tuple(x.shape)}, strides {x.stride()}")
     n, d = x.shape
     if weights.dim() not in (1, 2) or weights.shape[0] != n or not weights.is_contiguous():
-        raise ValueError(
-            f"weights must be contiguous with shape ({n},) or ({n}, classes), got {tuple(weights.shape)}"
-        )
+        raise ValueError(f"weights must be contiguous with shape ({n},) or ({n}, classes), got {tuple(weights.shape)}")
     classes = weights.shape[1] if weights.dim() == 2 else 1
     if weights.dim() == 2 and classes < 2:
         raise ValueError(f"weights must have at least 2 classes, got {classes}")
