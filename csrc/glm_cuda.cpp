@@ -40,8 +40,8 @@ void two_products(const Problem& problem, const at::Tensor& v, const at::Tensor&
   const int64_t k = v.size(0), columns = k * data.classes;
   const at::Tensor v_weights = v.narrow(1, 0, data.classes * data.d).reshape({columns, data.d});
   const at::Tensor g = at::zeros({columns, data.d}, v.options());
-  const at::Tensor v_bias = data.intercept ? v.narrow(1, data.classes * data.d, data.classes).reshape({1, columns})
-                                           : at::Tensor();
+  const at::Tensor v_bias =
+      data.intercept ? v.narrow(1, data.classes * data.d, data.classes).reshape({1, columns}) : at::Tensor();
   at::Tensor g_bias = data.intercept ? at::zeros({columns}, v.options()) : at::Tensor();
   const int64_t row_bytes = v.element_size() * (columns + (problem.x.dtype() == v.dtype() ? 0 : data.d));
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, row_bytes));
@@ -79,9 +79,12 @@ void product(const Problem& problem, const at::Tensor& v, const at::Tensor& out,
 template <class Run>
 bool in_one_launch(const char* op, const at::Tensor& b, const at::Tensor& out, double damping, int64_t steps,
                    const Run& run) {
-  const cuda::GlmSolve solve{b.const_data_ptr(), out.mutable_data_ptr(),
-                       b.size(0),          steps,
-                       damping,            at::globalContext().deterministicAlgorithms()};
+  const cuda::GlmSolve solve{b.const_data_ptr(),
+                             out.mutable_data_ptr(),
+                             b.size(0),
+                             steps,
+                             damping,
+                             at::globalContext().deterministicAlgorithms()};
   bool done = false;
   cuda::call(op, b.device(), [&](const auto& scratch, auto stream) { return run(solve, done, scratch, stream); });
   return done;
@@ -115,8 +118,8 @@ std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const a
   for (int64_t step = 0; step < steps; ++step, stats += k * kNeumannStats) {
     product(problem, v, hv, flag);
     cuda::call("glm_neumann_solve", b.device(), [&](const auto& scratch, auto stream) {
-      const char* error = cuda::neumann_step(as_list(v), as_list(p), as_list(hv), k, stats, alpha, damping, scratch,
-                                             stream, flag);
+      const char* error =
+          cuda::neumann_step(as_list(v), as_list(p), as_list(hv), k, stats, alpha, damping, scratch, stream, flag);
       return error ? error : cuda::glm_neumann_running(stats, limit, k, flag, stream);
     });
   }

@@ -48,9 +48,10 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
                     "x, weights and v must be on one device, the CPU or CUDA, got ", x.device(), ", ", weights.device(),
                     " and ", v.device());
   if (l2)
-    TORCH_CHECK_VALUE(l2->numel() == numel && l2->is_contiguous() && l2->scalar_type() == vectors && l2->device() == v.device(),
-                      "l2 must be like one row of v: ", numel, " elements of ", vectors, ", got ", l2->sizes(), " of ",
-                      l2->scalar_type());
+    TORCH_CHECK_VALUE(
+        l2->numel() == numel && l2->is_contiguous() && l2->scalar_type() == vectors && l2->device() == v.device(),
+        "l2 must be like one row of v: ", numel, " elements of ", vectors, ", got ", l2->sizes(), " of ",
+        l2->scalar_type());
   // Autograd does not see the kernel.
   TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
   data.x = x.const_data_ptr();
@@ -121,7 +122,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
   if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
   at::Tensor solution = at::empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = at::empty_like(b);
   at::Tensor scalars = state.clone();
-  const VectorList x_list = glm_cuda::as_list(solution), r_list = glm_cuda::as_list(r), p_list = glm_cuda::as_list(p), hp_list = glm_cuda::as_list(hp);
+  const VectorList x_list = glm_cuda::as_list(solution), r_list = glm_cuda::as_list(r), p_list = glm_cuda::as_list(p),
+                   hp_list = glm_cuda::as_list(hp);
   double* rows = scalars.mutable_data_ptr<double>();
   int64_t step = 0;
   for (; step < steps; ++step) {

@@ -1,4 +1,4 @@
-"""Every CUDA file compiles for Hopper, without a GPU: no spills, and registers for at least four blocks per SM."""
+"""Every CUDA file compiles for Hopper, without a GPU: no spills, and registers for two or four blocks per SM."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
-# 65536 registers per SM, 256 threads per block.
-REGISTERS = 64
+# 65536 registers per SM, 256 threads per block: four blocks, and two of the kernels that work in shared memory.
+REGISTERS, REGISTERS_GLM = 64, 128
 REPORT = re.compile(
     r"Function properties for (?P<kernel>\S+)\s+"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\s+"
@@ -35,6 +35,7 @@ def test_compiles_without_spills(source, tmp_path):
     assert result.returncode == 0, result.stderr
     kernels = list(REPORT.finditer(result.stderr))
     assert len(kernels) == result.stderr.count("Compiling entry function") > 0, result.stderr
+    registers = REGISTERS_GLM if source.name.startswith("glm") else REGISTERS
     for kernel in kernels:
         assert kernel["stack"] == kernel["stores"] == kernel["loads"] == "0", kernel[0]
-        assert int(kernel["registers"]) <= REGISTERS, kernel[0]
+        assert int(kernel["registers"]) <= registers, kernel[0]

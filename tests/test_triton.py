@@ -205,16 +205,16 @@ def row_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize("classes", [1, 3, 10])
 class TestGlmProduct:
-    @pytest.mark.parametrize("shape", [(1, 1), (37, 13), (50, 65)], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 1), (35, 37)], ids=str)
     def test_float64(self, shape, classes, intercept):
-        for k in (1, 2, 17):
+        for k in (1, 17) if classes == 1 else (2,):
             arguments = model(*shape, classes, k, intercept)
             value = ops.glm_hvp.kernel(CPU, "triton")(*arguments)
             assert_close(value, reference.glm_hvp(*arguments), 1e-13, f"{shape} k={k}")
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_low_precision(self, classes, intercept, dtype):
-        arguments = model(70, 67, classes, 3, intercept, dtype)
+        arguments = model(37, 35, classes, 3, intercept, dtype)
         truth = reference.glm_hvp(*[t.double() if isinstance(t, Tensor) else t for t in arguments])
         value = ops.glm_hvp.kernel(CPU, "triton")(*arguments)
         assert value.dtype == torch.float32

@@ -163,9 +163,9 @@ struct SolveState {
 
 // Solver: a vector iteration on every block's copy; see glm_neumann_solve.cu and glm_cg_solve.cu.
 template <class Solver, class X, class Real>
-__global__ void __launch_bounds__(kThreads, 2)
-    glm_solve(const __grid_constant__ GlmProblem<X, Real> problem, const __grid_constant__ SolveArguments<Real> arguments,
-              const __grid_constant__ typename Solver::Arguments more) {
+__global__ void __launch_bounds__(kThreads, 2) glm_solve(const __grid_constant__ GlmProblem<X, Real> problem,
+                                                         const __grid_constant__ SolveArguments<Real> arguments,
+                                                         const __grid_constant__ typename Solver::Arguments more) {
   Arena arena(dynamic_shared());
   SolveState<X, Real> state(problem, static_cast<int>(gridDim.x), arena);
   Solver solver(problem, arguments, more, arena);
