@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "vector_list.h"
+#include "kernels.h"
 
 namespace hg {
 
@@ -25,4 +25,11 @@ namespace cpu {
 void softmax_hessian(const SoftmaxRows& data);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// The same on the current device; returns nullptr, or what CUDA says went wrong.
+const char* softmax_hessian(const SoftmaxRows& data, Stream stream);
+
+}  // namespace cuda
 }  // namespace hg

@@ -4,6 +4,7 @@
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
+#include "cuda/call.h"
 #include "host.h"
 #include "softmax.h"
 
@@ -44,8 +45,10 @@ void run(const at::Tensor& logits, const at::Tensor& u, const at::Tensor& out, d
                     "), got ", u.sizes());
   TORCH_CHECK_TYPE(u.scalar_type() == logits.scalar_type(), "u must be ", logits.scalar_type(), " like logits, got ",
                    u.scalar_type());
-  TORCH_CHECK_VALUE(logits.is_cpu() && u.is_cpu(), "logits and u must be on one device, got ", logits.device(), " and ",
+  TORCH_CHECK_VALUE(logits.device() == u.device(), "logits and u must be on one device, got ", logits.device(), " and ",
                     u.device());
+  // Any other device (meta, mps) holds no memory that a kernel here could touch.
+  TORCH_CHECK_VALUE(u.is_cpu() || u.is_cuda(), "u must be on a CPU or CUDA device, got ", u.device());
   check_rows("logits", logits);
   check_rows("u", u);
   data.k = u.dim() == 3 ? u.size(0) : 1;
@@ -57,7 +60,7 @@ void run(const at::Tensor& logits, const at::Tensor& u, const at::Tensor& out, d
     TORCH_CHECK_VALUE(weights->dim() == 1 && weights->size(0) == data.rows, "weights must have shape (", data.rows,
                       ",), got ", weights->sizes());
     TORCH_CHECK_TYPE(weights->is_floating_point(), "weights must be floating point, got ", weights->scalar_type());
-    TORCH_CHECK_VALUE(weights->is_cpu(), "weights must be on ", u.device(), ", got ", weights->device());
+    TORCH_CHECK_VALUE(weights->device() == u.device(), "weights must be on ", u.device(), ", got ", weights->device());
     TORCH_CHECK_VALUE(!weights->requires_grad() || !c10::GradMode::is_enabled(), "weights must not require grad");
     real = weights->to(data.dtype == DType::f64 ? at::kDouble : at::kFloat).contiguous();
   }
@@ -65,7 +68,10 @@ void run(const at::Tensor& logits, const at::Tensor& u, const at::Tensor& out, d
   data.logits = logits.const_data_ptr();
   data.u = u.const_data_ptr();
   data.out = out.mutable_data_ptr();
-  cpu::softmax_hessian(data);
+  if (cuda::for_cpu(u)) return cpu::softmax_hessian(data);
+  // Instantiated, and so linked, only in a build with CUDA.
+  cuda::call("softmax_hessian", u.device(),
+             [&](const auto&, auto stream) { return cuda::softmax_hessian(data, stream); });
 }
 
 }  // namespace
@@ -84,9 +90,16 @@ void softmax_hessian_(const at::Tensor& logits, const at::Tensor& u, double scal
   run(logits, u, u, scale, weights);
 }
 
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) {
+namespace {
+void register_ops(torch::Library& m) {
   m.impl("softmax_hessian", &softmax_hessian);
   m.impl("softmax_hessian_", &softmax_hessian_);
 }
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
+#if defined(HG_WITH_CUDA)
+TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
+#endif
 
 }  // namespace hg

@@ -126,7 +126,6 @@ softmax_hessian = Op(
     reference=reference.softmax_hessian,
     fake=lambda logits, u, scale, weights=None: torch.empty_like(u, memory_format=torch.contiguous_format),
     device_of=1,
-    native=("cpp",),
 )
 
 softmax_hessian_ = Op(
@@ -134,7 +133,6 @@ softmax_hessian_ = Op(
     reference=reference.softmax_hessian_,
     fake=_fake_in_place,
     device_of=1,
-    native=("cpp",),
 )
 
 mlp_hvp = Op(

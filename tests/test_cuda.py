@@ -1,29 +1,22 @@
-"""What only a GPU can show: alignment, long lists, streams, graphs, no waiting, 64-bit addresses."""
+"""What only the CUDA kernels can show, on a GPU or emulated: alignment, long lists, streams, graphs, 64-bit addresses."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from hypergrad_ext import backends, ops, reference
+from hypergrad_ext import _native, backends, ops, reference
 from tests.cases import spd
-from tests.compare import assert_close
-from tests.test_glm import model
+from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.test_ops import DTYPES, ROUNDING, copies, random_list
 
-DEVICE = torch.device("cuda")
+# The emulator's device memory is the CPU's.
+DEVICE = torch.device("cpu" if _native.EMULATED else "cuda")
 
-# torch's matrix products refuse to run in deterministic mode without it.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
-]
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+pytestmark = [pytest.mark.cuda, *([] if _native.EMULATED else [no_gpu])]
 
 dtypes = pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(t).removeprefix("torch.") for t in d))
 
@@ -87,8 +80,9 @@ class TestAlignment:
 
 
 @pytest.mark.parametrize("rows", [None, 2], ids=lambda k: f"rows{k}")
-def test_lists_of_thousands(rows, backend):
-    sizes = torch.randint(0, 40, (3000,)).tolist()
+def test_long_lists(rows, backend):
+    # Emulated, a few hundred: more than one launch takes.
+    sizes = torch.randint(0, 40, (300 if _native.EMULATED else 3000,)).tolist()
     hv = random_list(sizes, rows, torch.float32, DEVICE)
     v, p, x, r = (random_list([sum(sizes)], rows, torch.float32, DEVICE) for _ in range(4))
     check_neumann(v, p, hv, backend, rows)
@@ -96,6 +90,7 @@ def test_lists_of_thousands(rows, backend):
     check_cg(x, r, p, hp, backend, rows)
 
 
+@no_gpu
 def test_more_rows_than_a_grid_dimension_holds(backend):
     rows = 65535 + 70
     v, p, hv = (random_list([3, 2], rows, torch.float32, DEVICE) for _ in range(3))
@@ -125,7 +120,7 @@ def test_rows_of_cg_stop_one_by_one(backend):
     assert x[4].norm() == 0
 
 
-@pytest.mark.parametrize("n", [777, 3_000_001])
+@pytest.mark.parametrize("n", [777, pytest.param(3_000_001, marks=no_gpu)])
 def test_sums_are_the_same_in_every_run(n, backend):
     v, p, hv = (torch.randn(n, device=DEVICE) for _ in range(3))
     results = []
@@ -136,6 +131,7 @@ def test_sums_are_the_same_in_every_run(n, backend):
     assert all(torch.equal(stats, results[0]) for stats in results)
 
 
+@no_gpu
 def test_no_step_waits_for_the_device(backend):
     v, p, hv = (torch.randn(3, 1000, device=DEVICE) for _ in range(3))
     stats = torch.zeros(3, 2, dtype=torch.float64, device=DEVICE)
@@ -154,6 +150,7 @@ def test_no_step_waits_for_the_device(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@no_gpu
 def test_runs_on_the_current_stream(backend):
     stream = torch.cuda.Stream()
     n = 1_000_003
@@ -171,6 +168,7 @@ def test_runs_on_the_current_stream(backend):
     assert (doubled == -1).all() and float(stats[0]) == 0.25 * n
 
 
+@no_gpu
 def test_can_be_captured_in_a_graph(backend):
     n = 301
     a = spd(n, 10.0).to(DEVICE)
@@ -201,6 +199,7 @@ def test_runs_on_the_device_of_its_tensors(backend):
     assert (v == 0.5).all() and (p == 1.5).all() and float(stats[0]) == 250
 
 
+@no_gpu
 @pytest.mark.slow
 def test_more_elements_than_32_bits_count(backend):
     n = 2**31 + 4099
@@ -228,150 +227,53 @@ def test_whole_solve(solver, rows, dtype, backend):
     assert_close(solution.value, truth, {torch.bfloat16: 3e-2}.get(dtype, 1e-4))
 
 
-# n, d, classes, k: resident in shared memory, streamed from L2, streamed from memory, and by two matrix products.
-GLM_SHAPES = [
-    (1, 1, 1, 1),
-    (4096, 784, 1, 1),
-    (1000, 33, 10, 2),
-    (20_000, 513, 1, 3),
-    (70_000, 784, 1, 1),
-    (500, 90, 10, 8),
-]
-glm_dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+class TestSoftmaxHessian:
+    """Rows for 8 threads, for a warp, for a block, and longer than shared memory, wherever they start."""
 
+    CLASSES = [1, 7, 64, 65, 1000, 2048, 2049, 50_257, 130_000]
 
-def glm_arguments(shape, dtype=torch.float32):
-    """Arguments of glm_hvp on the GPU, and the same in float64; x keeps its odd offset and stride."""
-    n, d, classes, k = shape
-    arguments = model(n, d, classes, k, True, dtype)
-    on_device = [t.to(DEVICE) if isinstance(t, Tensor) else t for t in arguments]
-    on_device[0] = arguments[0]._base.to(DEVICE)[:, 1 : d + 1]
-    on_device[3] = on_device[3] + 0.5
-    return on_device, [t.double() if isinstance(t, Tensor) else t for t in on_device]
+    def arguments(self, rows, classes, k, dtype, offsets=(0, 0), weighted=True):
+        lead = () if k is None else (k,)
+        logits = (3 * torch.randn(rows, classes, dtype=torch.float64)).to(DEVICE, dtype)
+        u = torch.randn(*lead, rows, classes, dtype=torch.float64).to(DEVICE, dtype)
+        logits, u = (shifted([t], offset)[0] for t, offset in zip((logits, u), offsets, strict=True))
+        weights = (torch.rand(rows) + 0.1).to(DEVICE) if weighted else None
+        return logits, u, 0.7, weights
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("offsets", [(0, 0), (1, 1), (1, 2)], ids=str)
+    @pytest.mark.parametrize("classes", CLASSES)
+    def test_against_reference(self, classes, offsets, dtype, backend):
+        logits, u, scale, weights = self.arguments(2 if classes > 3000 else 35, classes, 2, dtype, offsets)
+        if weights is not None:
+            weights[0] = 0
+        truth = reference.softmax_hessian(logits.double(), u.double(), scale, weights)
+        by_torch = reference.softmax_hessian(logits, u, scale, weights)
+        floor = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 1e-4)
+        value = ops.softmax_hessian.kernel(DEVICE, backend)(logits, u, scale, weights)
+        assert (value[:, 0] == 0).all()
+        if classes > 1:
+            assert_no_worse_than_torch(value, by_torch, truth, floor, f"{classes} classes, offsets {offsets}")
+        ops.softmax_hessian_.kernel(DEVICE, backend)(logits, u, scale, weights)
+        assert torch.equal(u, value)
+        base, begin = u._base, u.storage_offset()
+        assert base[:begin].isnan().all() and base[begin + u.numel() :].isnan().all()
 
-@pytest.fixture(params=[False, True], ids=["any-order", "deterministic"])
-def deterministic(request: pytest.FixtureRequest):
-    torch.use_deterministic_algorithms(request.param)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
+    def test_many_vectors_of_few_rows(self, backend):
+        logits, u, scale, weights = self.arguments(1, 3000, 33, torch.float64)
+        truth = reference.softmax_hessian(logits, u, scale, weights)
+        assert_close(ops.softmax_hessian.kernel(DEVICE, backend)(logits, u, scale, weights), truth, 1e-13)
 
-
-@glm_dtypes
-@pytest.mark.parametrize("shape", GLM_SHAPES, ids=str)
-class TestGlm:
-    def test_product(self, shape, dtype, backend):
-        arguments, exact = glm_arguments(shape, dtype)
-        value = ops.glm_hvp.kernel(DEVICE, backend)(*arguments)
-        assert_close(value, reference.glm_hvp(*exact), 1e-12 if dtype == torch.float64 else 2e-6)
-        assert torch.equal(ops.glm_hvp.kernel(DEVICE, backend)(*arguments), value)
-
-    def test_aligned_rows(self, shape, dtype, backend):
-        arguments, exact = glm_arguments(shape, dtype)
-        rows = torch.zeros(shape[0], -(-shape[1] // 8) * 8, dtype=dtype, device=DEVICE)[:, : shape[1]]
-        arguments[0] = rows.copy_(arguments[0])
-        value = ops.glm_hvp.kernel(DEVICE, backend)(*arguments)
-        assert_close(value, reference.glm_hvp(*exact), 1e-12 if dtype == torch.float64 else 2e-6)
-
-    def test_neumann_series(self, shape, dtype, deterministic):
-        arguments, exact = glm_arguments(shape, dtype)
-        stop = torch.full((shape[3],), 1e-6, dtype=torch.float64, device=DEVICE)
-        solve = ops.glm_neumann_solve.kernel(DEVICE, "cuda")
-        x, history = solve(*arguments, 0.2, 0.1, 100, stop)
-        true_x, true_history = reference.glm_neumann_solve(*exact, 0.2, 0.1, 100, stop)
-        assert torch.equal(history == -1, true_history == -1)
-        assert_close(x, true_x, 1e-12 if dtype == torch.float64 else 1e-5)
-        assert_close(history, true_history, 1e-11 if dtype == torch.float64 else 1e-4)
-        if deterministic:
-            again = solve(*arguments, 0.2, 0.1, 100, stop)
-            assert torch.equal(again[0], x) and torch.equal(again[1], history)
-
-    def test_conjugate_gradients(self, shape, dtype, deterministic):
-        arguments, exact = glm_arguments(shape, dtype)
-        squares = exact[2].square().sum(1)
-        state = torch.stack([squares, 1e-8 * squares, 0 * squares, 0 * squares], 1)
-        solve = ops.glm_cg_solve.kernel(DEVICE, "cuda")
-        x, scalars, _ = solve(*arguments, 0.1, 50, state)
-        true_x, true_scalars, _ = reference.glm_cg_solve(*exact, 0.1, 50, state)
-        assert torch.equal(scalars[:, 3], true_scalars[:, 3])
-        # Near the tolerance a solve may take one step more or less.
-        assert_close(x, true_x, 1e-10 if dtype == torch.float64 else 1e-3)
-        if deterministic:
-            again = solve(*arguments, 0.1, 50, state)
-            assert torch.equal(again[0], x) and torch.equal(again[1], scalars)
-
-
-@pytest.mark.parametrize("shape", GLM_SHAPES, ids=str)
-def test_glm_in_a_cuda_graph(shape, deterministic):
-    (x, weights, v, *rest), _ = glm_arguments(shape)
-    never = torch.full((shape[3],), -1.0, dtype=torch.float64, device=DEVICE)
-    squares = v.double().square().sum(1)
-    state = torch.stack([squares, 1e-8 * squares, 0 * squares, 0 * squares], 1)
-
-    def run():
-        product = ops.glm_hvp.kernel(DEVICE, "cuda")(x, weights, v, *rest)
-        series, history = ops.glm_neumann_solve.kernel(DEVICE, "cuda")(x, weights, v, *rest, 0.2, 0.1, 10, never)
-        solution, scalars, steps = ops.glm_cg_solve.kernel(DEVICE, "cuda")(x, weights, v, *rest, 0.1, 10, state)
-        return product, series, history, solution, scalars, steps
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
-    v.copy_(torch.randn_like(v))
-    squares = v.double().square().sum(1)
-    state[:, 0], state[:, 1] = squares, 1e-8 * squares
-    graph.replay()
-    eager = run()
-    if deterministic:
-        assert all(map(torch.equal, captured, eager))
-    else:
-        # The state of conjugate gradients near its tolerance is rounding.
-        assert_close(captured[:4], eager[:4], 1e-3)
-
-
-def test_glm_solves_do_not_wait_for_the_device():
-    arguments, _ = glm_arguments((4096, 784, 1, 1))
-    never = torch.full((1,), -1.0, dtype=torch.float64, device=DEVICE)
-    squares = arguments[2].double().square().sum(1)
-    state = torch.stack([squares, 1e-8 * squares, 0 * squares, 0 * squares], 1)
-    ops.glm_neumann_solve.kernel(DEVICE, "cuda")(*arguments, 0.2, 0.1, 3, never)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ops.glm_neumann_solve.kernel(DEVICE, "cuda")(*arguments, 0.2, 0.1, 3, never)
-        ops.glm_cg_solve.kernel(DEVICE, "cuda")(*arguments, 0.1, 3, state)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def test_glm_solves_on_two_streams_at_once():
-    arguments, exact = glm_arguments((4096, 784, 1, 1))
-    never = torch.full((1,), -1.0, dtype=torch.float64, device=DEVICE)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    results = []
-    for _ in range(5):
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                results.append(ops.glm_neumann_solve.kernel(DEVICE, "cuda")(*arguments, 0.2, 0.1, 40, never)[0])
-    torch.cuda.synchronize()
-    truth, _ = reference.glm_neumann_solve(*exact, 0.2, 0.1, 40, never)
-    for value in results:
-        assert_close(value, truth, 1e-5)
-
-
-@pytest.mark.parametrize("classes", [1, 4])
-def test_glm_operator_solves_like_the_cpu(classes):
-    x, w = torch.randn(2000, 60), torch.zeros((classes, 60) if classes > 1 else (60,))
-    b = torch.randn_like(w)
-    family = "softmax" if classes > 1 else "logistic"
-    for solver in (hg.CG(tol=1e-6), hg.Neumann(30), "auto"):
-        there = hg.solve(hg.GLMHessian(x.to(DEVICE), w.to(DEVICE), family, l2=0.05), b.to(DEVICE), solver)
-        here = hg.solve(hg.GLMHessian(x, w, family, l2=0.05), b, solver)
-        assert there.value.is_cuda and there.status == here.status
-        assert_close(there.value.cpu(), here.value, 1e-4)
+    @no_gpu
+    def test_can_be_captured_in_a_graph(self, backend):
+        logits, u, scale, _ = self.arguments(64, 50_304, None, torch.bfloat16)
+        kernel = ops.softmax_hessian.kernel(DEVICE, backend)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            expected = kernel(logits, u, scale)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            value = kernel(logits, u, scale)
+        value.zero_()
+        graph.replay()
+        assert torch.equal(value, expected)
