@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "vector_list.h"
 
 namespace hg {
@@ -24,4 +25,35 @@ namespace cpu {
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Whether the product with k vectors runs as one pass over X on the current device; else two matrix products are
+// faster, or the vectors do not fit beside X in shared memory.
+bool glm_one_pass(const GlmData& data, int64_t k);
+
+// out = H v in one pass. Does nothing if `running` is given and 0 on the device.
+const char* glm_hvp(const GlmData& data, const void* v, int64_t k, void* out, const int* running,
+                    const Scratch& scratch, Stream stream);
+
+// Whole solves in one launch of blocks that wait for each other; arguments as those of the ops, all but the flags on
+// the device. `done` is false, and nothing was launched, where that is not possible: the caller goes step by step.
+// If not `deterministic`, blocks add their sums in the order in which they come.
+struct GlmSolve {
+  const void* b;
+  void* out;
+  int64_t k, steps;
+  double damping;
+  bool deterministic;
+};
+const char* glm_neumann_solve(const GlmData& data, const GlmSolve& solve, double alpha, const double* stop,
+                              double* history, bool& done, const Scratch& scratch, Stream stream);
+const char* glm_cg_solve(const GlmData& data, const GlmSolve& solve, double* state, int64_t* taken, bool& done,
+                         const Scratch& scratch, Stream stream);
+
+// For solves step by step, without the host: whether any row goes on, from the stats or the state of all rows.
+const char* glm_neumann_running(const double* stats, const double* stop, int64_t k, int* running, Stream stream);
+const char* glm_cg_running(const double* state, int64_t k, int* running, int64_t* taken, Stream stream);
+
+}  // namespace cuda
 }  // namespace hg

@@ -4,7 +4,8 @@
 #include <c10/core/GradMode.h>
 #include <torch/library.h>
 
-#include "glm.h"
+#include "cuda/call.h"
+#include "glm_cuda.h"
 #include "host.h"
 #include "kernels.h"
 
@@ -43,12 +44,14 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
                     numel, "), got ", v.sizes());
   TORCH_CHECK_TYPE(weights.scalar_type() == vectors && v.scalar_type() == vectors, "weights and v must be ", vectors,
                    " beside x of ", x.scalar_type(), ", got ", weights.scalar_type(), " and ", v.scalar_type());
-  TORCH_CHECK_VALUE(x.is_cpu() && weights.is_cpu() && v.is_cpu(), "x, weights and v must be on one device, got ",
-                    x.device(), ", ", weights.device(), " and ", v.device());
+  TORCH_CHECK_VALUE(x.device() == v.device() && weights.device() == v.device() && (v.is_cpu() || v.is_cuda()),
+                    "x, weights and v must be on one device, the CPU or CUDA, got ", x.device(), ", ", weights.device(),
+                    " and ", v.device());
   if (l2)
-    TORCH_CHECK_VALUE(l2->numel() == numel && l2->is_contiguous() && l2->scalar_type() == vectors && l2->is_cpu(),
-                      "l2 must be like one row of v: ", numel, " elements of ", vectors, ", got ", l2->sizes(), " of ",
-                      l2->scalar_type());
+    TORCH_CHECK_VALUE(
+        l2->numel() == numel && l2->is_contiguous() && l2->scalar_type() == vectors && l2->device() == v.device(),
+        "l2 must be like one row of v: ", numel, " elements of ", vectors, ", got ", l2->sizes(), " of ",
+        l2->scalar_type());
   // Autograd does not see the kernel.
   TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
   data.x = x.const_data_ptr();
@@ -59,9 +62,8 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
   return data;
 }
 
-VectorList as_list(const at::Tensor& t) {
-  const DType dtype = t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
-  return {{{static_cast<char*>(t.data_ptr()), t.size(1), t.size(1)}}, dtype};
+void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& b) {
+  TORCH_CHECK_VALUE(t.device() == b.device(), name, " must be on the device of b, ", b.device(), ", got ", t.device());
 }
 
 }  // namespace
@@ -69,6 +71,7 @@ VectorList as_list(const at::Tensor& t) {
 at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,
                    const std::optional<at::Tensor>& l2, double scale, bool intercept) {
   const GlmData data = checked(x, weights, v, l2, scale, intercept);
+  if (!cuda::for_cpu(v)) return glm_cuda::hvp({data, x, weights, l2}, v);
   at::Tensor out = at::empty_like(v);
   cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   return out;
@@ -83,10 +86,12 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
   TORCH_CHECK_VALUE(stop.dim() == 1 && stop.size(0) == k && stop.scalar_type() == at::kDouble && stop.is_contiguous(),
                     "stop must be float64 with shape (", k, ",), got ", stop.scalar_type(), " ", stop.sizes());
   TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
+  check_same_device("stop", stop, b);
+  if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
   at::Tensor v = b.clone(), p = b.clone(), hv = at::empty_like(b);
   // Steps that are not taken keep a squared norm of -1.
   at::Tensor history = at::full({steps, k, kNeumannStats}, -1.0, stop.options());
-  const VectorList v_list = as_list(v), p_list = as_list(p), hv_list = as_list(hv);
+  const VectorList v_list = glm_cuda::as_list(v), p_list = glm_cuda::as_list(p), hv_list = glm_cuda::as_list(hv);
   const double* limit = stop.const_data_ptr<double>();
   double* stats = history.mutable_data_ptr<double>();
   int64_t step = 0;
@@ -113,9 +118,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                         state.scalar_type() == at::kDouble && state.is_contiguous(),
                     "state must be float64 with shape (", k, ", ", static_cast<int>(kCgState), "), got ",
                     state.scalar_type(), " ", state.sizes());
+  check_same_device("state", state, b);
+  if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
   at::Tensor solution = at::empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = at::empty_like(b);
   at::Tensor scalars = state.clone();
-  const VectorList x_list = as_list(solution), r_list = as_list(r), p_list = as_list(p), hp_list = as_list(hp);
+  const VectorList x_list = glm_cuda::as_list(solution), r_list = glm_cuda::as_list(r), p_list = glm_cuda::as_list(p),
+                   hp_list = glm_cuda::as_list(hp);
   double* rows = scalars.mutable_data_ptr<double>();
   int64_t step = 0;
   for (; step < steps; ++step) {
@@ -128,10 +136,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
   return {solution, scalars, at::full({}, step, at::kLong)};
 }
 
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) {
+namespace {
+void register_ops(torch::Library& m) {
   m.impl("glm_hvp", &glm_hvp);
   m.impl("glm_neumann_solve", &glm_neumann_solve);
   m.impl("glm_cg_solve", &glm_cg_solve);
 }
+}  // namespace
+
+TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
+#if defined(HG_WITH_CUDA)
+TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
+#endif
 
 }  // namespace hg

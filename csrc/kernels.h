@@ -51,8 +51,10 @@ using Scratch = std::function<double*(int64_t)>;
 
 // The same ops on the current device; all pointers are device memory. They launch and never wait, so
 // that a CUDA graph can capture them. They return nullptr, or what CUDA says went wrong.
+// neumann_step does nothing if `running` is given and 0 on the device.
 const char* neumann_step(const VectorList& v, const VectorList& p, const VectorList& hv, int64_t rows, double* stats,
-                         double alpha, double damping, const Scratch& scratch, Stream stream);
+                         double alpha, double damping, const Scratch& scratch, Stream stream,
+                         const int* running = nullptr);
 
 const char* cg_step(const VectorList& x, const VectorList& r, const VectorList& p, const VectorList& hp, int64_t rows,
                     double* state, double damping, const Scratch& scratch, Stream stream);

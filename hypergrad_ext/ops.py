@@ -132,7 +132,6 @@ glm_hvp = Op(
     reference=reference.glm_hvp,
     fake=lambda x, weights, v, l2, scale, intercept: torch.empty_like(v),
     device_of=2,
-    native=("cpp",),
 )
 
 glm_neumann_solve = Op(
@@ -144,7 +143,6 @@ glm_neumann_solve = Op(
         stop.new_empty(steps, b.shape[0], 2),
     ),
     device_of=2,
-    native=("cpp",),
 )
 
 glm_cg_solve = Op(
@@ -154,10 +152,9 @@ glm_cg_solve = Op(
     fake=lambda x, weights, b, l2, scale, intercept, damping, steps, state: (
         torch.empty_like(b),
         torch.empty_like(state),
-        torch.empty((), dtype=torch.int64, device="cpu"),
+        torch.empty((), dtype=torch.int64, device=b.device),
     ),
     device_of=2,
-    native=("cpp",),
 )
 
 softmax_hessian = Op(

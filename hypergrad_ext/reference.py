@@ -275,7 +275,7 @@ def glm_cg_solve(
     while step < steps and bool((state[:, 3] == 0).any()):
         cg_step_([solution], [r], [p], [glm_hvp(x, weights, p, l2, scale, intercept)], state, damping)
         step += 1
-    return solution, state, torch.tensor(step)
+    return solution, state, torch.tensor(step, device=b.device)
 
 
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:

@@ -183,3 +183,10 @@ def mlp_hvp(
     from hypergrad_ext.kernels import mlp
 
     return mlp.mlp_hvp(weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2)
+
+
+def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
+    """See `hypergrad_ext.reference.glm_hvp`."""
+    from hypergrad_ext.kernels import glm
+
+    return glm.glm_hvp(x, weights, v, l2, scale, intercept)

@@ -138,6 +138,94 @@ class TestWholeSolves:
             assert_close(ours, exact, 1e-6)
 
 
+# n, d, classes, k. On a GPU, or its emulation with four multiprocessors: X in one block's shared memory, in several
+# blocks', more than there is on the chip, and more columns than one pass is for.
+SOLVES = [(90, 17, 1, 3), (90, 17, 4, 3), (700, 50, 3, 9), (6001, 40, 1, 2), (300, 31, 10, 3)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any-order", "deterministic"])
+@pytest.mark.parametrize("shape", SOLVES, ids=str)
+class TestSolvesOfAnySize:
+    def arguments(self, shape, dtype=torch.float64):
+        n, d, classes, k = shape
+        x, weights, b, l2, scale, intercept = model(n, d, classes, k, True, dtype)
+        return x, weights, b, l2 + 0.5, scale, intercept
+
+    @pytest.fixture(autouse=True)
+    def mode(self, deterministic):
+        torch.use_deterministic_algorithms(deterministic)
+        yield
+        torch.use_deterministic_algorithms(False)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    def test_neumann_series(self, shape, dtype, backend):
+        arguments = self.arguments(shape, dtype)
+        exact = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+        # Rows get small one after another; the solve goes on until the last one is.
+        stop = torch.logspace(-3, -6, shape[3], dtype=torch.float64)
+        solve = ops.glm_neumann_solve.kernel(torch.device("cpu"), backend)
+        x, history = solve(*arguments, 0.2, 0.1, 60, stop)
+        true_x, true_history = reference.glm_neumann_solve(*exact, 0.2, 0.1, 60, stop)
+        assert torch.equal(history == -1, true_history == -1) and 3 < int((history[:, 0, 0] >= 0).sum()) < 60
+        assert_close(x, true_x, 1e-13 if dtype == torch.float64 else 1e-6)
+        assert_close(history, true_history, 1e-12 if dtype == torch.float64 else 1e-4)
+
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_few_steps(self, shape, steps, backend):
+        arguments = self.arguments(shape)
+        stop = torch.zeros(shape[3], dtype=torch.float64)
+        x, history = ops.glm_neumann_solve.kernel(torch.device("cpu"), backend)(*arguments, 0.2, 0.1, steps, stop)
+        assert_close(x, reference.glm_neumann_solve(*arguments, 0.2, 0.1, steps, stop)[0], 1e-14)
+        assert history.shape == (steps, shape[3], 2)
+
+    def test_non_finite_terms_end_the_series(self, shape, backend):
+        x, weights, b, l2, scale, intercept = self.arguments(shape)
+        x = x.clone()
+        x[5, 3] = float("nan")
+        never = torch.full((shape[3],), -1.0, dtype=torch.float64)
+        solve = ops.glm_neumann_solve.kernel(torch.device("cpu"), backend)
+        _, history = solve(x, weights, b, l2, scale, intercept, 0.2, 0.1, 20, never)
+        assert history[0, :, 0].isnan().all() and (history[0, :, 1] == 1).all() and (history[1:] == -1).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_conjugate_gradients(self, shape, dtype, backend):
+        arguments = self.arguments(shape, dtype)
+        exact = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+        squares = exact[2].square().sum(1)
+        # Rows stop one by one; the first is not to be started at all.
+        stop = squares * torch.logspace(-4, -8, shape[3], dtype=torch.float64)
+        state = torch.stack([squares, stop, 0 * squares, 0 * squares], 1)
+        state[0, 3] = 1.0
+        before = state.clone()
+        x, scalars, steps = ops.glm_cg_solve.kernel(torch.device("cpu"), backend)(*arguments, 0.1, 30, state)
+        true_x, true_scalars, true_steps = reference.glm_cg_solve(*exact, 0.1, 30, state)
+        assert torch.equal(state, before) and torch.equal(x[0], torch.zeros_like(x[0]))
+        assert int(steps) == int(true_steps) and 1 < int(steps) < 30
+        assert torch.equal(scalars[:, 3], true_scalars[:, 3]) and torch.equal(scalars[0], state[0])
+        assert_close(x, true_x, 1e-12 if dtype == torch.float64 else 1e-5)
+        assert_close(scalars, true_scalars, 1e-6 if dtype == torch.float64 else 1e-2)
+
+    def test_negative_curvature_and_nan_stop_their_rows_only(self, shape, backend):
+        arguments = self.arguments(shape)
+        b = arguments[2]
+        b[1, 3] = float("nan")
+        squares = b.nan_to_num().square().sum(1)
+        state = torch.stack([squares, 1e-20 * squares, 0 * squares, 0 * squares], 1)
+        solve = ops.glm_cg_solve.kernel(torch.device("cpu"), backend)
+        x, scalars, steps = solve(*arguments, -100.0, 5, state)
+        assert scalars[:, 3].tolist() == [2.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0][: shape[3]]
+        assert int(steps) == 1 and torch.equal(x, torch.zeros_like(x))
+
+
+def test_deterministic_solves_are_equal_to_the_last_bit():
+    arguments = TestWholeSolves().arguments(dtype=torch.float32)
+    never = torch.full((3,), -1.0, dtype=torch.float64)
+    torch.use_deterministic_algorithms(True)
+    first, second = (ops.glm_neumann_solve(*arguments, 0.3, 0.1, 25, never) for _ in range(2))
+    torch.use_deterministic_algorithms(False)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
 LOSSES = {
     "logistic": F.binary_cross_entropy_with_logits,
     "softmax": F.cross_entropy,

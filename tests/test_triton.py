@@ -13,6 +13,7 @@ from hypergrad_ext import ops, reference, reference_minres
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.steps import STEPS, arguments
+from tests.test_glm import model
 from tests.test_lstm import DTYPES as LSTM_DTYPES
 from tests.test_lstm import FLOOR, arguments_of, wide
 from tests.test_lstm import NAMES as LSTM_NAMES
@@ -26,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a process of its own with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from hypergrad_ext.kernels import lists, lstm, mlp, softmax  # noqa: E402
+from hypergrad_ext.kernels import glm, lists, lstm, mlp, softmax  # noqa: E402
 
 CPU = torch.device("cpu")
 CUTS = [([1], [1]), ([5, 300, 7], [312]), ([312], [100, 0, 212]), ([17, 0, 1030, 3], [1047, 3])]
@@ -352,3 +353,58 @@ class TestMLPProduct:
             self.kernel(weights, hidden, [slopes[0][:8]], *rest)
         with pytest.raises(TypeError, match="slopes must be torch.float64 on cpu like v, got torch.float32"):
             self.kernel(weights, hidden, [slopes[0].float()], *rest)
+
+
+@pytest.fixture(params=[True, False], ids=["many-programs", "one-program"])
+def row_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also several blocks of rows per program, and several pieces per row, as on a GPU."""
+    if request.param:
+        whole = glm.launch_parameters
+        monkeypatch.setattr(glm, "launch_parameters", lambda *sizes: whole(*sizes) | {"ROWS": 16, "CHUNK": 32})
+        monkeypatch.setattr(glm, "PROGRAMS", 2)
+
+
+@pytest.mark.usefixtures("row_blocks")
+@pytest.mark.parametrize("intercept", [False, True])
+@pytest.mark.parametrize("classes", [1, 3, 10])
+class TestGlmProduct:
+    @pytest.mark.parametrize("shape", [(1, 1), (35, 37)], ids=str)
+    def test_float64(self, shape, classes, intercept):
+        for k in (1, 17) if classes == 1 else (2,):
+            arguments = model(*shape, classes, k, intercept)
+            value = ops.glm_hvp.kernel(CPU, "triton")(*arguments)
+            assert_close(value, reference.glm_hvp(*arguments), 1e-13, f"{shape} k={k}")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_low_precision(self, classes, intercept, dtype):
+        arguments = model(37, 35, classes, 3, intercept, dtype)
+        truth = reference.glm_hvp(*[t.double() if isinstance(t, Tensor) else t for t in arguments])
+        value = ops.glm_hvp.kernel(CPU, "triton")(*arguments)
+        assert value.dtype == torch.float32
+        assert_no_worse_than_torch(value, reference.glm_hvp(*arguments), truth, 1e-7)
+
+
+@pytest.mark.parametrize("classes", [1, 70])
+def test_glm_product_of_no_rows_and_of_many_classes(classes):
+    for n in (0, 5):
+        arguments = model(n, 4, classes, 2, True)
+        assert_close(ops.glm_hvp.kernel(CPU, "triton")(*arguments), reference.glm_hvp(*arguments), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.zeros(4, 3, dtype=torch.float16)}, TypeError, "x must be float64, float32 or bfloat16"),
+        ({"x": torch.zeros(3, 4).T}, ValueError, r"x must have shape \(n, d\) with contiguous rows"),
+        ({"weights": torch.zeros(5)}, ValueError, "weights must be contiguous with shape"),
+        ({"weights": torch.zeros(4, 1)}, ValueError, "weights must have at least 2 classes, got 1"),
+        ({"weights": torch.zeros(4).double()}, TypeError, "weights, v and l2 must be torch.float32"),
+        ({"v": torch.zeros(2, 4)}, ValueError, r"v must be contiguous with shape \(k, 3\)"),
+        ({"l2": torch.zeros(2)}, ValueError, "l2 must be like one row of v: 3 elements"),
+    ],
+    ids=range(7),
+)
+def test_glm_product_refuses(change, error, message):
+    arguments = {"x": torch.zeros(4, 3), "weights": torch.zeros(4), "v": torch.zeros(2, 3), "l2": None}
+    with pytest.raises(error, match=message):
+        ops.glm_hvp.kernels["triton"](**(arguments | change), scale=1.0, intercept=False)

@@ -16,10 +16,11 @@ struct NeumannPass {
   };
 
   State alpha, damping;
+  const int* running;
 
   static constexpr std::array<int, kLists> lists() { return {kV, kP, kHv}; }
   static constexpr __host__ __device__ int item_size(int list) { return list < kHv ? sizeof(State) : sizeof(Product); }
-  __device__ bool enter(int64_t) const { return true; }
+  __device__ bool enter(int64_t) const { return !running || *running; }
 
   template <int W>
   __device__ __forceinline__ void load(Items<W>& items, const Cursor<kLists>& at, int64_t i) const {
@@ -47,8 +48,9 @@ struct NeumannPass {
 struct NeumannFinish {
   static constexpr int kSums = kNeumannStats;
   double* stats;
+  const int* running;
 
-  __device__ bool live(int64_t) const { return true; }
+  __device__ bool live(int64_t) const { return !running || *running; }
   __device__ void operator()(int64_t row, const double* sums) const {
     stats[row * kNeumannStats + kNormSquared] = sums[kNormSquared];
     stats[row * kNeumannStats + kNonFinite] = sums[kNonFinite] != 0;
@@ -58,17 +60,17 @@ struct NeumannFinish {
 }  // namespace
 
 const char* neumann_step(const VectorList& v, const VectorList& p, const VectorList& hv, int64_t rows, double* stats,
-                         double alpha, double damping, const Scratch& scratch, Stream stream) {
+                         double alpha, double damping, const Scratch& scratch, Stream stream, const int* running) {
   if (rows == 0) return nullptr;
   const AlignedPieces<3> pieces({v, p, hv});
   const Tiling<3> tiling(pieces, rows);
   double* partial = scratch(rows * tiling.blocks * kNeumannStats);
   cudaError_t error = for_dtypes(v.dtype, hv.dtype, [&](auto state, auto product) {
     using State = decltype(state);
-    const NeumannPass<State, decltype(product)> pass{static_cast<State>(alpha), static_cast<State>(damping)};
+    const NeumannPass<State, decltype(product)> pass{static_cast<State>(alpha), static_cast<State>(damping), running};
     return run_pass(pieces, tiling, rows, pass, partial, stream);
   });
-  if (error == cudaSuccess) error = run_finish(rows, tiling.blocks, partial, NeumannFinish{stats}, stream);
+  if (error == cudaSuccess) error = run_finish(rows, tiling.blocks, partial, NeumannFinish{stats, running}, stream);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -33,4 +33,12 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
+template <class T>
+__device__ __forceinline__ T narrow(float x) {
+  if constexpr (sizeof(T) == 2)
+    return __float2bfloat16(x);
+  else
+    return static_cast<T>(x);
+}
+
 }  // namespace hg::cuda

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,10 +20,23 @@ FAMILIES = ("logistic", "softmax", "squared", "poisson")
 
 _logger = logging.getLogger("hypergrad_ext")
 
-# What `plan` counts in, multiply-adds of the fused product, measured on a CPU with 200 GFLOP/s per core: a byte
-# from memory, a byte from cache, a multiply-add of torch's matrix product, and a step of the solver's own loop.
-_FROM_MEMORY, _FROM_CACHE, _TORCH_MM, _LOOP_STEP = 3.5, 1.0, 2.0, 1e6
-_CACHE_BYTES = 32e6
+
+@dataclass(frozen=True)
+class _Rates:
+    """What things cost in multiply-adds of the fused product."""
+
+    from_memory: float  # a byte
+    from_cache: float  # a byte of data that fit in the cache
+    torch_mm: float  # a multiply-add of torch's matrix product
+    loop_step: float  # a step of the solver's own loop
+    cache_bytes: float
+
+
+# Measured, with 200 GFLOP/s per core.
+_ON_CPU = _Rates(from_memory=3.5, from_cache=1.0, torch_mm=2.0, loop_step=1e6, cache_bytes=32e6)
+# By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
+# 10 from shared memory and L2, four launches per step.
+_ON_CUDA = _Rates(from_memory=3.0, from_cache=1.2, torch_mm=0.55, loop_step=2.5e8, cache_bytes=30e6)
 # Rows per block when the Gram matrix is formed.
 _GRAM_ROWS = 8192
 # Gram matrices up to this size are formed: 64 MB in float32.
@@ -32,7 +46,8 @@ _GRAM_LIMIT = 4096
 class GLMHessian(LinearOperator):
     r"""Hessian :math:`H = \frac1n X^\top D X + \mathrm{diag}(2\,\ell_2)` of a generalised linear model's mean loss.
 
-    Every product reads the data once; a whole Neumann or CG solve is one call of a compiled kernel. Where
+    Every product reads the data once (on a GPU twice, as two matrix products, for more than 24 columns of vectors
+    and classes); a whole Neumann or CG solve is one call of a compiled kernel. Where
     forming the Gram matrix is cheaper than the products of a solve, it is formed instead (``plan`` says so
     and why).
 
@@ -114,13 +129,16 @@ class GLMHessian(LinearOperator):
         (n, d), m = self.inputs.shape, self.space.numel
         classes = m // (d + self.intercept)
 
+        rates = _ON_CUDA if self.inputs.is_cuda else _ON_CPU
+
         def reading(size: int) -> float:
-            return size * (_FROM_MEMORY if size > _CACHE_BYTES else _FROM_CACHE)
+            return size * (rates.from_memory if size > rates.cache_bytes else rates.from_cache)
 
         data = n * d * self.inputs.element_size()
         streaming = products * max(2 * n * d * classes * rows, reading(data))
-        forming = 0.0 if self._gram is not None else max(_TORCH_MM * n * m * m, reading(data))
-        forming += products * (max(_TORCH_MM * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + _LOOP_STEP)
+        forming = 0.0 if self._gram is not None else max(rates.torch_mm * n * m * m, reading(data))
+        step = max(rates.torch_mm * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
+        forming += products * step
         choice: Literal["gram", "products"] = "gram" if forming < streaming and m <= _GRAM_LIMIT else "products"
         return choice, f"Gram matrix {forming / 1e6:.3g} against {streaming / 1e6:.3g} million multiply-adds"
 

@@ -1,0 +1,196 @@
+"""What a GPU says about the GLM kernels: ``python -m bench.gpu_glm [FOLDER]``, results in FOLDER/gpu_glm.json.
+
+Whole solves per step against a CUDA graph of two matrix products and against the same loop in eager mode, one-pass
+products against the bandwidth of a copy, and the numbers that the launch rules are built on: bandwidth from L2,
+a node of a CUDA graph, and a barrier of the grid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import hypergrad_ext as hg
+from bench.measure import environment, table
+from hypergrad_ext import ops, reference
+
+DEVICE = torch.device("cuda")
+# torch's matrix products refuse to run in deterministic mode without it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+STEPS = 100
+
+
+def microseconds(variants: dict[str, Callable[[], object]], rounds: int = 15, calls: int = 5) -> dict[str, float]:
+    """Device time per call, the variants in turn: medians over the rounds after the first two."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds + 2):
+        for name, run in variants.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(calls):
+                run()
+            stop.record()
+            stop.synchronize()
+            times[name].append(1e3 * start.elapsed_time(stop) / calls)
+    return {name: statistics.median(t[2:]) for name, t in times.items()}
+
+
+def graphed(run: Callable[[], object]) -> Callable[[], None]:
+    """The same as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def deterministic(run: Callable[[], object]) -> Callable[[], None]:
+    """The same with sums in a fixed order."""
+
+    def wrapped() -> None:
+        torch.use_deterministic_algorithms(True)
+        try:
+            run()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return wrapped
+
+
+class Problem:
+    """Logistic or softmax regression at zero, with a penalty; `step` sizes make the series converge."""
+
+    def __init__(self, n: int, d: int, classes: int, k: int, dtype: torch.dtype = torch.float32) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        self.x = torch.randn(n, d, generator=generator, device=DEVICE).to(dtype)
+        w = torch.zeros((classes, d) if classes > 1 else (d,), device=DEVICE)
+        self.operator = hg.GLMHessian(self.x, w, "softmax" if classes > 1 else "logistic", l2=0.01)
+        self.b = torch.randn(k, w.numel(), generator=generator, device=DEVICE)
+        self.never = torch.full((k,), -1.0, dtype=torch.float64, device=DEVICE)
+        self.classes, self.alpha = classes, 0.2
+        self.name = f"{n}x{d}, {'binary' if classes == 1 else f'{classes} classes'}, k={k}, {str(dtype)[6:]}"
+
+    def check(self) -> None:
+        """The kernels against float64, before any time is taken."""
+        x, weights, b, l2, scale, intercept = self.operator._model(self.b)
+        exact = (x.double(), weights.double(), b.double(), None if l2 is None else l2.double(), scale, intercept)
+        truth, _ = reference.glm_neumann_solve(*exact, self.alpha, 0.0, STEPS, self.never)
+        # A product in bf16 rounds the vectors; the kernel does not.
+        limits = {self.whole: 1e-4, self.loop: 5e-2 if x.dtype == torch.bfloat16 else 1e-4}
+        for solve, limit in limits.items():
+            error = float((solve() - truth).norm() / truth.norm())
+            assert error < limit, f"{self.name}: relative error {error:.1e}"
+
+    def product(self, v: Tensor) -> Tensor:
+        return ops.glm_hvp(*self.operator._model(v))
+
+    def two_products(self, v: Tensor) -> Tensor:
+        """What a user of torch writes: X in the precision in which it is stored."""
+        x, weights, _, l2, scale, _ = self.operator._model(v)
+        v2 = v.view(-1, x.shape[1])
+        z = (x @ v2.T.to(x.dtype)).view(len(x), -1, self.classes).float()
+        p = weights.view(len(x), 1, self.classes)
+        z = p * z if self.classes == 1 else p * (z - (p * z).sum(2, keepdim=True))
+        return (z.view(len(x), -1).T.to(x.dtype) @ x).float().mul_(scale).view_as(v).addcmul_(l2, v)
+
+    def loop(self) -> Tensor:
+        v, p = self.b.clone(), self.b.clone()
+        for _ in range(STEPS):
+            v.sub_(self.two_products(v), alpha=self.alpha)
+            p.add_(v)
+        return p.mul_(self.alpha)
+
+    def whole(self) -> Tensor:
+        return ops.glm_neumann_solve(*self.operator._model(self.b), self.alpha, 0.0, STEPS, self.never)[0]
+
+
+def solves() -> list[dict[str, object]]:
+    """Microseconds per step of a Neumann solve."""
+    rows: list[dict[str, object]] = []
+    shapes = [(4096, 784, 1, 1), (4096, 784, 1, 8), (4096, 784, 10, 1), (1000, 32, 1, 1), (60_000, 784, 1, 1)]
+    problems = [Problem(*shape) for shape in shapes]
+    for problem in [*problems, Problem(8192, 784, 1, 1, torch.bfloat16), Problem(32_768, 784, 1, 1, torch.bfloat16)]:
+        problem.check()
+        variants = {
+            "one launch": problem.whole,
+            "deterministic": deterministic(problem.whole),
+            "graph of two products": graphed(problem.loop),
+            "eager two products": problem.loop,
+        }
+        times = {name: us / STEPS for name, us in microseconds(variants).items()}
+        rows.append({"solve, us per step": problem.name, **times})
+    return rows
+
+
+def products(copy: float) -> list[dict[str, object]]:
+    """One product, and the bytes of X per second."""
+    rows: list[dict[str, object]] = []
+    for shape in [(60_000, 784, 1, 1), (60_000, 784, 1, 8), (60_000, 784, 10, 1), (2_000_000, 128, 1, 1)]:
+        for dtype in (torch.float32, torch.bfloat16):
+            problem = Problem(*shape, dtype)
+            times = microseconds(
+                {
+                    "one pass": lambda problem=problem: problem.product(problem.b),
+                    "two products": lambda problem=problem: problem.two_products(problem.b),
+                }
+            )
+            rate = problem.x.nbytes / times["one pass"] / 1e3
+            rows.append({"product, us": problem.name, **times, "GB/s": rate, "share of copy": rate / copy})
+    return rows
+
+
+def machine() -> dict[str, object]:
+    """The rates that launch rules and plans assume."""
+    big, small = torch.empty(2**28, device=DEVICE), torch.empty(2**21, device=DEVICE)
+    other, near, one = torch.empty_like(big), torch.empty_like(small), torch.zeros(1, device=DEVICE)
+    nodes = 1000
+
+    def add_ones() -> None:
+        for _ in range(nodes):
+            one.add_(1)
+
+    def copy_in_cache() -> None:
+        for _ in range(20):
+            near.copy_(small)
+
+    times = microseconds(
+        {"memory": lambda: other.copy_(big), "cache": graphed(copy_in_cache), "node": graphed(add_ones)}
+    )
+    # All multiprocessors take part, and have next to nothing to compute.
+    multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    tiny = Problem(32 * multiprocessors, 32, 1, 1)
+    steps = microseconds({"one": tiny.whole, "two": deterministic(tiny.whole)})
+    return {
+        "copy GB/s": 2 * big.nbytes / times["memory"] / 1e3,
+        "copy in L2 GB/s": 20 * 2 * small.nbytes / times["cache"] / 1e3,
+        "graph node us": times["node"] / nodes,
+        "step with one barrier us": steps["one"] / STEPS,
+        "step with two barriers us": steps["two"] / STEPS,
+    }
+
+
+def main() -> None:
+    """Measure, print tables, save."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
+    rates = machine()
+    print("  ".join(f"{name} {value:.3g}" for name, value in rates.items()))
+    tables = {"solves": solves(), "products": products(float(str(rates["copy GB/s"])))}
+    for rows in tables.values():
+        print(table(rows))
+    result = {"environment": environment() | rates, **tables}
+    (folder / "gpu_glm.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
