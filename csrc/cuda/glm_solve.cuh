@@ -163,7 +163,7 @@ struct SolveState {
 
 // Solver: a vector iteration on every block's copy; see glm_neumann_solve.cu and glm_cg_solve.cu.
 template <class Solver, class X, class Real>
-__global__ void __launch_bounds__(kThreads, 2) glm_solve(const __grid_constant__ GlmProblem<X, Real> problem,
+__global__ void __launch_bounds__(kThreads, 1) glm_solve(const __grid_constant__ GlmProblem<X, Real> problem,
                                                          const __grid_constant__ SolveArguments<Real> arguments,
                                                          const __grid_constant__ typename Solver::Arguments more) {
   Arena arena(dynamic_shared());
@@ -233,6 +233,15 @@ cudaError_t run_solve(GlmProblem<X, Real> problem, const GlmSolve& solve, const 
   int resident = 0;
   e = allow_shared(kernel, plan.shared);
   if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
+  if (e != cudaSuccess || resident == 0) return e;
+  if (problem.stages > 1 && plan.blocks > resident * chip.multiprocessors) {
+    // Registers leave room for fewer blocks, which stream more rows each and own larger slices of the solution.
+    plan.blocks = resident * chip.multiprocessors;
+    plan.shared = bytes(plan.blocks);
+    if (plan.shared > chip.shared_per_block) return cudaSuccess;
+    e = allow_shared(kernel, plan.shared);
+    if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
+  }
   if (e != cudaSuccess || plan.blocks > resident * chip.multiprocessors) return e;
 
   const int64_t elements = problem.elements();
