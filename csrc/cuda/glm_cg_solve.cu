@@ -83,8 +83,10 @@ class CgSolver {
       if (scalars(row).running()) x = cg_solution(x, p[e], static_cast<Real>(factor_[row]));
     }
     __syncthreads();
-    for (int row = threadIdx.x; row < rows_; row += kThreads)
-      if (scalars(row).running()) factor_[row] = scalars(row).conjugation(squares_.get(team, row, 0));
+    for (int row = threadIdx.x; row < rows_; row += kThreads) {
+      const double square = squares_.get(team, row, 0);
+      if (scalars(row).running()) factor_[row] = scalars(row).conjugation(square, square);
+    }
     __syncthreads();
     for (int row = team.first; row < rows_; row += team.step) {
       if (!scalars(row).running()) continue;
