@@ -9,6 +9,8 @@ export MAX_JOBS
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hypergrad_ext
+# Tests run one thread each, so there is one process per core.
+PYTEST := $(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
@@ -34,9 +36,9 @@ demo: $(STAMP) ## Set up, build, and run the main job on real data (results in o
 # The op tests once more for every instruction set that the CPU may be told to use, and Triton's
 # kernels in its interpreter, which is switched on per process.
 test: $(STAMP) ## Set up, build, and run all tests
-	$(BIN)/python -m pytest
-	for isa in default avx2; do ATEN_CPU_CAPABILITY=$$isa $(BIN)/python -m pytest -q tests/test_ops.py tests/test_steps.py tests/test_softmax.py tests/test_lstm.py || exit 1; done
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton.py
+	$(PYTEST)
+	for isa in default avx2; do ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -q tests/test_ops.py tests/test_steps.py tests/test_softmax.py tests/test_lstm.py || exit 1; done
+	TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py
 
 lint: $(STAMP) ## Style, types, C++ format
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: seeds, doctest names, and empties that betray whoever reads them."""
+"""Fixtures for all tests: seeds, and empties that betray whoever reads them."""
 
 import sys
 
@@ -7,8 +7,6 @@ import torch
 
 try:
     import hypergrad_ext.kernels  # noqa: F401
-
-    import hypergrad_ext as hg
 except ImportError as error:
     raise pytest.UsageError(
         f"hypergrad_ext is not installed ({error}); run: pip install --no-build-isolation -e '.[test]'"
@@ -25,12 +23,6 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def names(doctest_namespace: dict) -> None:
-    """Names that every docstring example may use."""
-    doctest_namespace.update(hg=hg, torch=torch)
 
 
 @pytest.fixture(params=DEVICES)

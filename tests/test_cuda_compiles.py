@@ -23,7 +23,10 @@ def kernels(source: Path) -> list[cuda_report.Kernel]:
 
 
 @pytest.mark.parametrize("arch", cuda_report.ARCHITECTURES)
-@pytest.mark.parametrize("source", cuda_report.SOURCES, ids=lambda s: s.name)
+# One process compiles a source for all architectures.
+@pytest.mark.parametrize(
+    "source", [pytest.param(s, marks=pytest.mark.xdist_group(s.name)) for s in cuda_report.SOURCES], ids=lambda s: s.name
+)
 def test_compiles_without_spills(source, arch):
     if not cuda_report.supports(NVCC, arch):
         pytest.skip(f"{NVCC} does not know sm_{arch}")

@@ -81,7 +81,7 @@ __device__ __forceinline__ void sweep(const Pass& pass, const Cursor<Pass::kList
 
 // Block (x, y) runs tile x of every row y, y + gridDim.y, ...
 template <class Pass>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, 2)
     list_pass(const __grid_constant__ PieceTable<Pass::kLists> table, Pass pass, int64_t rows, double* partial) {
   constexpr int N = Pass::kLists, S = Pass::kSums, W = Pass::kWidth;
   const auto& piece = table.find(blockIdx.x);
