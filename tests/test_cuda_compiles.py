@@ -25,7 +25,9 @@ def kernels(source: Path) -> list[cuda_report.Kernel]:
 @pytest.mark.parametrize("arch", cuda_report.ARCHITECTURES)
 # One process compiles a source for all architectures.
 @pytest.mark.parametrize(
-    "source", [pytest.param(s, marks=pytest.mark.xdist_group(s.name)) for s in cuda_report.SOURCES], ids=lambda s: s.name
+    "source",
+    [pytest.param(s, marks=pytest.mark.xdist_group(s.name)) for s in cuda_report.SOURCES],
+    ids=lambda s: s.name,
 )
 def test_compiles_without_spills(source, arch):
     if not cuda_report.supports(NVCC, arch):
