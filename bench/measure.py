@@ -93,10 +93,10 @@ def environment() -> dict[str, object]:
 
 
 def save(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write rows with their environment to ``bench/results/NAME.json``, and as a table to ``NAME.md``."""
+    """Write rows with their environment to ``bench/results``, as JSON and as a table; one pair per instruction set."""
     RESULTS.mkdir(exist_ok=True)
     machine = environment()
-    path = RESULTS / f"{name}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    path = RESULTS / f"{name}_{'cuda' if torch.cuda.is_available() else machine['isa']}.json"
     path.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
     head, *body = cells(rows)
     lines = [f"# {name}", "", ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
