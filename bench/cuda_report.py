@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
+
 from hypergrad_ext.demo.tables import table
 
 SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
@@ -66,7 +68,8 @@ def compile_report(nvcc: str, source: Path, architectures: Sequence[str] = ARCHI
     """
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-c", "-O3", "-std=c++17", "-Xptxas=-v", "--threads=2", *targets, source]
+        # With torch's own flags, as setup.py's build: they take away the implicit conversions of half types.
+        command = [nvcc, "-c", "-O3", "-std=c++17", *COMMON_NVCC_FLAGS, "-Xptxas=-v", "--threads=2", *targets, source]
         result = subprocess.run(
             [*command, "-o", Path(folder, "kernels.o")], capture_output=True, text=True, check=False
         )

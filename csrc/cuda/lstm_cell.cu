@@ -17,11 +17,6 @@ __device__ __forceinline__ double tanh_(double x) { return tanh(x); }
 __device__ __forceinline__ float sigmoid_(float x) { return 1.0f / (1.0f + expf(-x)); }
 __device__ __forceinline__ double sigmoid_(double x) { return 1.0 / (1.0 + exp(-x)); }
 
-__device__ __forceinline__ void narrow(double& to, double x) { to = x; }
-__device__ __forceinline__ void narrow(float& to, float x) { to = x; }
-__device__ __forceinline__ void narrow(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
-__device__ __forceinline__ void narrow(__half& to, float x) { to = __float2half_rn(x); }
-
 // The gates of W units.
 template <class T, int W>
 struct GatePacks {
@@ -33,7 +28,7 @@ struct GatePacks {
   }
   template <class Real>
   __device__ __forceinline__ void set(int w, const LstmGates<Real>& x) {
-    narrow(i.at[w], x.i), narrow(f.at[w], x.f), narrow(g.at[w], x.g), narrow(o.at[w], x.o);
+    i.at[w] = narrow<T>(x.i), f.at[w] = narrow<T>(x.f), g.at[w] = narrow<T>(x.g), o.at[w] = narrow<T>(x.o);
   }
 };
 
@@ -75,8 +70,8 @@ struct ForwardStep {
       a = {sigmoid_(a.i), sigmoid_(a.f), tanh_(a.g), sigmoid_(a.o)};
       const Real c_next = lstm_memory(a, widen(c.at[w]));
       gates.set(w, a);
-      narrow(c.at[w], c_next);
-      narrow(h.at[w], a.o * tanh_(c_next));
+      c.at[w] = narrow<T>(c_next);
+      h.at[w] = narrow<T>(a.o * tanh_(c_next));
     }
     store_gates(data.activations, gates_at, units, gates);
     store(data.c_next, at, c);
@@ -106,7 +101,7 @@ struct BackwardStep {
       const auto add = more.template get<Real>(w);
       gates.set(w, LstmGates<Real>{(grad.i + add.i) * slope.i, (grad.f + add.f) * slope.f, (grad.g + add.g) * slope.g,
                                    (grad.o + add.o) * slope.o});
-      narrow(c.at[w], d * u.a.f);
+      c.at[w] = narrow<T>(d * u.a.f);
     }
     store_gates(data.grad_gates, gates_at, units, gates);
     store(data.grad_c_prev, at, c);
@@ -131,8 +126,8 @@ struct DoubleBackwardStep {
       const auto out = lstm_double_backward<Real, Real>(u, widen(grad_h.at[w]), widen(grad_c.at[w]),
                                                         v_gates.template get<Real>(w), widen(v_c.at[w]));
       gates.set(w, out.a);
-      narrow(c.at[w], out.c), narrow(c_next.at[w], out.c_next);
-      narrow(grad_h.at[w], out.grad_h), narrow(grad_c.at[w], out.grad_c);
+      c.at[w] = narrow<T>(out.c), c_next.at[w] = narrow<T>(out.c_next);
+      grad_h.at[w] = narrow<T>(out.grad_h), grad_c.at[w] = narrow<T>(out.grad_c);
     }
     store_gates(data.by_activations, gates_at, units, gates);
     store(data.by_c, at, c);

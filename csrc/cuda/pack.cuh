@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace hg::cuda {
 
@@ -33,10 +34,13 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 
-template <class T>
-__device__ __forceinline__ T narrow(float x) {
-  if constexpr (sizeof(T) == 2)
-    return __float2bfloat16(x);
+// Conversions by name: torch's build switches off the implicit ones.
+template <class T, class Real>
+__device__ __forceinline__ T narrow(Real x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
   else
     return static_cast<T>(x);
 }

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreadsFor<G>, 4096 / sizeof(Real) / kThreads
         Pack<T, width.value> result;
 #pragma unroll
         for (int w = 0; w < width.value; ++w)
-          result.at[w] = factor * exponential<T>(widen(x.at[w]) - shift) * (widen(pair.z.at[w]) - mean);
+          result.at[w] = narrow<T>(factor * exponential<T>(widen(x.at[w]) - shift) * (widen(pair.z.at[w]) - mean));
         store(out + i, result, out_aligned);
       });
       if (inside && n == 0)
