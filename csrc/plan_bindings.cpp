@@ -2,9 +2,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include "plan_host.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
@@ -129,8 +129,9 @@ std::shared_ptr<Plan> make(bool is_double, int64_t arena, std::vector<int64_t> l
 }
 
 const at::Tensor& tensor(py::handle object) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error("expected a tensor");
-  return THPVariable_Unpack(object.ptr());
+  const at::Tensor* t = from_python(object.ptr());
+  if (!t) throw py::type_error("expected a tensor");
+  return *t;
 }
 
 std::vector<at::Tensor> tensors(const py::sequence& objects) {
@@ -140,7 +141,7 @@ std::vector<at::Tensor> tensors(const py::sequence& objects) {
   return list;
 }
 
-py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(to_python(t)); }
 
 // Runs f without Python's lock.
 template <class F>

@@ -3,8 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../tensors.h"
 
 namespace hg::cuda {
 
@@ -31,7 +30,7 @@ void call(const char* op, at::Device device, const Launch& launch) {
 #if defined(HG_EMULATE_CUDA)
   std::vector<at::Tensor> memory;
   const auto scratch = [&](int64_t doubles) {
-    memory.push_back(at::full({doubles}, std::numeric_limits<double>::quiet_NaN(), at::kDouble));
+    memory.push_back(full({doubles}, std::numeric_limits<double>::quiet_NaN(), at::kDouble));
     return memory.back().mutable_data_ptr<double>();
   };
   const char* error = launch(scratch, Stream{});
@@ -43,7 +42,7 @@ void call(const char* op, at::Device device, const Launch& launch) {
   // Given back before the kernels have run, but to the same stream, where the next user comes after them.
   at::Tensor memory;
   const auto scratch = [&](int64_t doubles) {
-    memory = at::empty({doubles}, at::TensorOptions(at::kDouble).device(device));
+    memory = empty({doubles}, at::TensorOptions(at::kDouble).device(device));
     return memory.mutable_data_ptr<double>();
   };
   const char* error = launch(scratch, stream);
