@@ -1,6 +1,7 @@
 // The pybind11 module hypergrad_ext._C: every host function, by its own name.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <tuple>
 #include <vector>
@@ -11,9 +12,18 @@
 
 namespace py = pybind11;
 
-namespace hg::plan {
+namespace hg {
+
+const at::Tensor* from_python(PyObject* object) {
+  return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+}
+PyObject* to_python(const at::Tensor& t) { return THPVariable_Wrap(t); }
+
+namespace plan {
 void bind(py::module_& m);
-}  // namespace hg::plan
+}  // namespace plan
+
+}  // namespace hg
 
 namespace {
 

@@ -2,6 +2,7 @@
 #include "glm_cuda.h"
 
 #include <ATen/Context.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "cuda/call.h"
 #include "tensors.h"
@@ -29,6 +30,8 @@ bool takes_one_pass(const GlmData& data, const at::Tensor& v) {
 }
 
 void two_products(const Problem& problem, const at::Tensor& v, const at::Tensor& out) {
+  // X may belong to a graph, which has no business here.
+  const c10::impl::ExcludeDispatchKeyGuard below_autograd(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
   const GlmData& data = problem.data;
   const int64_t k = v.size(0), columns = k * data.classes;
   const at::Tensor v_weights = v.narrow(1, 0, data.classes * data.d).reshape({columns, data.d});

@@ -1,5 +1,5 @@
 // New tensors, and tensors in and out of Python. torch's headers for these take far longer to compile than the host
-// functions that need them: tensors.cpp and python_tensors.cpp include them once for all.
+// functions that need them: tensors.cpp and bindings.cpp include them once for all.
 #pragma once
 
 #include <ATen/core/Tensor.h>
