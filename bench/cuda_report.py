@@ -6,6 +6,7 @@ where only what has changed is compiled again. ``tests/test_cuda_compiles.py`` h
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -76,7 +77,11 @@ def build(nvcc: str) -> Path:
     }
     folders = ["--build-lib", BUILD / "lib", "--build-temp", BUILD / "objects"]
     command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    # Test processes side by side build once: the others wait, and find everything done.
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"the CUDA build failed:\n{result.stdout}{result.stderr}")
     return BUILD / "lib"

@@ -15,8 +15,6 @@ NVCC = cuda_report.find_nvcc()
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="no CUDA toolkit found (CUDA_HOME, /usr/local/cuda, PATH)"),
     pytest.mark.slow,
-    # One process builds.
-    pytest.mark.xdist_group("nvcc"),
 ]
 
 

@@ -17,8 +17,6 @@ SUMS = [sum(i % 7 for i in range(96 * block, 96 * (block + 1))) for block in ran
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ found"),
     pytest.mark.skipif(not EMULATOR.is_dir(), reason="the sources are not here"),
-    # One process compiles the cases.
-    pytest.mark.xdist_group("emulator"),
 ]
 
 
