@@ -112,6 +112,21 @@ def emulated_sources():
     yield from HERE.glob("csrc/cuda/emulator/*.cpp")
 
 
+def find_ninja():
+    """Puts ninja on PATH, where torch looks for it, also if this environment is not activated.
+
+    Without it, torch compiles one file after another.
+    """
+    if shutil.which("ninja"):
+        return
+    try:
+        from ninja import BIN_DIR
+    except ModuleNotFoundError:
+        say("no ninja found (pip install ninja): one file is compiled at a time")
+        return
+    os.environ["PATH"] += os.pathsep + BIN_DIR
+
+
 def build_extension(kind, torch):
     from torch.utils import cpp_extension
 
@@ -178,6 +193,7 @@ def main():
         kind, reason = choose(mode, torch)
         say(f"building {kind} ({reason})")
         if kind != "none":
+            find_ninja()
             options |= {"ext_modules": [build_extension(kind, torch)], "cmdclass": {"build_ext": build_command()}}
     setup(**options)
 
