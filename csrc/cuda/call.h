@@ -15,14 +15,13 @@
 
 namespace hg::cuda {
 
-// Whether a tensor is one for the CPU kernels. A build that emulates CUDA takes CPU memory for a device's.
-inline bool for_cpu(const at::Tensor& t) {
+// Whether a tensor is one for the CPU kernels. A build that emulates CUDA takes CPU memory for a device's, and has
+// none of the CPU kernels: calls of them are left out with the branch, if the compiler sees through this function.
 #if defined(HG_EMULATE_CUDA)
-  return false;
+__attribute__((always_inline)) inline bool for_cpu(const at::Tensor&) { return false; }
 #else
-  return t.is_cpu();
+inline bool for_cpu(const at::Tensor& t) { return t.is_cpu(); }
 #endif
-}
 
 // Calls launch(scratch, stream) for tensors on `device`, on whose current stream everything runs.
 template <class Launch>
