@@ -40,16 +40,22 @@ class Regularisation(nn.Module):
     def __init__(self, units: int, many: bool = False, dropout: float = 0.5, penalty: float = 1e-2) -> None:
         """See the class."""
         super().__init__()
-        logit, raw = math.log(dropout / (1 - dropout)), math.log(math.expm1(penalty))
         shapes = {"embedding": (), **dict.fromkeys(("input", "hidden", "output"), (units,)), "weight": (4 * units, units)}
         for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.full(shape if many else (), logit)))
+            setattr(self, name, nn.Parameter(torch.zeros(shape if many else ())))
         for name in ("activation", "temporal"):
-            value = torch.tensor(raw)
             if many:
-                self.register_buffer(name, value)
+                self.register_buffer(name, torch.zeros(()))
             else:
-                setattr(self, name, nn.Parameter(value))
+                setattr(self, name, nn.Parameter(torch.zeros(())))
+        self.assign({name: penalty if name in PENALTIES else dropout for name in NAMES})
+
+    @torch.no_grad()
+    def assign(self, values: dict[str, float]) -> None:
+        """Set hyperparameters by what a person reads: rates in (0, 1) and penalties > 0."""
+        for name, value in values.items():
+            raw = math.log(math.expm1(value)) if name in PENALTIES else math.log(value / (1 - value))
+            getattr(self, name).fill_(raw)
 
     def means(self) -> dict[str, float]:
         """Every hyperparameter as a person reads it, the mean where there are many: rates and penalties."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import importlib
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 SPLITS = "train", "valid", "test"
 UNKNOWN, END = "<unk>", "<eos>"
 # Tokens of the help pages in each split, and their vocabulary.
-HELP_TOKENS, HELP_WORDS = (12_000, 6_000, 8_000), 500
+HELP_TOKENS, HELP_WORDS = (12_000, 6_000, 8_000), 2_000
 
 
 @dataclass(frozen=True)
@@ -58,27 +59,24 @@ def read(folder: str | Path) -> Corpus:
 def help_pages() -> Corpus:
     """The help topics of this Python, ``pydoc_data.topics``: 12k, 6k and 8k tokens, 500 words.
 
-    A paragraph's hash decides where it goes, and repeated paragraphs count once, so no split has text of another.
-    The pages differ a little from one version of Python to the next, and with them the perplexities.
+    The topics come in the order of their names' hashes, one split after another; a paragraph that was there before is
+    left out. The pages differ a little from one version of Python to the next, and with them the perplexities.
 
     Raises:
         ValueError: If the pages of this Python are too short.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    paragraphs = {
-        hashlib.sha256(paragraph.encode()).digest(): paragraph
-        for topic in sorted(topics)
-        for paragraph in topics[topic].split("\n\n")
-    }
-    tokens: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for digest, paragraph in paragraphs.items():
-        share = digest[0] / 256 * sum(HELP_TOKENS)
-        split = SPLITS[0 if share < HELP_TOKENS[0] else 1 if share < sum(HELP_TOKENS[:2]) else 2]
-        tokens[split] += [*re.findall(r"[a-z_]+|[0-9]+|[^\sa-z0-9]", paragraph.lower()), END]
-    for split, count in zip(SPLITS, HELP_TOKENS, strict=True):
-        if len(tokens[split]) < count:
-            raise ValueError(f"help pages: expected {count} tokens for {split}, found {len(tokens[split])}")
-        del tokens[split][count:]
+    order = sorted(topics, key=lambda topic: hashlib.sha256(topic.encode()).digest())
+    paragraphs = dict.fromkeys(paragraph for topic in order for paragraph in topics[topic].split("\n\n"))
+    stream = [
+        token
+        for paragraph in paragraphs
+        for token in (*re.findall(r"[a-z]+", paragraph.lower()), END)
+    ]
+    if len(stream) < sum(HELP_TOKENS):
+        raise ValueError(f"help pages: expected {sum(HELP_TOKENS)} tokens, found {len(stream)}")
+    ends = list(itertools.accumulate(HELP_TOKENS, initial=0))
+    tokens = {split: stream[a:b] for split, a, b in zip(SPLITS, ends[:-1], ends[1:], strict=True)}
     common = collections.Counter(tokens["train"]).most_common()
     kept = sorted(sorted(common, key=lambda item: (-item[1], item[0]))[: HELP_WORDS - 1])
     return _indexed("help", tokens, [UNKNOWN, *(word for word, _ in kept)])
