@@ -131,9 +131,11 @@ class LSTM(torch.nn.LSTM):
         bias = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
         if mask is not None:
             w_hh = w_hh * mask
-        x_gates = F.linear(x, w_ih, bias)
-        # Under autocast the product has another dtype than the parameters.
-        return lstm_layer(x_gates, *(t.to(x_gates.dtype) for t in (w_hh, h0, c0)))
+        tensors = x, w_ih, bias, w_hh, h0, c0
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
+        return lstm_layer(*tensors)
 
     def _initial_state(self, x: Tensor, hx: tuple[Tensor, Tensor] | None, single: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)

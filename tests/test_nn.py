@@ -21,10 +21,10 @@ def cell_in_torch(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
-def layer_in_torch(x_gates, w_hh, h, c):
+def layer_in_torch(x, w_ih, bias, w_hh, h, c):
     steps = []
-    for x in x_gates:
-        h, c = cell_in_torch(x + h @ w_hh.T, c)
+    for gates in F.linear(x, w_ih, bias):
+        h, c = cell_in_torch(gates + h @ w_hh.T, c)
         steps.append((h, c))
     return tuple(torch.stack(each) for each in zip(*steps, strict=True))
 
@@ -104,27 +104,61 @@ def fourth(f, inputs):
 
 
 class TestLayer:
+    @staticmethod
+    def inputs(steps=3):
+        return draw((steps, 3, 4), (8, 4), (8,), (8, 2), (3, 2), (3, 2))
+
     @pytest.mark.parametrize("steps", [1, 2, 4])
     def test_derivatives(self, steps):
-        inputs = draw((steps, 3, 8), (8, 2), (3, 2), (3, 2))
+        inputs = self.inputs(steps)
         assert gradcheck(lstm.lstm_layer, inputs)
         assert gradgradcheck(lstm.lstm_layer, inputs)
         for output in (0, 1):
             assert gradgradcheck(lambda *a: lstm.lstm_layer(*a)[output][-1], inputs)  # noqa: B023
-        fixed = [t.detach() for t in inputs]
-        for position in range(4):
-            rest = fixed[:position], fixed[position + 1 :]
-            assert gradgradcheck(lambda t: lstm.lstm_layer(*rest[0], t, *rest[1])[0], inputs[position])  # noqa: B023
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (5,), (1, 3), (0, 5), (3, 4)], ids=str)
+    def test_derivatives_by_some(self, which, bias):
+        """Each of them skips what no one asks for."""
+        inputs = [t.detach() for t in self.inputs()]
+        if not bias:
+            inputs[2] = None
+            which = [i for i in which if i != 2] or [1]
+
+        def of(*some):
+            every = list(inputs)
+            for i, t in zip(which, some, strict=True):
+                every[i] = t
+            return lstm.lstm_layer(*every)
+
+        some = [inputs[i].clone().requires_grad_() for i in which]
+        assert gradcheck(of, some)
+        assert gradgradcheck(of, some)
 
     def test_third_and_fourth_order(self):
-        inputs = draw((3, 2, 8), (8, 2), (2, 2), (2, 2))
+        inputs = self.inputs()
         assert_close(*(fourth(f, inputs) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
 
+    def test_third_order_without_bias_and_state(self):
+        x, w_ih, _, w_hh, h0, c0 = self.inputs()
+        h0, c0 = h0.detach(), c0.detach()
+
+        def third(layer):
+            of = lambda *w: (layer(x.detach(), w[0], None, w[1], h0, c0)[0] ** 3).sum()  # noqa: E731
+            grads = of(w_ih, w_hh)
+            for _ in range(3):
+                grads = torch.autograd.grad(grads, [w_ih, w_hh], create_graph=True)
+                total = sum((g**3).sum() for g in grads)
+                grads, result = total, grads
+            return list(result)
+
+        assert_close(*(third(f) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
+
     def test_under_torch_func(self):
-        inputs = [t.detach() for t in draw((3, 2, 8), (8, 2), (2, 2), (2, 2))]
+        inputs = [t.detach() for t in self.inputs()]
 
         def hessian(layer):
-            return torch.func.hessian(lambda w: layer(inputs[0], w, *inputs[2:])[0].square().sum())(inputs[1])
+            return torch.func.hessian(lambda w: layer(*inputs[:3], w, *inputs[4:])[0].square().sum())(inputs[3])
 
         assert_close(hessian(lstm.lstm_layer), hessian(layer_in_torch), 1e-13)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 SPLITS = "train", "valid", "test"
 UNKNOWN, END = "<unk>", "<eos>"
 # Tokens of the help pages in each split, and their vocabulary.
-HELP_TOKENS, HELP_WORDS = (12_000, 6_000, 8_000), 2_000
+HELP_TOKENS, HELP_WORDS = (12_000, 6_000, 8_000), 1_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read(folder: str | Path) -> Corpus:
 
 
 def help_pages() -> Corpus:
-    """The help topics of this Python, ``pydoc_data.topics``: 12k, 6k and 8k tokens, 500 words.
+    """The help topics of this Python, ``pydoc_data.topics``: 12k, 6k and 8k tokens, 1,000 words.
 
     The topics come in the order of their names' hashes, one split after another; a paragraph that was there before is
     left out. The pages differ a little from one version of Python to the next, and with them the perplexities.
