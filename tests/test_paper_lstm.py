@@ -160,6 +160,27 @@ class TestRuns:
                 assert same, key
         assert whole.test() == other.test()
 
+    @pytest.mark.parametrize("method", ["fixed", "seven", "many"])
+    def test_replayed_steps_are_the_same(self, corpus, method):
+        """On the CPU the graphs are not captured, but all that is around them runs."""
+        plain, graphed = (
+            protocol.make(corpus, dataclasses.replace(TINY, cuda_graphs=graphs), method, 0) for graphs in (False, True)
+        )
+        for run in (plain, graphed):
+            torch.manual_seed(3)
+            for _ in range(24):  # more than two epochs, whose last windows are shorter
+                run.advance()
+        assert_close(list(graphed.model.parameters()), [p.detach() for p in plain.model.parameters()], 1e-4)
+        if method != "fixed":
+            assert_close(list(graphed.hyper.parameters()), [p.detach() for p in plain.hyper.parameters()], 1e-4)
+
+    @pytest.mark.parametrize("graphs", [False, True])
+    def test_bfloat16(self, corpus, graphs):
+        run = protocol.make(corpus, dataclasses.replace(TINY, precision="bf16", cuda_graphs=graphs), "seven", 0)
+        for _ in range(8):
+            run.advance()
+        assert math.isfinite(run.best_valid) and run.failed_solves == 0
+
     def test_rate_drops_when_validation_gets_worse(self, corpus):
         run = Run(corpus, dataclasses.replace(TINY, drop_after=1, evaluate_every=1), "none")
         values = iter([9.0, 8.0, 8.5, 8.5, 7.0, 7.2])  # only the fourth is above the best before the last

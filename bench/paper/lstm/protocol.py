@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.paper.lstm import text
+from bench.paper.lstm.graphs import Graphed
 from bench.paper.lstm.stn import SelfTuning
 from bench.paper.lstm.training import Run, Setting
 from bench.paper.lstm.trials import SAMPLERS, Search
@@ -66,8 +67,8 @@ MEDIUM = Protocol(
     clip=1.0,
     stop_after=None,
     evaluate_every=300,
-    hyper_rate=3e-2,
-    hyper_every=8,
+    hyper_rate=0.1,
+    hyper_every=10,
     hyper_after=50,
     seconds=600.0,
     methods="fixed,seven,random",
@@ -88,7 +89,8 @@ def make(corpus: text.Corpus, protocol: Protocol, method: str, seed: int) -> Run
     if method in SAMPLERS:
         share = 1 / protocol.trials
         return Search(corpus, protocol, method, seed, lambda seconds, step: protocol.over(seconds, step, share))
-    return (SelfTuning if method == "stn" else Run)(corpus, protocol, method, seed)
+    kind = SelfTuning if method == "stn" else Graphed if protocol.cuda_graphs else Run
+    return kind(corpus, protocol, method, seed)
 
 
 def train(run: Run | Search, protocol: Protocol, each_step: Callable[[], object], say: Callable[[str], object]) -> None:

@@ -66,7 +66,7 @@ class SelfTuning(Run):
 
     def loss_at(self, window: tuple[Tensor, Tensor, State], weights: dict[str, Tensor], hyper: Any) -> Any:
         """The model's loss with other weights and hyperparameters."""
-        with torch.autocast(window[0].device.type, torch.bfloat16, enabled=self.setting.bf16):
+        with self.autocast():
             return torch.func.functional_call(self.model, weights, (*window, hyper))
 
     def inner_step(self, window: tuple[Tensor, Tensor, State]) -> None:

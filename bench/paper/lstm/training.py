@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 import hypergrad_ext as hg
 from bench.paper.lstm import text
 from bench.paper.lstm.model import LanguageModel, Regularisation, State
-
-Method = Literal["none", "fixed", "seven", "many"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Setting:
         neumann_steps: Hessian-vector products per hyper-step; 0 takes the identity for the inverse Hessian.
         alpha: Step size of the Neumann series.
         device: Where it runs.
-        bf16: Autocast to bfloat16.
-        cuda_graphs: Capture steps and hyper-steps and replay them (not yet run on a GPU).
+        precision: Of matrix products: ``"fp32"``, ``"tf32"``, or ``"bf16"``, which is autocast.
+        cuda_graphs: Replay steps and hyper-steps as CUDA graphs (`Graphed`).
     """
 
     units: int = 650
@@ -64,7 +62,7 @@ class Setting:
     neumann_steps: int = 1
     alpha: float = 0.1
     device: str = "cpu"
-    bf16: bool = False
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     cuda_graphs: bool = False
 
 
@@ -109,6 +107,8 @@ class Run:
     def __init__(self, corpus: text.Corpus, setting: Setting, method: str, seed: int = 0) -> None:
         """See the class."""
         torch.manual_seed(seed)
+        if setting.device != "cpu":
+            torch.set_float32_matmul_precision("highest" if setting.precision == "fp32" else "high")
         self.corpus, self.setting, self.method = corpus, setting, method
         self.model = LanguageModel(len(corpus.words), setting.units).to(setting.device)
         hyper = Regularisation(setting.units, method == "many", setting.dropout, setting.penalty)
@@ -175,8 +175,12 @@ class Run:
 
     def loss(self, words: Tensor, following: Tensor, state: State, hyper: nn.Module | None) -> tuple[Tensor, Tensor, State]:
         """See `LanguageModel`."""
-        with torch.autocast(words.device.type, torch.bfloat16, enabled=self.setting.bf16):
+        with self.autocast():
             return self.model(words, following, state, hyper)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the setting."""
+        return torch.autocast(torch.device(self.setting.device).type, torch.bfloat16, self.setting.precision == "bf16")
 
     def inner_step(self, window: tuple[Tensor, Tensor, State]) -> None:
         """Descend the training loss on a window, with penalties and fresh masks."""
@@ -185,7 +189,7 @@ class Run:
         self.descend(weights, torch.autograd.grad(loss + penalty, weights))
         self.losses.append(loss.detach())
 
-    def descend(self, weights: list[Tensor], grads: tuple[Tensor, ...]) -> None:
+    def descend(self, weights: list[Tensor], grads: Sequence[Tensor]) -> None:
         """A clipped step."""
         for p, grad in zip(weights, grads, strict=True):
             p.grad = grad
@@ -239,7 +243,7 @@ class Run:
         total, state = torch.zeros((), dtype=torch.float64, device=words.device), self.model.start(batch)
         for i in range(text.windows(words, self.setting.bptt)):
             now, following = text.window(words, self.setting.bptt, i)
-            with torch.autocast(words.device.type, torch.bfloat16, enabled=self.setting.bf16):
+            with self.autocast():
                 loss, _, state = torch.func.functional_call(self.model, weights, (now, following, state))
             total += loss.double() * len(now)
         mean = float(total / (len(words) - 1))
