@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from hypergrad_ext.lstm import lstm_layer
 
-
 Masks = Tensor | Sequence[Tensor] | None
 """One mask for all, one for each, or none."""
 
@@ -117,8 +116,8 @@ class LSTM(torch.nn.LSTM):
                 outputs.append(h.flip(0) if backwards else h)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
             if layer + 1 < self.num_layers:
-                if of_outputs[layer] is not None:
-                    x = x * of_outputs[layer]
+                mask = of_outputs[layer]
+                x = x if mask is None else x * mask
                 if self.dropout:
                     x = F.dropout(x, self.dropout, self.training)
         h_n, c_n = (torch.stack(state) for state in zip(*states, strict=True))
@@ -131,7 +130,7 @@ class LSTM(torch.nn.LSTM):
         bias = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
         if mask is not None:
             w_hh = w_hh * mask
-        tensors = x, w_ih, bias, w_hh, h0, c0
+        tensors: tuple[Any, ...] = x, w_ih, bias, w_hh, h0, c0
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if t is None else t.to(dtype) for t in tensors)

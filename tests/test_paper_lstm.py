@@ -46,9 +46,7 @@ class TestText:
         assert tuple(len(getattr(corpus, split)) for split in text.SPLITS) == text.HELP_TOKENS
         assert len(corpus.words) == text.HELP_WORDS
         splits = [corpus.train, corpus.valid, corpus.test]
-        assert text.fingerprint(splits) == text.fingerprint(
-            getattr(text.help_pages(), split) for split in text.SPLITS
-        )
+        assert text.fingerprint(splits) == text.fingerprint(getattr(text.help_pages(), split) for split in text.SPLITS)
 
     @pytest.mark.parametrize("prefix", ["", "ptb."])
     def test_reads_a_folder(self, tmp_path, prefix):

@@ -40,7 +40,11 @@ class Regularisation(nn.Module):
     def __init__(self, units: int, many: bool = False, dropout: float = 0.5, penalty: float = 1e-2) -> None:
         """See the class."""
         super().__init__()
-        shapes = {"embedding": (), **dict.fromkeys(("input", "hidden", "output"), (units,)), "weight": (4 * units, units)}
+        shapes = {
+            "embedding": (),
+            **dict.fromkeys(("input", "hidden", "output"), (units,)),
+            "weight": (4 * units, units),
+        }
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape if many else ())))
         for name in ("activation", "temporal"):
@@ -60,7 +64,10 @@ class Regularisation(nn.Module):
     def means(self) -> dict[str, float]:
         """Every hyperparameter as a person reads it, the mean where there are many: rates and penalties."""
         values = {name: getattr(self, name) for name in NAMES}
-        return {name: float((F.softplus if name in PENALTIES else torch.sigmoid)(t.detach()).mean()) for name, t in values.items()}
+        return {
+            name: float((F.softplus if name in PENALTIES else torch.sigmoid)(t.detach()).mean())
+            for name, t in values.items()
+        }
 
 
 PENALTIES = "activation", "temporal"

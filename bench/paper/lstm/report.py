@@ -67,8 +67,8 @@ def _claims(results: Results) -> list[Claim]:
 def _perplexity(results: Results) -> Figure:
     drawing = figure(
         2,
-        "Best validation perplexity so far, median over seeds: over the time that a method had, and over its inner steps. "
-        "Searches start anew with every trial.",
+        "Best validation perplexity so far, median over seeds: over the time that a method had, and over its "
+        "inner steps. Searches start anew with every trial.",
     )
     for axis, key in zip(drawing.subplots(1, 2), ("seconds", "step"), strict=True):
         for arm in results.arms:

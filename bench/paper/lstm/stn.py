@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.paper.lstm import text
-from bench.paper.lstm.model import Regularisation, State
+from bench.paper.lstm.model import State
 from bench.paper.lstm.training import Run, Setting
 
 # The released code's: two steps on the weights, then one on the hyperparameters; the noise of their logits.
@@ -16,7 +16,7 @@ INNER, OUTER, SCALE, RATE = 2, 1, 1.0, 1e-2
 
 
 class BestResponse(nn.Module):
-    r"""The weights as a function of the hyperparameters :math:`\lambda`, affine with a scale per row:
+    r"""The weights as a function of the hyperparameters: affine, with a scale per row.
 
     .. math:: \hat w(\lambda) = w + (U \lambda) \odot w'
 
@@ -107,5 +107,3 @@ class _At:
 
     def __init__(self, values: dict[str, Tensor]) -> None:
         self.__dict__.update(values)
-
-

@@ -68,11 +68,7 @@ def help_pages() -> Corpus:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     order = sorted(topics, key=lambda topic: hashlib.sha256(topic.encode()).digest())
     paragraphs = dict.fromkeys(paragraph for topic in order for paragraph in topics[topic].split("\n\n"))
-    stream = [
-        token
-        for paragraph in paragraphs
-        for token in (*re.findall(r"[a-z]+", paragraph.lower()), END)
-    ]
+    stream = [token for paragraph in paragraphs for token in (*re.findall(r"[a-z]+", paragraph.lower()), END)]
     if len(stream) < sum(HELP_TOKENS):
         raise ValueError(f"help pages: expected {sum(HELP_TOKENS)} tokens, found {len(stream)}")
     ends = list(itertools.accumulate(HELP_TOKENS, initial=0))

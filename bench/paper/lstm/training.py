@@ -173,7 +173,9 @@ class Run:
             return time.perf_counter()
         return time.thread_time()
 
-    def loss(self, words: Tensor, following: Tensor, state: State, hyper: nn.Module | None) -> tuple[Tensor, Tensor, State]:
+    def loss(
+        self, words: Tensor, following: Tensor, state: State, hyper: nn.Module | None
+    ) -> tuple[Tensor, Tensor, State]:
         """See `LanguageModel`."""
         with self.autocast():
             return self.model(words, following, state, hyper)
