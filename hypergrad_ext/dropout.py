@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def concrete_mask(
@@ -60,4 +61,5 @@ def concrete_mask(
     u = torch.rand(shape, dtype=logit.dtype, device=logit.device, generator=generator)
     # 0 may be drawn, 1 is not.
     noise = torch.logit(u, eps=torch.finfo(logit.dtype).eps)
-    return torch.sigmoid(-(logit + noise) / temperature) / torch.sigmoid(-logit)
+    # By logarithms, so that rates near 1 do not divide zero by zero.
+    return torch.exp(F.logsigmoid(-(logit + noise) / temperature) - F.logsigmoid(-logit))

@@ -302,6 +302,54 @@ class TestModule:
         module.eval()
         assert_close(module(x)[0], second(first(x)[0])[0], 1e-7)
 
+    @pytest.mark.parametrize("options", [{"num_layers": 2}, {"num_layers": 3, "bidirectional": True}], ids=str)
+    def test_masks(self, options):
+        """On a module whose weights were multiplied by hand, layer by layer."""
+        ours, theirs = both(**options)
+        layers, directions = options["num_layers"], 1 + options.get("bidirectional", False)
+        x, *of_outputs = draw((6, 4, 3), *[(4, 5 * directions)] * (layers - 1))
+        of_weights = draw(*[(20, 5)] * (layers * directions))
+        values, state = ours(x, output_masks=of_outputs, weight_hh_masks=of_weights)
+
+        y = x
+        for layer in range(layers):
+            single = torch.nn.LSTM(y.shape[-1], 5, bidirectional=directions == 2).double()
+            names = [name for name in theirs.state_dict() if f"_l{layer}" in name]
+            weights = {name.replace(f"_l{layer}", "_l0"): theirs.state_dict()[name] for name in names}
+            for d, suffix in enumerate(("", "_reverse")[:directions]):
+                weights[f"weight_hh_l0{suffix}"] = weights[f"weight_hh_l0{suffix}"] * of_weights[layer * directions + d]
+            y, _ = torch.func.functional_call(single, weights, (y,))
+            y = y * of_outputs[layer] if layer + 1 < layers else y
+        assert_close(values, y.detach(), 1e-12)
+        masks = [*of_outputs, *of_weights]
+        ours_grads, theirs_grads = (torch.autograd.grad(t.square().sum(), masks) for t in (values, y))
+        assert_close(list(ours_grads), list(theirs_grads), 1e-11)
+
+    def test_one_mask_for_all(self):
+        ours, _ = both(num_layers=3)
+        x, of_outputs, of_weights = draw((6, 4, 3), (4, 5), (20, 5))
+        every = ours(x, output_masks=[of_outputs] * 2, weight_hh_masks=[of_weights] * 3)[0]
+        assert torch.equal(ours(x, output_masks=of_outputs, weight_hh_masks=of_weights)[0], every)
+
+    def test_derivatives_by_rates_of_dropout(self):
+        """Variational dropout and DropConnect with rates that are hyperparameters, to second order."""
+        module = nn.LSTM(2, 3, num_layers=2, dtype=torch.float64)
+        x, logit_h, logit_w, weight = draw((4, 2, 2), (), (12, 3), (12, 3))
+
+        def run(logit_h, logit_w, weight):
+            generator = torch.Generator().manual_seed(0)
+            # A high temperature, so that finite differences see the slope.
+            masks = [
+                functional.concrete_mask(logit, shape, temperature=2.0, generator=generator)
+                for logit, shape in ((logit_h, (2, 3)), (logit_w, (12, 3)))
+            ]
+            options = {"output_masks": masks[0], "weight_hh_masks": masks[1]}
+            weights = {**dict(module.named_parameters()), "weight_hh_l0": weight}
+            return torch.func.functional_call(module, weights, (x.detach(),), options)[0]
+
+        assert gradcheck(run, (logit_h, logit_w, weight))
+        assert gradgradcheck(run, (logit_h, logit_w, weight))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_half_precision(self, dtype):
         ours, theirs = both(torch.float32, num_layers=2)
@@ -360,3 +408,62 @@ class TestModule:
     def test_refuses(self, options, input, hx, error, message):
         with pytest.raises(error, match=message):
             nn.LSTM(3, 5, **options)(input, hx)
+
+    @pytest.mark.parametrize("name", ["output_masks", "weight_hh_masks"])
+    def test_refuses_masks(self, name):
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor or a sequence of [23], got 1"):
+            nn.LSTM(3, 5, num_layers=3)(torch.zeros(2, 4, 3), **{name: [torch.ones(5)]})
+
+
+class TestConcreteMask:
+    @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+    def test_is_dropout(self, rate):
+        torch.manual_seed(0)
+        logit = torch.logit(torch.tensor(rate, dtype=torch.float64))
+        kept = functional.concrete_mask(logit, (200_000,), temperature=0.01) * (1 - rate)
+        assert ((kept < 0.01) | (kept > 0.99)).double().mean() > 0.95
+        assert_close(kept.mean(), torch.tensor(1 - rate).double(), 0.01)
+        assert_close(
+            (functional.concrete_mask(logit, (200_000,)) * (1 - rate)).mean(), torch.tensor(1 - rate).double(), 0.05
+        )
+
+    def test_formula_and_derivative(self):
+        logits = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+
+        def mask(logits):
+            return functional.concrete_mask(logits, (4, 7), temperature=0.7, generator=torch.Generator().manual_seed(1))
+
+        u = torch.rand(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        p = logits.sigmoid()
+        z = torch.sigmoid((p.log() - (1 - p).log() + u.log() - (1 - u).log()) / 0.7)
+        assert_close(mask(logits), ((1 - z) / (1 - p)).detach(), 1e-12)
+        assert gradcheck(mask, logits)
+        assert gradgradcheck(mask, logits)
+
+    @pytest.mark.parametrize("logit", [-200.0, -20.0, 0.0, 20.0, 200.0])
+    def test_stays_finite(self, logit):
+        logit = torch.tensor(logit, requires_grad=True)
+        mask = functional.concrete_mask(logit, (1000,))
+        (grad,) = torch.autograd.grad(mask.sum(), logit)
+        assert mask.isfinite().all() and grad.isfinite()
+
+    @pytest.mark.parametrize(
+        ("logit", "shape", "options", "error", "message"),
+        [
+            (0.5, (2,), {}, TypeError, "logit: expected a floating point tensor, got float"),
+            (torch.zeros(2).long(), (2,), {}, TypeError, "got torch.int64"),
+            (torch.zeros(3), (2,), {}, ValueError, r"broadcasts to \(2,\), got \(3,\)"),
+            (torch.zeros(3, 2), (2,), {}, ValueError, r"broadcasts to \(2,\), got \(3, 2\)"),
+            (
+                torch.zeros(2),
+                (2,),
+                {"temperature": 0.0},
+                ValueError,
+                "temperature: expected a positive number, got 0.0",
+            ),
+        ],
+        ids=range(5),
+    )
+    def test_refuses(self, logit, shape, options, error, message):
+        with pytest.raises(error, match=message):
+            functional.concrete_mask(logit, shape, **options)
