@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import re
 
 import pytest
 import torch
 
 from bench.paper.lstm import protocol, stn, text
+from bench.paper.lstm.__main__ import main
 from bench.paper.lstm.model import NAMES, PENALTIES, LanguageModel, Regularisation, count
 from bench.paper.lstm.training import Run
 from bench.paper.lstm.trials import SAMPLERS
@@ -230,6 +233,63 @@ class TestRuns:
     def test_unknown_method(self, corpus):
         with pytest.raises(ValueError, match="methods: expected some of none"):
             protocol.make(corpus, TINY, "magic", 0)
+
+
+class TestCommandLine:
+    ARGUMENTS = (
+        "--set steps=12 --set units=6 --set bptt=40 --set evaluate_every=3 --set hyper_after=0 --set hyper_every=2"
+    ).split()
+
+    def test_goes_on_after_a_time_limit(self, tmp_path, capsys):
+        """Stopped before every step: the same record as without a stop."""
+        whole, parts = ([*self.ARGUMENTS, "--out", str(tmp_path / name)] for name in ("whole", "parts"))
+        chosen = ["--set", "methods=seven,random"]
+        assert main([*whole, *chosen]) == 0
+        calls = 0
+        while main([*parts, *chosen, "--time-limit", "0"]) == 3:
+            calls += 1
+        assert calls >= 20
+        a, b = (json.loads((tmp_path / n / "lstm_small_help.json").read_text())["records"] for n in ("whole", "parts"))
+        for method in ("seven", "random"):
+            for key, value in a[method].items():
+                assert "seconds" in key or value == b[method][key], (method, key)
+        for name in ("md", "_perplexity.png", "_hyperparameters.png"):
+            assert (tmp_path / "parts" / f"lstm_small_help{'.' if name == 'md' else ''}{name}").exists()
+        assert "ours, 7 beats random search" in capsys.readouterr().out
+
+    def test_real_text_at_full_size_in_small(self, tmp_path):
+        """The full protocol on a text of a folder, on the CPU: all that a GPU would do but for its size."""
+        words = "one two three <unk> four five six".split()
+        for i, split in enumerate(text.SPLITS):
+            lines = (" ".join(words[(3 * j + i) % 7 :]) + "\n" for j in range(60))
+            (tmp_path / f"{split}.txt").write_text("".join(lines))
+        small = {"units": 5, "batch": 4, "eval_batch": 3, "bptt": 6, "seconds": "null", "steps": 8, "evaluate_every": 4}
+        changes = {**small, "precision": "bf16", "cuda_graphs": "true", "methods": "none,seven,many", "rate": 1}
+        options = [part for name, value in changes.items() for part in ("--set", f"{name}={value}")]
+        arguments = ["--protocol", "full", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), *options]
+        assert main(arguments) == 0
+        assert list((tmp_path / "out").glob("lstm_full_*.json"))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--set", "size=3"], "--set: expected a name out of units, batch, .*, got 'size'"),
+            (["--set", "units=many"], "--set units: expected a number, true, false or null, got 'many'"),
+            (["--set", "methods=none,all"], "methods: expected some of none, .*, got 'all'"),
+            (["--data-dir", "/nowhere"], "data-dir: expected one file train.txt"),
+            (["--device", "quantum"], "quantum"),
+        ],
+        ids=range(5),
+    )
+    def test_refuses(self, arguments, message, tmp_path, capsys):
+        assert main([*arguments, "--out", str(tmp_path)]) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+    def test_does_not_mix_protocols(self, tmp_path, capsys):
+        arguments = [*self.ARGUMENTS, "--set", "methods=none", "--out", str(tmp_path)]
+        assert main(arguments) == 0
+        assert main([*arguments, "--set", "rate=0.1"]) == 1
+        assert "was run with another rate" in capsys.readouterr().err
 
 
 def flat(state, prefix=""):
