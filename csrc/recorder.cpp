@@ -67,8 +67,10 @@ TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
 
 Recorder::Recorder(std::vector<at::Tensor> v) : leaves_(static_cast<int64_t>(v.size())) {
   for (int64_t i = 0; i < leaves_; ++i) {
-    if (!plain(v[i])) refuse("the vector is not made of plain tensors on the CPU");
-    else name(v[i], {'v', i});
+    if (!plain(v[i]))
+      refuse("the vector is not made of plain tensors on the CPU");
+    else
+      name(v[i], {'v', i});
   }
 }
 
@@ -194,8 +196,7 @@ Name Recorder::constant(const at::Tensor& t) {
   // Every unpacking of a saved tensor makes a new object for the same memory.
   const void* place = t.numel() > 0 ? t.const_data_ptr() : static_cast<const void*>(t.unsafeGetTensorImpl());
   const Name next{'c', static_cast<int64_t>(constants_.size())};
-  const auto [at, fresh] =
-      places_.emplace(Place{place, t.scalar_type(), t.sizes().vec(), t.strides().vec()}, next);
+  const auto [at, fresh] = places_.emplace(Place{place, t.scalar_type(), t.sizes().vec(), t.strides().vec()}, next);
   if (fresh) {
     constants_.push_back(t);
     versions_.push_back(t.is_inference() ? 0 : t._version());
