@@ -199,9 +199,7 @@ def _parser(known: dict[str, Experiment], only: Experiment | None) -> argparse.A
     parser.add_argument("--out", type=Path, default=Path("out/paper"), metavar="DIR", help="folder for results")
     parser.add_argument("--fresh", action="store_true", help="forget what was run before, instead of going on")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the same command goes on")
-    parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="CPU threads (default: 1 without files)"
-    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: 1 without files)")
     parser.add_argument("--save-results", action="store_true", help="also write to bench/results/paper")
     return parser
 
