@@ -24,17 +24,22 @@ def interleave(
     warmup: int = 3,
     setup: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    budget: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds per call of every variant, timed in turn in every round, each round in another order.
 
-    ``setup`` runs before every call, outside its time.
+    ``setup`` runs before every call, outside its time. No round after the third begins later than ``budget``
+    seconds after the first.
     """
     names = list(variants)
     for name in names * warmup:
         setup()
         variants[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
     for r in range(rounds):
+        if r >= 3 and time.perf_counter() - begin > budget:
+            break
         for name in names[r % len(names) :] + names[: r % len(names)]:
             setup()
             start = clock()
@@ -73,7 +78,7 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results") else "")
     except FileNotFoundError:
         return "unknown"
 
@@ -93,16 +98,29 @@ def environment() -> dict[str, object]:
 
 
 def save(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write rows with their environment to ``bench/results``, as JSON and as a table; one pair per instruction set."""
+    """Write rows with their environment to ``bench/results``, as JSON and as a table; one pair per instruction set.
+
+    Rows kept from runs in the same environment stay, unless a new one is about the same case: a benchmark may be
+    run in parts.
+    """
     RESULTS.mkdir(exist_ok=True)
     machine = environment()
     path = RESULTS / f"{name}_{'cuda' if torch.cuda.is_available() else machine['isa']}.json"
+    if path.exists() and (kept := json.loads(path.read_text()))["environment"] == machine:
+        new = {case(row) for row in rows}
+        rows = [row for row in kept["rows"] if case(row) not in new and list(row) == list(rows[0])] + rows
     path.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
     head, *body = cells(rows)
     lines = [f"# {name}", "", ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
     lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
+
+
+def case(row: dict[str, object]) -> str:
+    """What a row is about: its words and whole numbers before the first number that was measured."""
+    first = next((i for i, value in enumerate(row.values()) if isinstance(value, float)), len(row))
+    return json.dumps(list(row.values())[:first])
 
 
 def cells(rows: list[dict[str, object]]) -> list[list[str]]:

@@ -21,44 +21,60 @@ constexpr int64_t kFlush = 64;
 
 template <class X, class Real>
 struct Product {
-  struct Task {
-    GlmBlock<Real> block;
-    const X* rows;  // the block as it lies in memory, `stride` elements from row to row
-    int64_t stride;
-    Real* wide;  // where a narrower X is widened to, once for both of its uses
-  };
+  static constexpr bool kNarrow = !std::is_same_v<X, Real>;
+  using Block = GlmBlock<Real, X>;
 
   template <class Tiles>
-  struct Body {
-    static HG_INLINE void run(Task& task) {
+  struct Single {
+    static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real, X>::run(block); }
+  };
+
+  struct Rows {
+    const X* from;
+    int64_t rows, d, stride;
+    Real* to;
+  };
+  template <class Tiles>
+  struct Widen {
+    static HG_INLINE void run(const Rows& m) {
       using S = Simd<Real, Tiles::bytes>;
-      GlmBlock<Real>& block = task.block;
-      if constexpr (std::is_same_v<X, Real>) {
-        block.x = task.rows, block.stride = task.stride;
-      } else {
-        block.x = task.wide, block.stride = block.d;
-        for (int64_t r = 0; r < block.rows; ++r) {
-          const X* from = task.rows + r * task.stride;
-          Real* to = task.wide + r * block.d;
-          int64_t j = 0;
-          for (; j + S::width <= block.d; j += S::width) S::store(to + j, S::load(from + j));
-          for (; j < block.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
-        }
+      for (int64_t r = 0; r < m.rows; ++r) {
+        const X* from = m.from + r * m.stride;
+        Real* to = m.to + r * m.d;
+        int64_t j = 0;
+        for (; j + S::width <= m.d; j += S::width) S::store(to + j, S::load(from + j));
+        for (; j < m.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
       }
-      GlmBlockBody<Tiles, Real>::run(block);
     }
   };
+
+  // `wide` is where several columns have a narrower X widened to, once for both of its uses.
+  static void multiply(const Block& block, Real* wide) {
+    static const auto single = ForTiles<Single, const Block&>::get();
+    if constexpr (!kNarrow) {
+      single(block);
+    } else if (block.K == 1) {
+      single(block);
+    } else {
+      static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
+      widen_rows({block.x, block.rows, block.d, block.stride, wide});
+      Product<Real, Real>::multiply(
+          {wide, block.weights, block.v, block.intercept, block.z, block.g, block.g_intercept, block.rows, block.d,
+           block.d, block.K, block.classes, block.next, block.next_stride, block.size},
+          nullptr);
+    }
+  }
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
     const int64_t d = data.d, classes = data.classes, K = k * classes;
     const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
-    const int64_t fitting = (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * sizeof(Real));
+    const int64_t fitting =
+        (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * (K == 1 ? sizeof(X) : sizeof(Real)));
     const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, 1024);
     const int64_t blocks = (data.n + block - 1) / block;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
     const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
-    const auto multiply = ForTiles<Body, Task&>::get();
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);
@@ -73,21 +89,21 @@ struct Product {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
       Real* total = totals.data() + range * size;
       std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
-      const Buffer<Real> wide(std::is_same_v<X, Real> ? 0 : block * d);
+      const Buffer<Real> wide(kNarrow && K > 1 ? block * d : 0);
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i * block;
         const X* x = static_cast<const X*>(data.x) + row * data.stride;
         const bool more = i + 1 < last && row + 2 * block <= data.n;
-        GlmBlock<Real> job{};
+        Block job{};
+        job.x = x, job.stride = data.stride;
         job.weights = static_cast<const Real*>(data.weights) + row * classes;
         job.v = columns.data(), job.intercept = data.intercept ? intercepts.data() : nullptr;
         job.z = z.data(), job.g = g, job.g_intercept = g + K * d;
         job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
-        job.next_stride = data.stride * sizeof(X), job.next_element = sizeof(X);
-        Task task{job, x, data.stride, wide.get()};
-        multiply(task);
+        job.next_stride = data.stride * sizeof(X), job.size = sizeof(X);
+        multiply(job, wide.get());
         if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
           for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
       }
@@ -116,6 +132,8 @@ void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
     Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
   else if (data.x_dtype == DType::bf16)
     Product<BFloat16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+  else if (data.x_dtype == DType::f16)
+    Product<Float16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else
     Product<float, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
 }
