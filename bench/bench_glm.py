@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from bench import measure
 from bench.ceilings import floor
 from bench.measure import interleave, median, ratio
 from hypergrad_ext import ops, reference
@@ -26,7 +27,7 @@ except ImportError:
 
 STEPS = 100
 # Steps of a solve where one takes long, and seconds that the rounds of one row may take.
-FEW_STEPS, BUDGET = 10, 6.0
+FEW_STEPS, BUDGET = 10, 3.0
 PROBLEMS = [(4096, 784, 1), (4096, 784, 10), (60_000, 784, 1), (60_000, 784, 10), (200_000, 128, 1), (1000, 32, 1)]
 NAMES = [f"{n}x{d}, {'binary' if c == 1 else f'{c} classes'}" for n, d, c in PROBLEMS]
 
@@ -120,7 +121,9 @@ class Problem:
         def solve() -> Tensor:
             self.operator._gram = None
             b = self.b.view(self.k, *self.w.shape)
-            return hg.solve(self.operator, b, hg.Neumann(self.steps, alpha=self.alpha), residual=False).value.view_as(self.b)
+            return hg.solve(self.operator, b, hg.Neumann(self.steps, alpha=self.alpha), residual=False).value.view_as(
+                self.b
+            )
 
         return solve
 
@@ -154,15 +157,13 @@ def exact(problem: Problem) -> list[Tensor | None]:
     return [x.double(), weights.double(), problem.b.double(), None if l2 is None else l2.double()]
 
 
-def run(table: str, row: dict, variants: dict, problem: Problem, products: int, threads: int, benchmark, report) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+def run(
+    table: str, row: dict, variants: dict, problem: Problem, products: int, threads: int, benchmark, report
+) -> None:
+    with measure.threads(threads):
         seconds = interleave(variants, 300, warmup=1, budget=BUDGET)
         lowest = floor(4 * problem.x.numel() * problem.classes * problem.k, problem.x, threads)
         benchmark.pedantic(variants["fused"], rounds=1)
-    finally:
-        torch.set_num_threads(before)
     row["fused ms"] = median(seconds["fused"]) * 1e3
     if lowest is not None:
         best = min(median(seconds["torch rows"]), median(seconds["torch columns"]))

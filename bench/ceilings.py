@@ -53,7 +53,10 @@ def _best(job: Callable[[int], object], threads: int, rounds: int = 7) -> float:
 
 
 def floor(flops: float, x: Tensor, threads: int) -> float | None:
-    """Seconds below which nothing that reads float32 ``x`` once and takes so many flops can be; None without a compiler."""
+    """Seconds that a kernel takes at least which reads float32 ``x`` once and makes so many flops.
+
+    None where there is no compiler.
+    """
     library = _library()
     if library is None or x.dtype != torch.float32 or not x.is_contiguous():
         return None

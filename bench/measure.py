@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -48,6 +50,31 @@ def interleave(
     return seconds
 
 
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch on so many threads, and, where the system can, all threads of the process on so many cores.
+
+    JAX has threads of its own, whose number nothing changes once it runs.
+    """
+
+    def pin(cores: set[int]) -> None:
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), cores)
+
+    before, can_pin = torch.get_num_threads(), hasattr(os, "sched_setaffinity") and Path("/proc/self/task").is_dir()
+    allowed = os.sched_getaffinity(0) if can_pin else set()
+    torch.set_num_threads(count)
+    try:
+        if can_pin:
+            pin(set(sorted(allowed)[:count]))
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if can_pin:
+            pin(allowed)
+
+
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
     """How many times faster ``fast`` is: median of the ratios within a round, and their quartiles."""
     ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))
@@ -72,13 +99,14 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if files differ from it; "unknown" outside a checkout."""
+    """The commit that was measured, marked if anything but results differs from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results") else "")
+        changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
     except FileNotFoundError:
         return "unknown"
 

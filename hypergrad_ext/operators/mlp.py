@@ -290,10 +290,8 @@ def _derivatives(activation: Activation, a: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _padded(t: Tensor) -> Tensor:
-    """Equal values, with rows at multiples of the padding, which is zero, but not of 512 bytes.
-
-    Rows 512 bytes apart share a few sets of a CPU's cache, and drive each other out of it.
-    """
+    """Equal values, with rows at multiples of the padding, which is zero, but not of 512 bytes."""
+    # Rows 512 bytes apart share a few sets of a CPU's cache, and drive each other out of it.
     width = t.shape[1]
     unit = _PADDING // t.element_size()
     padding = -width % unit
