@@ -161,7 +161,7 @@ def run(
     table: str, row: dict, variants: dict, problem: Problem, products: int, threads: int, benchmark, report
 ) -> None:
     with measure.threads(threads):
-        seconds = interleave(variants, 300, warmup=1, budget=BUDGET)
+        seconds = interleave(variants, 300, warmup=1, clock=measure.clock_for(threads), budget=BUDGET)
         lowest = floor(4 * problem.x.numel() * problem.classes * problem.k, problem.x, threads)
         benchmark.pedantic(variants["fused"], rounds=1)
     row["fused ms"] = median(seconds["fused"]) * 1e3

@@ -148,7 +148,7 @@ def test_mlp_hvp(problem, k, threads, benchmark, report, quick):
         products["jitted JAX"] = at.jax_product()
     variants = {name: repeat(product) for name, product in products.items()}
     with measure.threads(threads):
-        seconds = interleave(variants, 100, warmup=1, budget=1.0 if quick else BUDGET)
+        seconds = interleave(variants, 100, warmup=1, clock=measure.clock_for(threads), budget=1.0 if quick else BUDGET)
         lowest = floor(at.flops(), at.x, threads)
         benchmark.pedantic(variants["fused"], rounds=1)
     row = {"network": IDS[PROBLEMS.index(problem)], "k": k, "threads": threads, "rel. error": error}

@@ -16,10 +16,11 @@ float multiply_add(long steps) {
   return (s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7 + s8 + s9 + sa + sb)[0];
 }
 
-float read_all(const float* x, long n) {
+float read_all(const float* x, long n, long times) {
   V s[8] = {};
-  for (long i = 0; i + 64 <= n; i += 64)
+  for (; times > 0; --times)
+    for (long i = 0; i + 64 <= n; i += 64)
 #pragma GCC unroll 8
-    for (int u = 0; u < 8; ++u) s[u] += *(const Unaligned*)(x + i + 8 * u);
+      for (int u = 0; u < 8; ++u) s[u] += *(const Unaligned*)(x + i + 8 * u);
   return (s[0] + s[1] + s[2] + s[3] + s[4] + s[5] + s[6] + s[7])[0];
 }

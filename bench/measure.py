@@ -75,6 +75,11 @@ def threads(count: int) -> Iterator[None]:
             pin(allowed)
 
 
+def clock_for(count: int) -> Callable[[], float]:
+    """One thread by the process's own clock, for which foreign load does not count; several by the wall's."""
+    return time.process_time if count == 1 else time.perf_counter
+
+
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
     """How many times faster ``fast`` is: median of the ratios within a round, and their quartiles."""
     ratios = sorted(a / b for a, b in zip(seconds[slow], seconds[fast], strict=True))

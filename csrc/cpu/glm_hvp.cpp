@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kSingleBytes = 8 << 10, kManyBytes = 128 << 10;
 // Rows of a block come in multiples of this, which is one of the rows of most register tiles.
 constexpr int64_t kTileRows = 8;
+// Rows of a block at the most: its sums over rows are plain, and longer ones would round worse than torch's.
+constexpr int64_t kMaxRows = 256;
 // Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.
@@ -70,7 +72,7 @@ struct Product {
     const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
     const int64_t fitting =
         (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * (K == 1 ? sizeof(X) : sizeof(Real)));
-    const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, 1024);
+    const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, kMaxRows);
     const int64_t blocks = (data.n + block - 1) / block;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
