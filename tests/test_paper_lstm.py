@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -302,26 +301,3 @@ def flat(state, prefix=""):
         return {prefix: state}
     parts = (flat(value, f"{prefix}/{key}") for key, value in pairs)
     return dict(itertools.chain.from_iterable(part.items() for part in parts))
-
-
-@pytest.mark.slow
-class TestSmallProtocol:
-    """On Python's help pages, which differ a little between versions: so all thresholds are ratios."""
-
-    @staticmethod
-    @functools.cache
-    def best(method):
-        torch.set_num_threads(1)
-        run = protocol.make(text.help_pages(), protocol.SMALL, method, 0)
-        protocol.train(run, protocol.SMALL, lambda: None, print)
-        assert math.isfinite(run.best_valid)
-        return run.best_valid
-
-    def test_regularisation_helps(self):
-        assert self.best("fixed") <= 0.75 * self.best("none")
-
-    def test_seven_tuned(self):
-        assert self.best("seven") <= 0.90 * self.best("fixed")
-
-    def test_many_tuned(self):
-        assert self.best("many") <= 0.97 * self.best("fixed")
