@@ -69,9 +69,7 @@ def inverse_hvp(
         tensor([1.0000, 0.2500])
     """
     operator = Hessian(loss, params, unused=unused, engine=engine)
-    solution = solve_for(
-        operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend, state=state
-    )
+    solution = solve_for(operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend, state=state)
     report(solution, throw)
     return solution.value
 

@@ -12,6 +12,7 @@ from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
 from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
+from hypergrad_ext.solvers.lanczos import Spectrum
 from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
 
 SolverChoice = Solver | Literal["auto"]
@@ -66,7 +67,9 @@ def solve(
         raise TypeError(
             f"operator: expected a LinearOperator (Hessian, DenseMatrix, Callable), got {type(operator).__name__}"
         )
-    solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend, state=state)
+    solution = solve_for(
+        operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend, state=state
+    )
     if throw and solution.useless:
         raise SolveError(solution)
     return solution
@@ -119,7 +122,7 @@ def solve_for(
 
 def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool) -> Solution:
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
-    b, operator, state = packed.flat, system.operator, system.state
+    b, operator = packed.flat, system.operator
     if not system.damping:
         for flat in (b,) if x0 is None else (b, x0):
             for part, used in zip(flat.split(operator.space.sizes, dim=-1), operator.used, strict=True):
@@ -194,8 +197,8 @@ def _finish(system: System, x: Tensor, solution: Solution) -> None:
     state.hvps += solution.hvps
     state.steps = solution.steps
     state.sketch_age += 1
-    state.spectrum_age = state.spectrum_age + 1 if spectrum is state.spectrum else 1
-    state.spectrum = spectrum
+    state.spectrum_age = state.spectrum_age + 1 if spectrum == state.spectrum else 1
+    state.spectrum = None if spectrum is None else Spectrum(*spectrum)
     if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
         state.x = state.spectrum = state.sketch = None
     else:
@@ -241,5 +244,6 @@ def report(solution: Solution, throw: bool) -> None:
     if throw and solution.useless:
         raise SolveError(solution)
     missed = solution.status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
-    if solution.useless or missed or solution.indefinite or solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
+    doubtful = solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
+    if solution.useless or missed or solution.indefinite or doubtful:
         warnings.warn(solution.message, SolveWarning, stacklevel=3)

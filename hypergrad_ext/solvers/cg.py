@@ -36,8 +36,8 @@ class CG(Solver):
         tol: Stop once ``|b - (H + d I) x| <= tol |b|``.
         max_steps: Stop after so many steps at the latest.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
-            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that multiplies
-            by M.
+            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
+            multiplies by M.
 
     Raises:
         TypeError: If a setting has the wrong type.

@@ -47,8 +47,8 @@ class Chebyshev(Solver):
             and it is never below the damping or what K steps can resolve.
         tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
-            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that multiplies
-            by M.
+            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
+            multiplies by M.
 
     Raises:
         TypeError: If a setting has the wrong type.

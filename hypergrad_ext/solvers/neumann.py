@@ -117,9 +117,12 @@ class Neumann(Solver):
 
 
 def best_alpha(found: Spectrum, steps: int, damping: float) -> float:
-    """The step size of the least error after so many steps, by the quadrature of a spectrum, without divergence.
+    r"""The step size of the least error after so many steps, by the quadrature of a spectrum, without divergence.
 
-    The error has the square :math:`\\sum_i w_i ((1 - \\alpha \\lambda_i)^{K + 1} / \\lambda_i)^2`.
+    The error has the square :math:`\sum_i w_i ((1 - \alpha \lambda_i)^{K + 1} / \lambda_i)^2`.
+
+    Returns:
+        The step size.
     """
     low, size = found.low + damping, max(abs(found.low + damping), abs(found.high + damping))
     if low < -_NEGATIVE * size:

@@ -35,7 +35,7 @@ class Sketch(NamedTuple):
 
 @dataclass(frozen=True)
 class Nystrom(Solver):
-    r"""The Nystrom method: :math:`H \approx Y (\Omega^\top Y)^{-1} Y^\top = U \Lambda U^\top`, with :math:`Y = H\Omega`.
+    r"""The Nystrom method: :math:`H \approx Y (\Omega^\top Y)^{-1} Y^\top = U \Lambda U^\top` with :math:`Y = H\Omega`.
 
     As a solver it is direct: :math:`x = (U \Lambda U^\top + d I)^{-1} b`, exact up to what the sketch leaves out of H,
     for any number of right-hand sides; without damping the pseudo-inverse. As a preconditioner,
