@@ -9,6 +9,7 @@ import pytest
 import hypergrad_ext as hg
 
 NAMES = [
+    "Auto",
     "CG",
     "Callable",
     "Chebyshev",
@@ -18,14 +19,17 @@ NAMES = [
     "GaussNewton",
     "Hessian",
     "Identity",
+    "Jacobi",
     "LinearOperator",
     "MINRES",
     "MLPHessian",
     "Neumann",
+    "Nystrom",
     "Solution",
     "SolveError",
     "SolveWarning",
     "Solver",
+    "SolverState",
     "Status",
     "approx_inverse_hvp",
     "hypergradient",

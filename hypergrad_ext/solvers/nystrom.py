@@ -59,9 +59,9 @@ class Nystrom(Solver):
         Applications 44, 2023.
 
     Example:
-        >>> A, b = torch.diag(torch.tensor([100.0, 10.0, 0.0])), torch.ones(3)
-        >>> hg.solve(hg.DenseMatrix(A), b, hg.Nystrom(rank=2), damping=0.1).value
-        tensor([ 0.0100,  0.0990, 10.0000])
+        >>> A, b = torch.diag(torch.tensor([9.0, 3.0, 0.0])), torch.ones(3)
+        >>> hg.solve(hg.DenseMatrix(A), b, hg.Nystrom(rank=2), damping=1.0).value
+        tensor([0.1000, 0.2500, 1.0000])
     """
 
     rank: int = 20
