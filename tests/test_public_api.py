@@ -10,6 +10,7 @@ import hypergrad_ext as hg
 
 NAMES = [
     "Auto",
+    "BlockCG",
     "CG",
     "Callable",
     "Chebyshev",
@@ -20,6 +21,7 @@ NAMES = [
     "Hessian",
     "Identity",
     "Jacobi",
+    "LiSSA",
     "LinearOperator",
     "MINRES",
     "MLPHessian",
