@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class System:
         backend: The backend asked for, if any.
         hvps: Products so far; one with a batch of k vectors counts k.
         state: What earlier solves left; a new one if nobody keeps it.
+        history: Where steps leave norms of residuals, if somebody wants them.
     """
 
     def __init__(
@@ -68,8 +70,14 @@ class System:
         self.prepared = operator
         self.damping = damping
         self.hvps = 0
+        self.history: list[list[float]] | None = None
         self._space = operator.space
         self.backend = backend
+
+    def record(self, squares: Iterable[float]) -> None:
+        """Take squared norms of residuals, one per row, into the history."""
+        if self.history is not None:
+            self.history.append([math.sqrt(square) if square >= 0 else math.nan for square in squares])
 
     def kernel(self, op: Op) -> Callable:
         """The function that runs a fused op on this system's device."""

@@ -91,6 +91,8 @@ class BlockCG(Solver):
             # W - A P (P^T A P)^{-1}: what is left is the next block, times zeta.
             w, zeta = _orthonormal(w - torch.cholesky_solve(ap, factor), s, drop)
             s = zeta @ s
+            if system.history is not None:
+                system.record((s.double() * stop).square().sum(0).tolist())
             p = w.addmm(zeta, p)
         residuals = torch.linalg.vector_norm(s.double(), dim=0) * stop
         done = (residuals <= stop).tolist()

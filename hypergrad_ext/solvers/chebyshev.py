@@ -157,5 +157,10 @@ def _iterate(
         step_([x_old], [x], system.product(views), [b], argument, stats, alpha, momentum, system.damping)
         old, new = new, old
 
-    step = system.iterate(steps, advance, lambda step: watch.over(stats.view(-1, 3).tolist(), step))
+    def over(step: int) -> bool:
+        rows = stats.view(-1, 3).tolist()
+        system.record(row[0] for row in rows)
+        return watch.over(rows, step)
+
+    step = system.iterate(steps, advance, over)
     return new[0], step

@@ -51,7 +51,7 @@ class LiSSA(Solver):
         >>> batches = [torch.tensor(1.99), torch.tensor(2.01)]
         >>> w = torch.ones(1, requires_grad=True)
         >>> H = hg.Hessian(lambda w, c: (c * w**2).sum() / 2, w, batches=batches, stochastic=True)
-        >>> hg.solve(H, torch.ones(1), hg.LiSSA(steps=50, repeats=4, alpha=0.5), residual=False).value
+        >>> hg.solve(H, torch.ones(1), hg.LiSSA(steps=50, repeats=4, alpha=0.5), residual=False).value.round(decimals=2)
         tensor([0.5000])
     """
 

@@ -156,7 +156,7 @@ def series(
     Returns:
         The solution, the steps taken and the last step size.
     """
-    whole = _in_one_call(system, b, steps, alpha, watch)
+    whole = _in_one_call(system, b, steps, alpha, watch) if system.history is None else None
     if whole is not None:
         return whole
     v, p = b, b.clone()
@@ -172,7 +172,9 @@ def series(
         nonlocal alpha
         if watch is None:
             return False
-        over = watch.over(stats.view(-1, 2).tolist(), step)
+        rows = stats.view(-1, 2).tolist()
+        system.record(row[0] for row in rows)
+        over = watch.over(rows, step)
         kept.keep(watch, lambda row: alpha * (p.view(len(kept), -1)[row] - v.view(len(kept), -1)[row]))
         shrink = watch.shrink()
         if shrink > 1:
@@ -207,7 +209,9 @@ def richardson(
 
     def over(step: int) -> bool:
         nonlocal alpha
-        over = watch.over(stats.view(-1, 3).tolist(), step)
+        rows = stats.view(-1, 3).tolist()
+        system.record(row[0] for row in rows)
+        over = watch.over(rows, step)
         kept.keep(watch, lambda row: x.view(len(kept), -1)[row].clone())
         shrink = watch.shrink()
         if shrink > 1:

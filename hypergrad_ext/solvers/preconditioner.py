@@ -107,6 +107,8 @@ class Preconditioner:
     def of(cls, choice: PreconditionerChoice, system: System) -> Preconditioner | None:
         """The preconditioner for what a user gave, None for None, or where products are not finite."""
         space = system.operator.space
+        if isinstance(choice, Preconditioner):  # `Auto` has made one
+            return choice
         if isinstance(choice, Nystrom):
             sketch = sketch_of(system, choice.rank)
             return None if sketch is None or len(sketch.values) == 0 else SketchPreconditioner(sketch, system)
