@@ -23,11 +23,17 @@ from hypergrad_ext.solution import SolveWarning as SolveWarning
 from hypergrad_ext.solution import Status as Status
 from hypergrad_ext.solvers import CG as CG
 from hypergrad_ext.solvers import MINRES as MINRES
+from hypergrad_ext.solvers import Auto as Auto
+from hypergrad_ext.solvers import BlockCG as BlockCG
 from hypergrad_ext.solvers import Chebyshev as Chebyshev
 from hypergrad_ext.solvers import Direct as Direct
 from hypergrad_ext.solvers import Identity as Identity
+from hypergrad_ext.solvers import Jacobi as Jacobi
+from hypergrad_ext.solvers import LiSSA as LiSSA
 from hypergrad_ext.solvers import Neumann as Neumann
+from hypergrad_ext.solvers import Nystrom as Nystrom
 from hypergrad_ext.solvers import Solver as Solver
+from hypergrad_ext.solvers import SolverState as SolverState
 
 try:
     __version__ = version("hypergrad_ext")
@@ -50,13 +56,19 @@ __all__ = [
     "LinearOperator",
     "MLPHessian",
     # Solvers: how H^{-1} b is found
+    "Auto",
+    "BlockCG",
     "CG",
     "Chebyshev",
     "Direct",
     "Identity",
+    "Jacobi",
+    "LiSSA",
     "MINRES",
     "Neumann",
+    "Nystrom",
     "Solver",
+    "SolverState",
     # What a solve returns
     "Solution",
     "SolveError",

@@ -9,6 +9,8 @@ import pytest
 import hypergrad_ext as hg
 
 NAMES = [
+    "Auto",
+    "BlockCG",
     "CG",
     "Callable",
     "Chebyshev",
@@ -18,14 +20,18 @@ NAMES = [
     "GaussNewton",
     "Hessian",
     "Identity",
+    "Jacobi",
+    "LiSSA",
     "LinearOperator",
     "MINRES",
     "MLPHessian",
     "Neumann",
+    "Nystrom",
     "Solution",
     "SolveError",
     "SolveWarning",
     "Solver",
+    "SolverState",
     "Status",
     "approx_inverse_hvp",
     "hypergradient",
