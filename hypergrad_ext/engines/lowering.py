@@ -64,13 +64,14 @@ class Lowering:
         self.immediates: list[float] = []
         self.dynamic = 0
         self._recording = recording
+        self._tensors = recording.details.tensors
         self._dtype = dtype
         self._views: dict[Name, View] = {}
         self._derived_names: dict[Any, Name] = {}
         self._scalars = len(recording.scalars)
         self._constants = len(recording.constants)
         self._gemms: dict[Root, Instruction] = {}
-        for name, t in recording.tensors.items():
+        for name, t in recording.details.tensors.items():
             if name[0] in "vc":
                 root = Root(name[0], int(name[1:]), _extent(t.shape, t.stride()))
                 self._views[name] = View(root, 0, tuple(t.shape), t.stride())
@@ -83,7 +84,7 @@ class Lowering:
         if _is_view(call):
             return self._view(call)
         if call.single:
-            out = self._recording.tensors[call.outputs[0] or ""]
+            out = self._tensors[call.outputs[0] or ""]
             if out.dtype == self._dtype and out.numel() and self._special(call):
                 return None
         return self._aten(call)
@@ -106,9 +107,9 @@ class Lowering:
     # Views.
 
     def _view(self, call: Call) -> None:
-        source, view = self._recording.tensors[call.args[0]], self._views[call.args[0]]
+        source, view = self._tensors[call.args[0]], self._views[call.args[0]]
         for name in filter(None, call.outputs):
-            t = self._recording.tensors[name]
+            t = self._tensors[name]
             offset = view.offset + int(t.storage_offset()) - int(source.storage_offset())
             self._views[name] = View(view.root, offset, tuple(t.shape), t.stride())
 
@@ -248,7 +249,7 @@ class Lowering:
 
     def _softmax(self, call: Call) -> bool:
         grad, output, dim = call.args[:3]
-        t = self._recording.tensors[grad]
+        t = self._tensors[grad]
         if output[0] != "c" or dim % t.dim() != t.dim() - 1:
             return False
         log = call.op is aten._log_softmax_backward_data.default
@@ -302,7 +303,7 @@ class Lowering:
     def _accumulate(self, call: Call, a: Name, b: Name) -> bool:
         """``x + A B`` where nothing else needs x or A B: the product is added to x in place."""
         name = call.outputs[0] or ""
-        out = self._recording.tensors[name]
+        out = self._tensors[name]
         for x_name, product_name in ((a, b), (b, a)):
             x, product = self._views[x_name], self._views[product_name]
             gemm = self._gemms.get(product.root)
@@ -342,7 +343,7 @@ class Lowering:
             if name is None:
                 outputs.append(None)
                 continue
-            t = self._recording.tensors[name]
+            t = self._tensors[name]
             if t.dtype != self._dtype:
                 raise Unsupported(f"{call.op} gives {t.dtype} where parameters are {self._dtype}")
             root = Root("dynamic", self.dynamic, _extent(t.shape, t.stride()))
@@ -381,7 +382,7 @@ class Lowering:
     # Helpers.
 
     def _result(self, call: Call) -> View:
-        t = self._recording.tensors[call.outputs[0] or ""]
+        t = self._tensors[call.outputs[0] or ""]
         view = self._arena(tuple(t.shape), t.stride())
         self._views[call.outputs[0] or ""] = view
         return view
@@ -393,7 +394,7 @@ class Lowering:
         """The view of a value in the plan's dtype; small constants of other dtypes are converted once per solve."""
         if type(name) is not str or name[0] == "s":
             return None
-        t = self._recording.tensors[name]
+        t = self._tensors[name]
         if t.dtype == self._dtype:
             return self._views[name]
         if name[0] != "c" or not (t.is_floating_point() or t.dtype == torch.bool or t.dim() == 0):
