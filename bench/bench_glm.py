@@ -41,7 +41,6 @@ class Problem:
         family = "softmax" if classes > 1 else "logistic"
         self.operator = hg.GLMHessian(self.x, self.w, family, l2=self.l2)
         self.half = hg.GLMHessian(self.x.bfloat16(), self.w, family, l2=self.l2)
-        self.operator.lambda_max = self.half.lambda_max = 0.0
         self.weights = self.operator.weights
         self.alpha = 0.9 / float(self._largest())
 

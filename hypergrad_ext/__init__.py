@@ -25,11 +25,15 @@ from hypergrad_ext.solution import SolveWarning as SolveWarning
 from hypergrad_ext.solution import Status as Status
 from hypergrad_ext.solvers import CG as CG
 from hypergrad_ext.solvers import MINRES as MINRES
+from hypergrad_ext.solvers import Auto as Auto
 from hypergrad_ext.solvers import Chebyshev as Chebyshev
 from hypergrad_ext.solvers import Direct as Direct
 from hypergrad_ext.solvers import Identity as Identity
+from hypergrad_ext.solvers import Jacobi as Jacobi
 from hypergrad_ext.solvers import Neumann as Neumann
+from hypergrad_ext.solvers import Nystrom as Nystrom
 from hypergrad_ext.solvers import Solver as Solver
+from hypergrad_ext.solvers import SolverState as SolverState
 
 try:
     __version__ = version("hypergrad_ext")
@@ -55,13 +59,17 @@ __all__ = [
     "LinearOperator",
     "MLPHessian",
     # Solvers: how H^{-1} b is found
+    "Auto",
     "CG",
     "Chebyshev",
     "Direct",
     "Identity",
+    "Jacobi",
     "MINRES",
     "Neumann",
+    "Nystrom",
     "Solver",
+    "SolverState",
     # What a solve returns
     "Solution",
     "SolveError",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
-from hypergrad_ext.solvers import CG, Outcome, Solver, System
+from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
 
@@ -27,6 +27,7 @@ def solve(
     *,
     damping: float = 0.0,
     x0: Tree | None = None,
+    state: SolverState | None = None,
     throw: bool = False,
     residual: bool = True,
     backend: str | None = None,
@@ -39,6 +40,7 @@ def solve(
         solver: ``"auto"`` or a solver.
         damping: d >= 0.
         x0: Start from this instead of zero.
+        state: What the last solve of a slowly changing system left; see `SolverState`.
         throw: Raise `SolveError` on failure instead of returning it as a status.
         residual: Spend one more product per right-hand side on the true residual.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
@@ -64,7 +66,7 @@ def solve(
         raise TypeError(
             f"operator: expected a LinearOperator (Hessian, DenseMatrix, Callable), got {type(operator).__name__}"
         )
-    solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend)
+    solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend, state=state)
     if throw and solution.useless:
         raise SolveError(solution)
     return solution
@@ -81,7 +83,7 @@ def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
         ValueError: If it needs a symmetric operator and this one is not.
     """
     if isinstance(solver, str) and solver == "auto":
-        solver = CG(tol=1e-4)
+        solver = Auto()
     if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected 'auto' or a solver such as Neumann(steps=20), got {solver!r}")
     if solver.needs_symmetry and not operator.symmetric:
@@ -99,19 +101,25 @@ def solve_for(
     x0: Tree | None,
     residual: bool,
     backend: str | None,
+    state: SolverState | None = None,
 ) -> Solution:
     """Check the arguments, one of which is called ``argument`` by its user, and solve."""
     solver = choose(solver, operator)
     check_number("damping", damping, positive=False)
     packed = operator.space.pack(argument, b)
     start = None if x0 is None else operator.space.pack("x0", x0, rows=packed.rows or 0).flat
+    if state is None:
+        state = SolverState()
+    elif not isinstance(state, SolverState):
+        raise TypeError(f"state: expected a SolverState, got {type(state).__name__}")
+    state.check(operator.space)
     with torch.no_grad():
-        return _solve_packed(System(operator, damping, backend), packed, start, solver, residual)
+        return _solve_packed(System(operator, damping, backend, state), packed, start, solver, residual)
 
 
 def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool) -> Solution:
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
-    b, operator = packed.flat, system.operator
+    b, operator, state = packed.flat, system.operator, system.state
     if not system.damping:
         for flat in (b,) if x0 is None else (b, x0):
             for part, used in zip(flat.split(operator.space.sizes, dim=-1), operator.used, strict=True):
@@ -129,8 +137,12 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
         b = torch.where(finite[..., None], b, 0)
         x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
 
-    rhs = b if x0 is None else b - system.apply(x0)
     b_norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+    if x0 is not None:
+        rhs = b - system.apply(x0)
+    else:
+        x0, rhs = _warm(system, b, b_norm)
+    _begin(system)
     scale = power_of_two_scale(rhs)
     outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
     x = outcome.x / scale[..., None]
@@ -151,7 +163,43 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
             Status.NON_FINITE_INPUT if row_bad else status
             for row_bad, status in zip(bad, outcome.statuses, strict=True)
         ]
-    return _solution(packed, x, outcome, system, solver, relative, b_norm * scale)
+    solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale)
+    _finish(system, x, solution)
+    return solution
+
+
+def _warm(system: System, b: Tensor, b_norm: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The last solution and its residual, or none and ``b``, for every row to which it is worse than zero."""
+    x = system.state.x
+    if x is None or x.shape != b.shape:
+        return None, b
+    rhs = b - system.apply(x)
+    better = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64) < b_norm
+    if not bool(better.any()):
+        return None, b
+    return torch.where(better[..., None], x, 0), torch.where(better[..., None], rhs, b)
+
+
+def _begin(system: System) -> None:
+    """Hand the state's spectrum to an operator that has none of its own."""
+    state = system.state
+    if state.spectrum is not None and state.spectrum_age < state.refresh and system.operator.spectrum is None:
+        system.operator.spectrum = state.spectrum
+
+
+def _finish(system: System, x: Tensor, solution: Solution) -> None:
+    """Leave in the state what the next solve can use."""
+    state, spectrum = system.state, system.operator.spectrum
+    state.solves += 1
+    state.hvps += solution.hvps
+    state.steps = solution.steps
+    state.sketch_age += 1
+    state.spectrum_age = state.spectrum_age + 1 if spectrum is state.spectrum else 1
+    state.spectrum = spectrum
+    if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
+        state.x = state.spectrum = state.sketch = None
+    else:
+        state.x = x
 
 
 def _solution(
@@ -177,9 +225,11 @@ def _solution(
         steps=outcome.steps,
         hvps=system.hvps,
         residual_norm=relative if relative is None or packed.rows is not None else float(relative),
-        solver=solver,
+        solver=outcome.solver or solver,
         detail=outcome.detail,
         alpha=outcome.alpha,
+        damping=system.damping,
+        indefinite=outcome.indefinite,
         useless=useless,
         statuses=None if packed.rows is None else tuple(outcome.statuses),
         engine=system.operator.engine,
@@ -191,5 +241,5 @@ def report(solution: Solution, throw: bool) -> None:
     if throw and solution.useless:
         raise SolveError(solution)
     missed = solution.status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
-    if solution.useless or missed or solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
+    if solution.useless or missed or solution.indefinite or solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
         warnings.warn(solution.message, SolveWarning, stacklevel=3)

@@ -95,6 +95,8 @@ class Solution:
         solver: The solver that ran, after any automatic choice.
         detail: The numbers behind the status.
         alpha: The step size of a series, given or found.
+        damping: The damping d that was used, given or found.
+        indefinite: Whether the operator was found to have negative eigenvalues, though the solve went on.
         useless: Whether the value is no better than none: the solve failed, or met negative curvature
             while the residual was not below that of ``x = 0``.
         statuses: For a batch, the status of every member.
@@ -110,6 +112,8 @@ class Solution:
     solver: Solver
     detail: str = ""
     alpha: float | None = None
+    damping: float = 0.0
+    indefinite: bool = False
     useless: bool = False
     statuses: tuple[Status, ...] | None = None
     engine: str | None = None

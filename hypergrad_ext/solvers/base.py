@@ -13,6 +13,7 @@ from torch import Tensor
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.ops import Op
 from hypergrad_ext.solution import Status
+from hypergrad_ext.solvers.state import SolverState
 
 # Steps between two looks at the device's flags where a look costs a synchronisation.
 _LOOK_EVERY = 8
@@ -29,6 +30,8 @@ class Outcome:
         detail: The numbers behind the status.
         residuals: Per row, the norm of the residual that the recurrence knows, if it knows one.
         alpha: The step size, if there is one.
+        solver: The solver that ran in the end, where it was chosen on the way.
+        indefinite: Whether negative curvature was met, though the solve went on.
     """
 
     x: Tensor
@@ -37,6 +40,8 @@ class Outcome:
     detail: str = ""
     residuals: list[float] | None = None
     alpha: float | None = None
+    solver: Solver | None = None
+    indefinite: bool = False
 
 
 class System:
@@ -50,11 +55,15 @@ class System:
         damping: The damping.
         backend: The backend asked for, if any.
         hvps: Products so far; one with a batch of k vectors counts k.
+        state: What earlier solves left; a new one if nobody keeps it.
     """
 
-    def __init__(self, operator: LinearOperator, damping: float, backend: str | None) -> None:
-        """Bind an operator, its damping and the choice of backend."""
+    def __init__(
+        self, operator: LinearOperator, damping: float, backend: str | None, state: SolverState | None = None
+    ) -> None:
+        """Bind an operator, its damping, the choice of backend, and the state that goes on."""
         self.operator = operator
+        self.state = SolverState() if state is None else state
         self.prepared = operator
         self.damping = damping
         self.hvps = 0
@@ -116,31 +125,6 @@ class System:
             if over and (not waits or step % _LOOK_EVERY == 0 or step == steps) and over(step):
                 return step
         return steps
-
-    def lambda_max(self, steps: int = 5) -> float:
-        """Magnitude of the largest eigenvalue of ``H`` by power iteration, kept on the operator.
-
-        Five steps gave 0.73 to 1.00 of the true value on 88 semi-definite problems, and a Neumann
-        series needs only more than half of it.
-
-        Returns:
-            The estimate; zero or not finite if a product was.
-        """
-        if self.operator.lambda_max is None:
-            generator = torch.Generator().manual_seed(0)
-            # Drawn in float64, so that one problem has one step size in every precision.
-            q = torch.randn(self._space.numel, generator=generator, dtype=torch.float64)
-            q = q.to(self._space.device, self._space.dtype)
-            norm = torch.linalg.vector_norm(q, dtype=torch.float64)
-            for _ in range(steps):
-                q /= norm.to(q.dtype)
-                h = self.product_of_given(q)
-                norm = torch.linalg.vector_norm(h, dtype=torch.float64)
-                if not 0 < float(norm) < float("inf"):
-                    return float(norm)
-                q = h
-            self.operator.lambda_max = float(norm)
-        return self.operator.lambda_max
 
 
 class Solver(ABC):

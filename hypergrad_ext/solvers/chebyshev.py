@@ -12,11 +12,10 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
-from hypergrad_ext.solvers.lanczos import RitzRange, ritz_range
+from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
 
-_LANCZOS_STEPS = 8
 # Of the largest magnitude, added to the largest Ritz value with its error, so that the largest eigenvalue is inside.
 _MARGIN = 0.1
 # Of the smallest Ritz value, where its error is too large to tell.
@@ -48,7 +47,8 @@ class Chebyshev(Solver):
             and it is never below the damping or what K steps can resolve.
         tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
-            parameters (positive; applied by the fused step), or a function or operator that multiplies by M.
+            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that multiplies
+            by M.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -86,13 +86,13 @@ class Chebyshev(Solver):
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``x = 0``."""
         rows = b.shape[0] if b.dim() == 2 else 1
-        m = Preconditioner.of(self.preconditioner, system.operator.space)
+        m = Preconditioner.of(self.preconditioner, system)
         if self.bounds is None:
-            found = _spectrum(system, m)
+            found = spectrum_of(system, b, m)
             damping = system.damping if m is None else 0.0
             if not math.isfinite(found.high):
                 return Outcome(b, [Status.NON_FINITE_OPERATOR] * rows, 0)
-            size = max(abs(found.low), abs(found.high)) + damping
+            size = found.size + damping
             if size == 0:
                 return Outcome(b, [Status.SINGULAR] * rows, 0, "H v = 0 for a random v")
             if found.low + damping < -10 * torch.finfo(b.dtype).eps * size:
@@ -109,9 +109,9 @@ class Chebyshev(Solver):
         x, step = _iterate(system, b, self.steps, (low, high), m, watch)
         return Outcome(x, watch.statuses(), step, f"bounds {low:.3g} and {high:.3g}{watch.detail}")
 
-    def _bounds_from(self, found: RitzRange, damping: float) -> tuple[float, float]:
+    def _bounds_from(self, found: Spectrum, damping: float) -> tuple[float, float]:
         """Bounds from Ritz values, and from what so many steps can do: divide a residual by 7 to 10^6."""
-        margin = _MARGIN * max(abs(found.low), abs(found.high))
+        margin = _MARGIN * found.size
         high = found.high + found.high_error + margin + damping
         least = high / (self.steps + 1) ** 2
         if found.low < 0:
@@ -120,18 +120,6 @@ class Chebyshev(Solver):
         if self.tol is None:  # steps to spare go to smaller eigenvalues than Lanczos saw
             low = min(low, 7.25**2 * least)
         return max(low, least, damping), high
-
-
-def _spectrum(system: System, m: Preconditioner | None) -> RitzRange:
-    """The range of ``H``, kept on the operator, or that of ``M (H + d I)``."""
-    if m is not None:
-        return ritz_range(system, _LANCZOS_STEPS, m)
-    if system.operator.ritz_range is None:
-        found = ritz_range(system, _LANCZOS_STEPS)
-        if not math.isfinite(found.high):
-            return found
-        system.operator.ritz_range = found
-    return RitzRange(*system.operator.ritz_range)
 
 
 def step_sizes(bounds: tuple[float, float]) -> Iterator[tuple[float, float]]:
