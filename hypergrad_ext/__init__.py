@@ -34,6 +34,7 @@ from hypergrad_ext.solvers import Neumann as Neumann
 from hypergrad_ext.solvers import Nystrom as Nystrom
 from hypergrad_ext.solvers import Solver as Solver
 from hypergrad_ext.solvers import SolverState as SolverState
+from hypergrad_ext.unroll import unroll as unroll
 
 try:
     __version__ = version("hypergrad_ext")
@@ -47,6 +48,7 @@ __all__ = [
     "implicit",
     "inverse_hvp",
     "solve",
+    "unroll",
     # The outer loop
     "HyperOptimizer",
     "OuterStep",

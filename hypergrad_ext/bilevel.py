@@ -14,6 +14,7 @@ from hypergrad_ext.linear_solve import SolverChoice, solve_for
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
 from hypergrad_ext.solution import Solution, Status
+from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Leaves, Tree, check_real, take_apart
 
@@ -49,6 +50,7 @@ class Bilevel:
         check_number("loss_scale", loss_scale, positive=True)
         self._unused = unused
         self._scale = float(loss_scale)
+        self._as_it_is = self._scale == 1 and engine != "eager"
         self.hessian = Hessian(
             _scaled(train_loss, self._scale),
             params,
@@ -71,12 +73,15 @@ class Bilevel:
         residual: bool,
         backend: str | None,
         operator: LinearOperator | None,
+        state: SolverState | None,
     ) -> Solution:
         """``(H + d I) x = dL_V/dw``, with H the Hessian or the ``operator`` given in its place."""
         if operator is None:
-            operator = self.hessian if self._scale == 1 else _Unscaled(self.hessian, self._scale)
+            operator = self.hessian if self._as_it_is else _Plain(self.hessian, self._scale)
         v = self.hessian.params.rebuild(self._v)
-        return solve_for(operator, v, "params", solver, damping=damping, x0=x0, residual=residual, backend=backend)
+        return solve_for(
+            operator, v, "params", solver, damping=damping, x0=x0, residual=residual, backend=backend, state=state
+        )
 
     def hypergradient(self, solution: Solution) -> tuple[list[Tensor], Solution]:
         """The hypergradient, one tensor per hyperparameter, and the solution it came from.
@@ -164,8 +169,11 @@ class Bilevel:
         return [None if t is None else t / self._scale for t in derivatives]
 
 
-class _Unscaled(LinearOperator):
-    """The Hessian of a loss from that of a multiple of it, whose intermediates do not underflow."""
+class _Plain(LinearOperator):
+    """The Hessian of a loss from that of a multiple of it, whose intermediates do not underflow.
+
+    Its products come one by one, where otherwise a clock decides which go together, and with that about rounding.
+    """
 
     def __init__(self, scaled: Hessian, scale: float) -> None:
         self.space = scaled.space
@@ -181,12 +189,10 @@ class _Unscaled(LinearOperator):
         return self._scaled.used
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
-        return [t / self._scale for t in self._scaled.matvec(v)]
+        product = self._scaled.matvec(v)
+        return product if self._scale == 1 else [t / self._scale for t in product]
 
-    def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
-        return [t / self._scale for t in self._scaled.matmat(v)]
-
-    def prepare(self, products: int, rows: int) -> _Unscaled:
+    def prepare(self, products: int, rows: int) -> _Plain:
         self._scaled.prepare(products, rows)
         return self
 

@@ -12,14 +12,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hypergrad_ext.bilevel import Bilevel, Unused, finite
 from hypergrad_ext.linear_solve import SolverChoice, report
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status
+from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.solvers.base import check_number
-from hypergrad_ext.structure import Tree, take_apart
+from hypergrad_ext.structure import Space, Tree, take_apart
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ class HyperOptimizer:
     r"""Hypergradient descent: wraps the torch optimiser of the hyperparameters as that wraps their gradients.
 
     `step` computes the hypergradient (see `hypergrad_ext.hypergradient`), writes it to ``.grad`` of every
-    hyperparameter, over whatever training has left there, clips its norm, and steps the optimiser. The solution of
-    one solve starts the next. A step is taken as a whole or not at all: after a failed solve, an error, or a step
-    that would leave a hyperparameter other than finite, hyperparameters and optimiser are as they were.
+    hyperparameter, over whatever training has left there, clips its norm, and steps the optimiser. What a solve
+    found out (`SolverState`) helps the next. A step is taken as a whole or not at all: after a failed solve, an
+    error, or a step that would leave a hyperparameter other than finite, hyperparameters and optimiser are as they
+    were.
 
     Learning rate schedulers take ``optimizer`` itself. A run that was killed goes on from `state_dict` to the same
     bits, if its weights and random state were kept too.
@@ -58,10 +61,10 @@ class HyperOptimizer:
         solver: ``"auto"`` or a solver; the attribute may be changed between steps.
         damping: d >= 0; likewise.
         direct: Whether the direct gradient counts.
-        warm_start: Start every solve from the solution of the last.
+        warm_start: Hand what a solve left, in ``state``, to the next.
         max_norm: Clip the norm of the hypergradient to this.
         on_failure: ``"raise"`` raises `SolveError`; ``"skip"`` warns, counts in ``skipped`` and leaves everything
-            as it was, but the next solve starts from zero.
+            as it was. Either way the next solve starts afresh.
         scaler: A ``torch.amp.GradScaler``, for losses in float16: both losses are scaled by it, and a step that
             overflows is skipped and lowers the scale. It is updated here, once per step. (bfloat16 needs none.)
         unused: What hyperparameters get that no loss depends on: ``"warn"``, ``"zeros"`` or ``"error"``.
@@ -71,6 +74,7 @@ class HyperOptimizer:
         residual: Spend one more product per step on the true residual in ``solution``.
 
     Attributes:
+        state: What the last solve left: its solution, spectrum or sketch, and counts.
         steps: Steps taken.
         skipped: Steps not taken.
 
@@ -88,13 +92,12 @@ class HyperOptimizer:
         The inner minimum of ``(w - 3)^2 + lam w^2`` is ``w = 3 / (1 + lam)``; ``w = 1`` is wanted.
 
         >>> w, log_lam = torch.tensor(0.0, requires_grad=True), torch.tensor(0.0, requires_grad=True)
-        >>> outer = hg.HyperOptimizer(torch.optim.Adam([log_lam], lr=0.1), w, hg.CG())
+        >>> outer = hg.HyperOptimizer(torch.optim.SGD([log_lam], lr=0.5), w, hg.CG())
         >>> train_loss = lambda w: (w - 3) ** 2 + log_lam.exp() * w**2
-        >>> for _ in range(100):
-        ...     with torch.no_grad():
-        ...         w.copy_(3 / (1 + log_lam.exp()))  # train
+        >>> for _ in range(50):
+        ...     w.data = 3 / (1 + log_lam.detach().exp())  # train
         ...     result = outer.step(lambda w: (w - 1) ** 2, train_loss)
-        >>> round(float(log_lam.exp()), 2), str(result.solution.status)
+        >>> round(log_lam.exp().item(), 2), str(result.solution.status)
         (2.0, 'converged')
     """
 
@@ -117,6 +120,8 @@ class HyperOptimizer:
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer: expected a torch optimiser, got {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("optimizer: expected one that steps without a closure, got LBFGS")
         if on_failure not in ("raise", "skip"):
             raise ValueError(f"on_failure: expected 'raise' or 'skip', got {on_failure!r}")
         if max_norm is not None:
@@ -137,7 +142,7 @@ class HyperOptimizer:
         self._options: dict[str, Any] = {"unused": unused, "engine": engine}
         self._backend = backend
         self._residual = residual
-        self._x: list[Tensor] | None = None
+        self.state = SolverState()
 
     @property
     def hparams(self) -> list[Tensor]:
@@ -186,10 +191,11 @@ class HyperOptimizer:
         solution = problem.solve(
             self.solver,
             damping=self.damping,
-            x0=self._start(problem.hessian.space.shapes),
+            x0=None,
             residual=self._residual,
             backend=self._backend,
             operator=operator,
+            state=self.state if self.warm_start else None,
         )
         grads: list[Tensor] = []
         if not solution.useless:
@@ -208,7 +214,6 @@ class HyperOptimizer:
         except FloatingPointError as error:
             return self._not_taken(solution, norm, error)
         self.steps += 1
-        self._x = [t.detach() for t in take_apart("x", solution.value).tensors]
         return OuterStep(True, norm, clipped, solution)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -219,14 +224,14 @@ class HyperOptimizer:
         """All that the outer loop remembers, for ``torch.save``: references, as with torch's optimisers.
 
         Returns:
-            ``hparams``, the state of ``optimizer`` and ``scaler``, the start ``x`` of the next solve, and the counts.
-            Settings, weights and random state are not in it.
+            ``hparams``, the states of ``optimizer``, ``scaler`` and solver, and the counts. Settings, weights and
+            random state are not in it.
         """
         return {
             "hparams": [t.detach() for t in self.hparams],
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "x": self._x,
+            "solver": self.state.state_dict(),
             "steps": self.steps,
             "skipped": self.skipped,
         }
@@ -240,32 +245,27 @@ class HyperOptimizer:
         Raises:
             ValueError: If it does not fit; then nothing is changed.
         """
-        hparams, params = self.hparams, take_apart("params", self.params).tensors
-        missing = {"hparams", "optimizer", "scaler", "x", "steps", "skipped"} - state_dict.keys()
+        hparams, space = self.hparams, Space(take_apart("params", self.params))
+        missing = {"hparams", "optimizer", "scaler", "solver", "steps", "skipped"} - state_dict.keys()
         if missing:
             raise ValueError(
                 f"state_dict: expected one of a HyperOptimizer, got one without {', '.join(sorted(missing))}"
             )
-        for name, tensors in (("hparams", hparams), ("x", params)):
-            shapes = [tuple(t.shape) for t in state_dict[name] or ()]
-            expected = [tuple(t.shape) for t in tensors]
-            if shapes != expected and state_dict[name] is not None:
-                raise ValueError(f"state_dict[{name!r}]: expected tensors of shapes {expected}, got {shapes}")
+        shapes, expected = ([tuple(t.shape) for t in tensors] for tensors in (state_dict["hparams"], hparams))
+        if shapes != expected:
+            raise ValueError(f"state_dict['hparams']: expected tensors of shapes {expected}, got {shapes}")
         if (self.scaler is None) != (state_dict["scaler"] is None):
             raise ValueError("state_dict['scaler']: expected a scaler's state if and only if there is a scaler")
+        state = SolverState()
+        state.load_state_dict(pytree.tree_map_only(Tensor, lambda t: t.to(space.device), state_dict["solver"]))
+        state.check(space)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         if self.scaler is not None and state_dict["scaler"]:
             self.scaler.load_state_dict(state_dict["scaler"])
         with torch.no_grad():
             for t, value in zip(hparams, state_dict["hparams"], strict=True):
                 t.copy_(value)
-        x = state_dict["x"]
-        self._x = None if x is None else [t.to(p.device) for t, p in zip(x, params, strict=True)]
-        self.steps, self.skipped = state_dict["steps"], state_dict["skipped"]
-
-    def _start(self, shapes: list[torch.Size]) -> list[Tensor] | None:
-        fits = self.warm_start and self._x is not None and [t.shape for t in self._x] == shapes
-        return self._x if fits else None
+        self.state, self.steps, self.skipped = state, state_dict["steps"], state_dict["skipped"]
 
     def _loss_scale(self) -> float:
         # Asked for in this way, because the scaler makes its state when it first scales something.
@@ -281,6 +281,8 @@ class HyperOptimizer:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self._loss_scale() < scale:
+                raise FloatingPointError("the hypergradient overflows when it is scaled; the scale has been lowered")
         if not finite(hparams):
             raise FloatingPointError(
                 "the optimiser's step would leave a hyperparameter other than finite; lower its learning rate, or "
@@ -288,6 +290,7 @@ class HyperOptimizer:
             )
 
     def _not_taken(self, solution: Solution, norm: float, error: Exception) -> OuterStep:
+        self.state.x = self.state.spectrum = self.state.sketch = None
         overflow = solution.status in (Status.NON_FINITE_INPUT, Status.NON_FINITE_OPERATOR)
         if overflow and self._loss_scale() > 1:
             with _all_or_nothing(self.optimizer, self.hparams, keep=False):
@@ -296,7 +299,6 @@ class HyperOptimizer:
         elif self.on_failure == "raise":
             raise error
         self.skipped += 1
-        self._x = None
         warnings.warn(f"outer step skipped: {error}", SolveWarning, stacklevel=3)
         return OuterStep(False, norm, False, solution, str(error))
 

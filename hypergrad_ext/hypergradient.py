@@ -9,6 +9,7 @@ from hypergrad_ext.bilevel import Bilevel, Unused
 from hypergrad_ext.linear_solve import SolverChoice, report
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
+from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.structure import Tree
 
 
@@ -21,6 +22,7 @@ def hypergradient(
     *,
     damping: float = 0.0,
     x0: Tree | None = None,
+    state: SolverState | None = None,
     direct: bool = True,
     batches: Iterable[Any] | None = None,
     stochastic: bool = False,
@@ -51,6 +53,7 @@ def hypergradient(
         solver: ``"auto"`` or a solver.
         damping: d >= 0.
         x0: Start of the solve, such as ``solution.value`` of the last outer step.
+        state: What the last outer step's solve left, its solution included; see `SolverState`.
         direct: Whether the direct gradient, :math:`\partial L_V / \partial \lambda`, counts.
         batches: An iterable of what ``train_loss``, then a function, takes as second argument (a list or a
             ``DataLoader``): both of its derivatives are those of the mean over them, see `Hessian`. For several
@@ -112,7 +115,13 @@ def hypergradient(
         engine=engine,
     )
     solution = problem.solve(
-        solver, damping=damping, x0=x0, residual=return_solution, backend=backend, operator=operator
+        solver,
+        damping=damping,
+        x0=x0,
+        residual=return_solution,
+        backend=backend,
+        operator=operator,
+        state=state,
     )
     report(solution, throw)
     grads, judged = problem.hypergradient(solution)

@@ -13,6 +13,7 @@ from hypergrad_ext.bilevel import check_hparams
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
+from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.structure import Tree, take_apart
 
 
@@ -23,6 +24,7 @@ def implicit(
     solver: SolverChoice = "auto",
     *,
     damping: float = 0.0,
+    state: SolverState | None = None,
     throw: bool = True,
     engine: Engine = "auto",
     backend: str | None = None,
@@ -40,6 +42,7 @@ def implicit(
         hparams: The hyperparameters; they must require grad.
         solver: ``"auto"`` or a solver.
         damping: d >= 0.
+        state: What the last outer step's backward pass left; see `SolverState`. For one call of ``backward`` each.
         throw: Raise `SolveError` in the backward pass if the solve failed. Otherwise failures only warn.
         engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
@@ -73,7 +76,9 @@ def implicit(
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.
         now = Hessian(train_loss, params, engine=engine, name="train_loss")
         v = now.params.rebuild(grad_w)
-        solution = solve_for(now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend)
+        solution = solve_for(
+            now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend, state=state
+        )
         report(solution, throw)
         mixed = now.mixed(take_apart("x", solution.value).tensors, outer.tensors)
         return [None if m is None else -m for m in mixed]
