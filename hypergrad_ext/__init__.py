@@ -26,10 +26,12 @@ from hypergrad_ext.solution import Status as Status
 from hypergrad_ext.solvers import CG as CG
 from hypergrad_ext.solvers import MINRES as MINRES
 from hypergrad_ext.solvers import Auto as Auto
+from hypergrad_ext.solvers import BlockCG as BlockCG
 from hypergrad_ext.solvers import Chebyshev as Chebyshev
 from hypergrad_ext.solvers import Direct as Direct
 from hypergrad_ext.solvers import Identity as Identity
 from hypergrad_ext.solvers import Jacobi as Jacobi
+from hypergrad_ext.solvers import LiSSA as LiSSA
 from hypergrad_ext.solvers import Neumann as Neumann
 from hypergrad_ext.solvers import Nystrom as Nystrom
 from hypergrad_ext.solvers import Solver as Solver
@@ -62,11 +64,13 @@ __all__ = [
     "MLPHessian",
     # Solvers: how H^{-1} b is found
     "Auto",
+    "BlockCG",
     "CG",
     "Chebyshev",
     "Direct",
     "Identity",
     "Jacobi",
+    "LiSSA",
     "MINRES",
     "Neumann",
     "Nystrom",

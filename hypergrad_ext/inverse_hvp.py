@@ -21,7 +21,7 @@ def inverse_hvp(
     v: Tree,
     solver: SolverChoice = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = 0.0,
     x0: Tree | None = None,
     state: SolverState | None = None,
     throw: bool = True,
@@ -38,7 +38,7 @@ def inverse_hvp(
         v: The vector, with one leaf per parameter: shape of the parameter, or with one more leading
             dimension k on every leaf for a batch of k vectors.
         solver: ``"auto"``, or a solver such as ``Neumann(steps=20)`` or ``CG(tol=1e-4)``.
-        damping: d >= 0.
+        damping: d >= 0, or ``"auto"``; see `solve`.
         x0: Start from this instead of zero, in any structure that ``v`` may have.
         state: What the last solve of a slowly changing system left; see `SolverState`.
         throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
@@ -69,9 +69,7 @@ def inverse_hvp(
         tensor([1.0000, 0.2500])
     """
     operator = Hessian(loss, params, unused=unused, engine=engine)
-    solution = solve_for(
-        operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend, state=state
-    )
+    solution = solve_for(operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend, state=state)
     report(solution, throw)
     return solution.value
 

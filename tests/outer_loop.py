@@ -35,9 +35,7 @@ class Loop:
         self.inner = torch.optim.Adam(self.net.parameters(), lr=0.02)
         adam = torch.optim.Adam(self.hparams.values(), lr=0.1)
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(adam, 0.95)
-        self.outer = hg.HyperOptimizer(
-            adam, self.net, SOLVERS[solver], damping=1.0, max_norm=0.5, on_failure="skip"
-        )
+        self.outer = hg.HyperOptimizer(adam, self.net, SOLVERS[solver], damping=1.0, max_norm=0.5, on_failure="skip")
 
     def train_loss(self, params: dict[str, Tensor]) -> Tensor:
         rows = torch.randint(40, (20,))

@@ -10,6 +10,7 @@ import hypergrad_ext as hg
 
 NAMES = [
     "Auto",
+    "BlockCG",
     "CG",
     "Callable",
     "Chebyshev",
@@ -21,6 +22,7 @@ NAMES = [
     "HyperOptimizer",
     "Identity",
     "Jacobi",
+    "LiSSA",
     "LinearOperator",
     "MINRES",
     "MLPHessian",
@@ -43,7 +45,8 @@ NAMES = [
 WITH_EXAMPLE = [
     name
     for name in NAMES
-    if name not in ("LinearOperator", "Solution", "SolveError", "SolveWarning", "Solver", "Status", "OuterStep", "SolverState")
+    if name
+    not in ("LinearOperator", "Solution", "SolveError", "SolveWarning", "Solver", "Status", "OuterStep", "SolverState")
 ]
 
 

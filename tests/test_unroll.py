@@ -54,9 +54,7 @@ def test_gradcheck_by_hyperparameters_and_learning_rates(rule, checkpoint):
             penalty = sum((a.exp() * t.square()).sum() for a, t in zip(hparams, w, strict=True))
             return problem.train(w) + penalty
 
-        return problem.val(
-            hg.unroll(loss, problem.params, hparams, steps=4, lr=lr, checkpoint=checkpoint, **rule)
-        )
+        return problem.val(hg.unroll(loss, problem.params, hparams, steps=4, lr=lr, checkpoint=checkpoint, **rule))
 
     for shape in ((), (4,)):
         lr = torch.full(shape, 0.05, dtype=torch.float64, requires_grad=True)

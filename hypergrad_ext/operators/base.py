@@ -21,11 +21,13 @@ class LinearOperator(ABC):
         space: Shapes, dtypes and device of the vectors.
         symmetric: Whether ``H = H^T`` is known to hold.
         used: For every parameter, whether ``H`` depends on it at all.
+        lower: A number that no eigenvalue of ``H`` is below, if one is known; set it where you know one.
         spectrum: What Lanczos steps of a solver saw, kept for later solves.
     """
 
     space: Space
     symmetric: bool = True
+    lower: float | None = None
     spectrum: tuple | None = None
 
     @property

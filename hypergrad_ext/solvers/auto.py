@@ -74,9 +74,7 @@ class Auto(Solver):
         check_count("rank", self.rank, 0)
         check_count("long", self.long, 0)
         if self.on_negative_curvature not in ("minres", "stop"):
-            raise ValueError(
-                f"on_negative_curvature: expected 'minres' or 'stop', got {self.on_negative_curvature!r}"
-            )
+            raise ValueError(f"on_negative_curvature: expected 'minres' or 'stop', got {self.on_negative_curvature!r}")
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Choose and solve."""
@@ -97,7 +95,7 @@ class Auto(Solver):
         said = [f"CG, {outcome.steps} steps", *said, *([outcome.detail] if outcome.detail else [])]
         outcome.solver = solver
         if outcome.steps >= _CHECKED and b.dtype is not torch.float64 and Status.CONVERGED in outcome.statuses:
-            again = self._checked(system, b, b_norm, outcome)
+            again = self._checked(system, b, b_norm, solver, outcome)
             said += [f"{again} more after a look at the true residual"] if again else []
         if state.sketch is not None:
             state.sketch_steps = state.sketch_steps or outcome.steps
@@ -109,14 +107,14 @@ class Auto(Solver):
         outcome.detail = "; ".join(said)
         return outcome
 
-    def _checked(self, system: System, b: Tensor, b_norm: Tensor, outcome: Outcome) -> int:
+    def _checked(self, system: System, b: Tensor, b_norm: Tensor, solver: CG, outcome: Outcome) -> int:
         """Steps taken from the true residual, where rounding has kept it above the tolerance."""
         r = b - system.apply(outcome.x)
         norms = torch.linalg.vector_norm(r, dim=-1, dtype=torch.float64).reshape(-1)
         if bool((norms <= 2 * self.tol * b_norm.reshape(-1)).all()):
             return 0
         scale = power_of_two_scale(r)
-        again = outcome.solver.run(system, r * scale[..., None], b_norm * scale)
+        again = solver.run(system, r * scale[..., None], b_norm * scale)
         outcome.x += again.x / scale[..., None]
         outcome.steps += again.steps
         outcome.statuses = [

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numbers
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.ops import Op
 from hypergrad_ext.solution import Status
+from hypergrad_ext.solvers.checks import check_count as check_count
+from hypergrad_ext.solvers.checks import check_number as check_number
 from hypergrad_ext.solvers.state import SolverState
 
 # Steps between two looks at the device's flags where a look costs a synchronisation.
@@ -56,6 +58,7 @@ class System:
         backend: The backend asked for, if any.
         hvps: Products so far; one with a batch of k vectors counts k.
         state: What earlier solves left; a new one if nobody keeps it.
+        history: Where steps leave norms of residuals, if somebody wants them.
     """
 
     def __init__(
@@ -67,8 +70,14 @@ class System:
         self.prepared = operator
         self.damping = damping
         self.hvps = 0
+        self.history: list[list[float]] | None = None
         self._space = operator.space
         self.backend = backend
+
+    def record(self, squares: Iterable[float]) -> None:
+        """Take squared norms of residuals, one per row, into the history."""
+        if self.history is not None:
+            self.history.append([math.sqrt(square) if square >= 0 else math.nan for square in squares])
 
     def kernel(self, op: Op) -> Callable:
         """The function that runs a fused op on this system's device."""
@@ -148,30 +157,3 @@ class Solver(ABC):
         Returns:
             The outcome, with one status per row.
         """
-
-
-def check_count(argument: str, value: object, minimum: int) -> None:
-    """Refuse anything but an integer of at least ``minimum``.
-
-    Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is too small.
-    """
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{argument}: expected at least {minimum}, got {value}")
-
-
-def check_number(argument: str, value: object, *, positive: bool) -> None:
-    """Refuse anything but a finite number, positive or at least not negative.
-
-    Raises:
-        TypeError: If it is not a real number.
-        ValueError: If it is out of range.
-    """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a number, got {value!r}")
-    number = float(value)
-    if not (0 < number if positive else 0 <= number) or number == float("inf"):
-        raise ValueError(f"{argument}: expected a finite number {'> 0' if positive else '>= 0'}, got {value}")

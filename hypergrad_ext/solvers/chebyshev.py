@@ -47,8 +47,8 @@ class Chebyshev(Solver):
             and it is never below the damping or what K steps can resolve.
         tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
-            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that multiplies
-            by M.
+            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
+            multiplies by M.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -157,5 +157,10 @@ def _iterate(
         step_([x_old], [x], system.product(views), [b], argument, stats, alpha, momentum, system.damping)
         old, new = new, old
 
-    step = system.iterate(steps, advance, lambda step: watch.over(stats.view(-1, 3).tolist(), step))
+    def over(step: int) -> bool:
+        rows = stats.view(-1, 3).tolist()
+        system.record(row[0] for row in rows)
+        return watch.over(rows, step)
+
+    step = system.iterate(steps, advance, over)
     return new[0], step

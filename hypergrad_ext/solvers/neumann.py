@@ -117,9 +117,12 @@ class Neumann(Solver):
 
 
 def best_alpha(found: Spectrum, steps: int, damping: float) -> float:
-    """The step size of the least error after so many steps, by the quadrature of a spectrum, without divergence.
+    r"""The step size of the least error after so many steps, by the quadrature of a spectrum, without divergence.
 
-    The error has the square :math:`\\sum_i w_i ((1 - \\alpha \\lambda_i)^{K + 1} / \\lambda_i)^2`.
+    The error has the square :math:`\sum_i w_i ((1 - \alpha \lambda_i)^{K + 1} / \lambda_i)^2`.
+
+    Returns:
+        The step size.
     """
     low, size = found.low + damping, max(abs(found.low + damping), abs(found.high + damping))
     if low < -_NEGATIVE * size:
@@ -153,7 +156,7 @@ def series(
     Returns:
         The solution, the steps taken and the last step size.
     """
-    whole = _in_one_call(system, b, steps, alpha, watch)
+    whole = _in_one_call(system, b, steps, alpha, watch) if system.history is None else None
     if whole is not None:
         return whole
     v, p = b, b.clone()
@@ -169,7 +172,9 @@ def series(
         nonlocal alpha
         if watch is None:
             return False
-        over = watch.over(stats.view(-1, 2).tolist(), step)
+        rows = stats.view(-1, 2).tolist()
+        system.record(row[0] for row in rows)
+        over = watch.over(rows, step)
         kept.keep(watch, lambda row: alpha * (p.view(len(kept), -1)[row] - v.view(len(kept), -1)[row]))
         shrink = watch.shrink()
         if shrink > 1:
@@ -204,7 +209,9 @@ def richardson(
 
     def over(step: int) -> bool:
         nonlocal alpha
-        over = watch.over(stats.view(-1, 3).tolist(), step)
+        rows = stats.view(-1, 3).tolist()
+        system.record(row[0] for row in rows)
+        over = watch.over(rows, step)
         kept.keep(watch, lambda row: x.view(len(kept), -1)[row].clone())
         shrink = watch.shrink()
         if shrink > 1:

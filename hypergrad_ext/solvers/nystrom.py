@@ -35,7 +35,7 @@ class Sketch(NamedTuple):
 
 @dataclass(frozen=True)
 class Nystrom(Solver):
-    r"""The Nystrom method: :math:`H \approx Y (\Omega^\top Y)^{-1} Y^\top = U \Lambda U^\top`, with :math:`Y = H\Omega`.
+    r"""The Nystrom method: :math:`H \approx Y (\Omega^\top Y)^{-1} Y^\top = U \Lambda U^\top` with :math:`Y = H\Omega`.
 
     As a solver it is direct: :math:`x = (U \Lambda U^\top + d I)^{-1} b`, exact up to what the sketch leaves out of H,
     for any number of right-hand sides; without damping the pseudo-inverse. As a preconditioner,
@@ -59,9 +59,9 @@ class Nystrom(Solver):
         Applications 44, 2023.
 
     Example:
-        >>> A, b = torch.diag(torch.tensor([100.0, 10.0, 0.0])), torch.ones(3)
-        >>> hg.solve(hg.DenseMatrix(A), b, hg.Nystrom(rank=2), damping=0.1).value
-        tensor([ 0.0100,  0.0990, 10.0000])
+        >>> A, b = torch.diag(torch.tensor([9.0, 3.0, 0.0])), torch.ones(3)
+        >>> hg.solve(hg.DenseMatrix(A), b, hg.Nystrom(rank=2), damping=1.0).value
+        tensor([0.1000, 0.2500, 1.0000])
     """
 
     rank: int = 20

@@ -37,9 +37,9 @@ class Jacobi:
         Bekas, Kokiopoulou, Saad, "An Estimator for the Diagonal of a Matrix", Applied Numerical Mathematics 57, 2007.
 
     Example:
-        >>> A = torch.diag(torch.tensor([1.0, 1e4]))
+        >>> A = torch.diag(torch.tensor([1.0, 100.0]))
         >>> hg.solve(hg.DenseMatrix(A), torch.ones(2), hg.Neumann(steps=20, preconditioner=hg.Jacobi())).value
-        tensor([1.0000e+00, 1.0000e-04])
+        tensor([1.0000, 0.0100])
     """
 
     probes: int = 10
@@ -107,6 +107,8 @@ class Preconditioner:
     def of(cls, choice: PreconditionerChoice, system: System) -> Preconditioner | None:
         """The preconditioner for what a user gave, None for None, or where products are not finite."""
         space = system.operator.space
+        if isinstance(choice, Preconditioner):  # `Auto` has made one
+            return choice
         if isinstance(choice, Nystrom):
             sketch = sketch_of(system, choice.rank)
             return None if sketch is None or len(sketch.values) == 0 else SketchPreconditioner(sketch, system)

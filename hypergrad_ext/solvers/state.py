@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hypergrad_ext.solvers.checks import check_count
+
 if TYPE_CHECKING:
     from hypergrad_ext.solvers.lanczos import Spectrum
     from hypergrad_ext.solvers.nystrom import Sketch
@@ -32,6 +34,10 @@ class SolverState:
 
     Args:
         refresh: Solves for which a spectrum or a sketch is kept.
+
+    Raises:
+        TypeError: If ``refresh`` is not an integer.
+        ValueError: If it is less than 1.
 
     Attributes:
         x: The last solution, flat ``(n,)`` or ``(k, n)``, in the dtype of the solver state.
@@ -62,6 +68,10 @@ class SolverState:
     steps: int = 0
     solves: int = 0
     hvps: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_count("refresh", self.refresh, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, for ``torch.save``: tensors, numbers and tuples; a solve goes on bit for bit."""
