@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -95,7 +96,11 @@ class Bilevel:
         Raises:
             ValueError: If hyperparameters are unused, and that was to be an error, or all are.
         """
-        mixed = self._unscaled(self.hessian.mixed(take_apart("x", solution.value).tensors, self.hparams.tensors))
+        x = take_apart("x", solution.value).tensors
+        # A small x would underflow beside a scaled loss, whose own derivatives do not.
+        unit = 1.0 if self._scale == 1 or solution.status.failed else _power_of_two_below(x)
+        mixed = self._unscaled(self.hessian.mixed([t / unit for t in x] if unit != 1 else x, self.hparams.tensors))
+        mixed = [t if t is None or unit == 1 else t * unit for t in mixed]
         self._name_unused(mixed)
         grads = [_difference(t, d, m) for t, d, m in zip(self.hparams.tensors, self._direct, mixed, strict=True)]
         if not solution.status.failed and not finite(grads):
@@ -166,7 +171,7 @@ class Bilevel:
         """Derivatives of a loss from those of its multiple."""
         if self._scale == 1:
             return list(derivatives)
-        return [None if t is None else t / self._scale for t in derivatives]
+        return [None if t is None else _at_least_float32(t) / self._scale for t in derivatives]
 
 
 class _Plain(LinearOperator):
@@ -190,7 +195,7 @@ class _Plain(LinearOperator):
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         product = self._scaled.matvec(v)
-        return product if self._scale == 1 else [t / self._scale for t in product]
+        return product if self._scale == 1 else [_at_least_float32(t) / self._scale for t in product]
 
     def prepare(self, products: int, rows: int) -> _Plain:
         self._scaled.prepare(products, rows)
@@ -229,4 +234,14 @@ def finite(tensors: Sequence[Tensor]) -> bool:
 
 def _difference(like: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:
     result = torch.zeros_like(like) if direct is None else direct.detach()
-    return result.detach() if mixed is None else result - mixed
+    return (result if mixed is None else result - mixed).detach().to(like.dtype)
+
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def _power_of_two_below(tensors: Sequence[Tensor]) -> float:
+    """A power of two close to the largest magnitude; 1 if all are zero or one is not finite."""
+    largest = float(torch.nn.utils.get_total_norm(list(tensors), torch.inf))
+    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0

@@ -210,7 +210,9 @@ class HyperOptimizer:
             grads = [g * (self.max_norm / norm) for g in grads]
         try:
             with _all_or_nothing(self.optimizer, hparams):
+                scale = self._loss_scale()
                 self._advance(hparams, grads)
+                self._check(hparams, scale)
         except FloatingPointError as error:
             return self._not_taken(solution, norm, error)
         self.steps += 1
@@ -281,8 +283,10 @@ class HyperOptimizer:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self._loss_scale() < scale:
-                raise FloatingPointError("the hypergradient overflows when it is scaled; the scale has been lowered")
+
+    def _check(self, hparams: list[Tensor], scale: float) -> None:
+        if self._loss_scale() < scale:
+            raise FloatingPointError("the hypergradient overflows when it is scaled; the scale has been lowered")
         if not finite(hparams):
             raise FloatingPointError(
                 "the optimiser's step would leave a hyperparameter other than finite; lower its learning rate, or "
