@@ -47,7 +47,7 @@ def solve(
         b: Right-hand side with one leaf per parameter, or a batch with one more leading dimension k.
         solver: ``"auto"`` or a solver.
         damping: d >= 0; or ``"auto"``: none where 20 Lanczos steps see no negative eigenvalue, else what lifts the most
-            negative one to a tenth of its magnitude; ten times more, up to three times, where a solve meets negative
+            negative one to a quarter of its magnitude; ten times more, up to three times, where a solve meets negative
             curvature or diverges all the same. `Solution.damping` is what was taken.
         x0: Start from this instead of zero.
         state: What the last solve of a slowly changing system left; see `SolverState`.
@@ -160,10 +160,12 @@ def _solve_damped(
 ) -> Solution:
     """Solve with damping from the most negative Ritz value, and more if that was not enough."""
     system = System(operator, 0.0, backend, state)
-    found = lanczos(system, _DAMPING_STEPS)
+    found = lanczos(system, _DAMPING_STEPS, packed.flat.nan_to_num(0, 0, 0))
+    if math.isfinite(found.size):
+        operator.spectrum = found
     spent, damping = system.hvps, 0.0
     if found.low < -_NEGATIVE * found.size:
-        damping = 1.1 * (found.low_error - found.low)
+        damping = 1.25 * (found.low_error - found.low)
     for attempt in range(4):
         system = System(operator, damping, backend, state)
         system.hvps, system.history = spent, [] if history else None

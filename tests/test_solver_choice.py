@@ -88,7 +88,7 @@ class TestNystrom:
 
     def test_cg_needs_half_of_the_products_with_it(self):
         """Counted without the sketch's 20 products, and with them."""
-        a, b = with_eigenvalues(OUTLIERS) + 1e-3 * torch.eye(200, dtype=F64), torch.randn(200, dtype=F64)
+        a, b = with_eigenvalues(OUTLIERS), torch.randn(200, dtype=F64)
         truth = torch.linalg.solve(a, b)
 
         def products_to(error: float, preconditioner: hg.Nystrom | None) -> tuple[int, int]:
@@ -118,12 +118,12 @@ class TestLiSSA:
 
     def test_more_repeats_come_nearer_and_the_standard_error_says_how_near(self):
         operator, b, truth = self.problem()
-        solutions = [hg.solve(operator, b, hg.LiSSA(60, repeats, alpha=0.1)) for repeats in (2, 64)]
+        solutions = [hg.solve(operator, b, hg.LiSSA(150, repeats, alpha=0.1)) for repeats in (2, 64)]
         errors = [relative_error(s.value, truth) for s in solutions]
         assert errors[1] < errors[0] and errors[1] < 0.1
         claimed = float(solutions[1].detail.split()[-1])
         assert claimed / 4 < errors[1] < 4 * claimed
-        assert solutions[1].hvps == 60 * 64 + 1 and solutions[1].steps == 60 * 64
+        assert solutions[1].hvps == 150 * 64 + 1 and solutions[1].steps == 150 * 64
 
     def test_on_a_fixed_matrix_it_is_neumann(self):
         a, b = spd(9, 4.0), torch.randn(9, dtype=F64)
@@ -185,7 +185,9 @@ class TestAutomaticDamping:
         a, b = spd(30, 100.0), torch.randn(30, dtype=F64)
         assert hg.solve(hg.DenseMatrix(a), b, hg.CG(), damping="auto").damping == 0
 
-    @pytest.mark.parametrize("solver", [hg.CG(), hg.Chebyshev(100), hg.Neumann(40), hg.BlockCG(), "auto"], ids=str)
+    @pytest.mark.parametrize(
+        "solver", [hg.CG(), hg.Chebyshev(40, tol=1e-2), hg.Neumann(40), hg.BlockCG(), "auto"], ids=str
+    )
     def test_lifts_the_most_negative_eigenvalue(self, solver):
         a, b = with_eigenvalues(torch.linspace(-0.4, 1, 50, dtype=F64)), torch.randn(50, dtype=F64)
         solution = hg.solve(products(a), b, solver, damping="auto")
@@ -358,14 +360,13 @@ class TestAuto:
 
 
 class TestState:
-    """30 drifting outer steps of a logistic regression whose penalty is small: condition about 2e4."""
+    """30 drifting outer steps of a logistic regression whose penalty is small: condition 2e4."""
 
     def problem(self, step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
-        n, d = 512, 160
-        x = torch.randn(n, d, generator=generator, dtype=F64) * torch.logspace(0, -1.5, d, dtype=F64)
-        x[:, 0] = 3 + x[:, 0]
-        w = torch.randn(d, generator=generator, dtype=F64)
+        n, d = 512, 200
+        x = 6 * torch.randn(n, d, generator=generator, dtype=F64) / torch.arange(1, d + 1)
+        w = 0.3 * torch.randn(d, generator=generator, dtype=F64)
         drift = torch.randn(d, generator=generator, dtype=F64)
         b = torch.randn(d, generator=generator, dtype=F64)
         b_drift = torch.randn(d, generator=generator, dtype=F64)

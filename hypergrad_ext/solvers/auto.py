@@ -33,7 +33,7 @@ class Auto(Solver):
     1. A matrix that is there, or cheaper to form than to multiply by (`GLMHessian` with few columns), is factorised.
     2. Else conjugate gradients, from the last solution where a `SolverState` is held. Once a solve with that state
        took more than ``long`` steps, the next ones are preconditioned by a `Nystrom` sketch of ``rank`` products,
-       made anew after ``state.refresh`` solves or when steps have doubled.
+       made anew once its age has cost as many steps as it did.
     3. Where they meet negative curvature, `MINRES` solves the system as it is; `Solution.indefinite` says so, and
        `inverse_hvp` warns, since a saddle point of the training loss has no implicit function.
     4. Where rounding hid the residual, they start again from what there is, in what the dtype can give.
@@ -99,7 +99,8 @@ class Auto(Solver):
             said += [f"{again} more after a look at the true residual"] if again else []
         if state.sketch is not None:
             state.sketch_steps = state.sketch_steps or outcome.steps
-            if outcome.steps > 2 * state.sketch_steps + 10 or Status.NEGATIVE_CURVATURE in outcome.statuses:
+            state.sketch_lost += max(outcome.steps - state.sketch_steps, 0)
+            if Status.NEGATIVE_CURVATURE in outcome.statuses:
                 state.sketch = None
         if self.on_negative_curvature == "minres" and Status.NEGATIVE_CURVATURE in outcome.statuses:
             outcome = self._indefinite(system, b, b_norm, outcome)
@@ -126,11 +127,11 @@ class Auto(Solver):
     def _sketched(self, system: System) -> tuple[SketchPreconditioner | None, str]:
         """The preconditioner of the state's sketch, made or kept."""
         state = system.state
-        if state.sketch is not None and state.sketch_age < state.refresh:
+        if state.sketch is not None and state.sketch_lost < len(state.sketch.values):
             why = f"preconditioned by a sketch of rank {len(state.sketch.values)} from {state.sketch_age} solves ago"
             return SketchPreconditioner(state.sketch, system), why
         rank = min(self.rank, system.operator.space.numel // 4, _SKETCH_NUMBERS // system.operator.space.numel)
-        state.sketch, state.sketch_age, state.sketch_steps = None, 0, 0
+        state.sketch, state.sketch_age, state.sketch_steps, state.sketch_lost = None, 0, 0, 0
         sketch = sketch_of(system, rank) if rank else None
         if sketch is None or len(sketch.values) < 2:
             return None, "no sketch: too few weights, too many, or no positive curvature"

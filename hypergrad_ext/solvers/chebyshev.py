@@ -36,12 +36,12 @@ class Chebyshev(Solver):
 
     The step sizes depend on the bounds alone, so that nothing waits for the device but the check for divergence.
 
-    Cost: K Hessian-vector products, and 8 more for ``bounds=None``, once per operator; with a preconditioner 8 more
+    Cost: K Hessian-vector products, and 10 more for ``bounds=None``, once per operator; with a preconditioner 10 more
     per solve.
 
     Args:
         steps: K, the number of products; K = 0 gives ``2 / (l + u) M b``.
-        bounds: Bounds of the eigenvalues, damping and preconditioner included. None takes them from 8 Lanczos steps:
+        bounds: Bounds of the eigenvalues, damping and preconditioner included. None takes them from 10 Lanczos steps:
             above the largest Ritz value by its error and a tenth, below the smallest likewise, by a factor of 5 at
             most. Without ``tol`` the lower one is lower still where K steps can divide residuals by a million there,
             and it is never below the damping or what K steps can resolve.
@@ -115,7 +115,7 @@ class Chebyshev(Solver):
         high = found.high + found.high_error + margin + damping
         least = high / (self.steps + 1) ** 2
         if found.low < 0:
-            return max(found.low - found.low_error - margin + damping, least), high
+            return max((1 + _MARGIN) * (found.low - found.low_error) + damping, least), high
         low = max((found.low - found.low_error) / (1 + _MARGIN), _GUARD * found.low) + damping
         if self.tol is None:  # steps to spare go to smaller eigenvalues than Lanczos saw
             low = min(low, 7.25**2 * least)

@@ -11,7 +11,7 @@ from torch import Tensor
 from hypergrad_ext.solvers.base import System
 from hypergrad_ext.solvers.preconditioner import Preconditioner
 
-STEPS = 8
+STEPS = 10
 
 
 class Spectrum(NamedTuple):
@@ -56,7 +56,7 @@ def spectrum_of(system: System, b: Tensor, preconditioner: Preconditioner | None
     Returns:
         The spectrum.
 
-    Cost: 8 Hessian-vector products, or none.
+    Cost: 10 Hessian-vector products, or none.
     """
     if preconditioner is not None:
         return lanczos(system, STEPS, b, preconditioner)

@@ -30,14 +30,14 @@ class LiSSA(Solver):
     The mean is unbiased for the truncated series. Its variance falls as 1 / ``repeats``, and what the runs differ by
     is in ``Solution.detail`` as the standard error of the mean, relative to the solution.
 
-    Cost: ``steps * repeats`` Hessian-vector products, each of one batch, and 8 more for ``alpha=None``, once per
+    Cost: ``steps * repeats`` Hessian-vector products, each of one batch, and 10 more for ``alpha=None``, once per
     operator.
 
     Args:
         steps: Products of one run.
         repeats: Runs.
         alpha: Step size; no batch may have an eigenvalue above ``2 / alpha``. None takes half of what is safe by the
-            spectrum that 8 Lanczos steps see, which they estimate from batches, too.
+            spectrum that 10 Lanczos steps see, which they estimate from batches, too.
 
     Raises:
         TypeError: If a setting has the wrong type.

@@ -37,12 +37,12 @@ class Neumann(Solver):
     :math:`x = \alpha M b`, the same series for :math:`M (H + d I)`: one penalty per weight, say, can raise the
     largest eigenvalue to where any alpha is too small for the rest, and its diagonal undoes that.
 
-    Cost: K Hessian-vector products, and 8 more for ``alpha=None``, once per operator or while a `SolverState` keeps
-    what they showed; with a preconditioner 8 more per solve.
+    Cost: K Hessian-vector products, and 10 more for ``alpha=None``, once per operator or while a `SolverState` keeps
+    what they showed; with a preconditioner 10 more per solve.
 
     Args:
         steps: K, the number of updates; K + 1 terms are summed. K = 0 gives ``alpha * b``.
-        alpha: Step size. None takes the one that leaves the least error after K steps in the spectrum that 8 Lanczos
+        alpha: Step size. None takes the one that leaves the least error after K steps in the spectrum that 10 Lanczos
             steps see, below ``1.9 / (largest eigenvalue + d)``.
         tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the

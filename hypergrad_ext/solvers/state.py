@@ -28,12 +28,12 @@ class SolverState:
 
     Every solver starts from the last solution, unless that is worse than zero or ``x0`` is given; `Neumann` and
     `Chebyshev` reuse what Lanczos steps saw of the spectrum, and ``solver="auto"`` a Nystrom preconditioner once
-    solves are long. What was measured on an earlier operator is measured again after ``refresh`` solves, and at once
-    when a solve fails with it. A wrong start or an old sketch costs products, never accuracy: solvers with a tolerance
-    still meet it.
+    solves are long. What was measured on an earlier operator is measured again after ``refresh`` solves (a sketch
+    once its age has cost what it did), and at once when a solve fails with it. A wrong start or an old sketch costs
+    products, never accuracy: solvers with a tolerance still meet it.
 
     Args:
-        refresh: Solves for which a spectrum or a sketch is kept.
+        refresh: Solves for which a spectrum is kept.
 
     Raises:
         TypeError: If ``refresh`` is not an integer.
@@ -46,6 +46,7 @@ class SolverState:
         sketch: The Nystrom sketch of the operator.
         sketch_age: Solves since then.
         sketch_steps: Steps that the first solve with the sketch took.
+        sketch_lost: Steps above that number that later ones took, in all.
         steps: Steps that the last solve took.
         solves: Solves so far.
         hvps: Hessian-vector products so far, in all solves.
@@ -65,6 +66,7 @@ class SolverState:
     sketch: Sketch | None = None
     sketch_age: int = 0
     sketch_steps: int = 0
+    sketch_lost: int = 0
     steps: int = 0
     solves: int = 0
     hvps: int = 0
