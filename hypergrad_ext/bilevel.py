@@ -69,7 +69,7 @@ class Bilevel:
         self,
         solver: SolverChoice,
         *,
-        damping: float,
+        damping: float | Literal["auto"],
         x0: Tree | None,
         residual: bool,
         backend: str | None,

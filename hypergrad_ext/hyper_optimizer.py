@@ -59,7 +59,7 @@ class HyperOptimizer:
         optimizer: A torch optimiser of the hyperparameters, which must require grad.
         params: The weights w: tensor, list, tuple, dict or ``nn.Module``.
         solver: ``"auto"`` or a solver; the attribute may be changed between steps.
-        damping: d >= 0; likewise.
+        damping: d >= 0, or ``"auto"`` (see `solve`); likewise.
         direct: Whether the direct gradient counts.
         warm_start: Hand what a solve left, in ``state``, to the next.
         max_norm: Clip the norm of the hypergradient to this.
@@ -107,7 +107,7 @@ class HyperOptimizer:
         params: Tree,
         solver: SolverChoice = "auto",
         *,
-        damping: float = 0.0,
+        damping: float | Literal["auto"] = 0.0,
         direct: bool = True,
         warm_start: bool = True,
         max_norm: float | None = None,
@@ -126,7 +126,8 @@ class HyperOptimizer:
             raise ValueError(f"on_failure: expected 'raise' or 'skip', got {on_failure!r}")
         if max_norm is not None:
             check_number("max_norm", max_norm, positive=True)
-        check_number("damping", damping, positive=False)
+        if damping != "auto":
+            check_number("damping", damping, positive=False)
         take_apart("params", params)
         self.optimizer = optimizer
         self.params = params

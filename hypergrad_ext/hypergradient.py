@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from hypergrad_ext.bilevel import Bilevel, Unused
 from hypergrad_ext.linear_solve import SolverChoice, report
@@ -20,7 +20,7 @@ def hypergradient(
     hparams: Tree,
     solver: SolverChoice = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = 0.0,
     x0: Tree | None = None,
     state: SolverState | None = None,
     direct: bool = True,
@@ -51,7 +51,7 @@ def hypergradient(
         params: The weights w: tensor, list, tuple, dict or ``nn.Module``.
         hparams: The hyperparameters :math:`\lambda`: any number of tensors of any shape that require grad.
         solver: ``"auto"`` or a solver.
-        damping: d >= 0.
+        damping: d >= 0, or ``"auto"``; see `solve`.
         x0: Start of the solve, such as ``solution.value`` of the last outer step.
         state: What the last outer step's solve left, its solution included; see `SolverState`.
         direct: Whether the direct gradient, :math:`\partial L_V / \partial \lambda`, counts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ def implicit(
     hparams: Tree,
     solver: SolverChoice = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = 0.0,
     state: SolverState | None = None,
     throw: bool = True,
     engine: Engine = "auto",
@@ -41,7 +41,7 @@ def implicit(
         params: The weights, at a minimum of the training loss. They must not change before the backward pass.
         hparams: The hyperparameters; they must require grad.
         solver: ``"auto"`` or a solver.
-        damping: d >= 0.
+        damping: d >= 0, or ``"auto"``; see `solve`.
         state: What the last outer step's backward pass left; see `SolverState`. For one call of ``backward`` each.
         throw: Raise `SolveError` in the backward pass if the solve failed. Otherwise failures only warn.
         engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
