@@ -87,7 +87,7 @@ def hypergradient(
     =============================== ============================================================
     T1-T2, no products              ``Identity(alpha)``, alpha the inner learning rate
     the last i inner SGD steps      ``Neumann(steps=i - 1, alpha=learning_rate)``, exact at the optimum
-    the stochastic series, LiSSA    ``Neumann(steps=K)`` with ``batches`` and ``stochastic``
+    the stochastic series           ``LiSSA(steps=K)`` with ``batches`` and ``stochastic``
     =============================== ============================================================
 
     References:

@@ -17,7 +17,7 @@ import torch
 import hypergrad_ext as hg
 from tests.outer_loop import SOLVERS, Loop
 
-STEPS = 24
+STEPS = 18
 
 
 @pytest.fixture(scope="module")

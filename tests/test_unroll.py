@@ -185,7 +185,7 @@ torch.manual_seed(0)
 torch.set_num_threads(1)
 net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(),
                     nn.AvgPool2d(7), nn.Flatten(), nn.Linear(256, 10))
-x, y = torch.randn(96, 1, 28, 28), torch.randint(10, (96,))
+x, y = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
 lam = {n: torch.full_like(p, -6.0).requires_grad_() for n, p in net.named_parameters()}
 call = lambda w: nn.functional.cross_entropy(torch.func.functional_call(net, w, (x,)), y)
 train = lambda w: call(w) + sum((lam[n].exp() * t**2).sum() for n, t in w.items())
