@@ -151,8 +151,8 @@ def _figure(results: Results) -> object:
     figure = figures.figure(
         3,
         f"{results.data}, {results.protocol.train} training examples, half of the labels redrawn. Lines: medians over "
-        "seeds, bands: least to largest. Left: with a learnt weight per example the test error falls below that of "
-        "training on everything, towards that of the right labels alone. Middle: how well the weights rank right above "
+        "seeds, bands: least to largest. Grey: training on everything, and on the right labels alone; if wrong labels "
+        "cost accuracy at all, cleaning ends between them. Middle: how well the weights rank right above "
         "wrong labels (0.5 is chance). Right: the weights at the end.",
     )
     left, middle, right = figure.subplots(1, 3)

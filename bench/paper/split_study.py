@@ -166,8 +166,8 @@ def _figure(results: Results) -> object:
     figure = figures.figure(
         len(p.sizes),
         "Line: median over seeds, band: least to largest. Solid: weights as tuned; dashed: trained anew on all N "
-        "examples with the penalties found. One penalty wants a small validation share, and loses a lot beyond it; one "
-        "per weight wants a larger one. After training anew the share matters little.",
+        "examples with the penalties found. One penalty gains nothing from a larger validation share and loses "
+        "training examples; one per weight makes up for part of them. After training anew the share matters little.",
         width=5.6 if len(p.sizes) == 1 else 4.6,
         height=4.2,
     )

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import _native
-from hypergrad_ext.engines.layout import Instruction, Root, View, allocate, group
+from hypergrad_ext.engines.layout import Instruction, allocate, group
 from hypergrad_ext.engines.lowering import Lowering, Unsupported
 from hypergrad_ext.engines.program import Program
 from hypergrad_ext.engines.record import Recording
+from hypergrad_ext.engines.views import Root, View
 
 
 class Plan:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench import measure
 from bench.paper.lstm.model import NAMES, PENALTIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TITLES = {
     "none": "no regularisation",
@@ -83,7 +88,13 @@ def write(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     found = claims(records)
     if found:
         print(measure.table(found))
-    drawn = _figures(records, folder, stem)
+    drawn = []
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures: pip install matplotlib")
+    else:
+        for name, figure in figures(records).items():
+            drawn.append(folder / f"{stem}_{name}.png")
+            figure.savefig(drawn[-1], dpi=100)
     budget = content["protocol"]["seconds"]
     equal = f"{budget:g} s each" if budget else f"{content['protocol']['steps']} inner steps each"
     lines = [f"# {stem}", "", ", ".join(f"{k} {v}" for k, v in content["environment"].items()), ""]
@@ -103,28 +114,23 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}"
 
 
-def _figures(records: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("no figures: pip install matplotlib")
-        return []
+def figures(records: dict[str, Any]) -> dict[str, Figure]:
+    """Perplexity over time and over steps; the hyperparameters over time."""
+    from matplotlib.figure import Figure
+
     drawing = Figure(figsize=(10, 4.2), layout="constrained")
-    drawing.supxlabel("Best validation perplexity so far. A search starts anew with every trial.", x=0.01, ha="left")
+    caption = "Best validation perplexity so far. A search starts anew with every trial."
+    drawing.supxlabel(caption, x=0.01, ha="left", fontsize=9.5)
     for axis, key in zip(drawing.subplots(1, 2), ("seconds", "step"), strict=True):
         for method, record in records.items():
-            best, lowest = [], math.inf
-            for value in record["valid"]:
-                lowest = min(lowest, math.inf if value is None else value)
-                best.append(lowest)
-            axis.plot(record[key], best, label=TITLES[method])
+            values = [math.inf if value is None else value for value in record["valid"]]
+            axis.plot(record[key], list(itertools.accumulate(values, min)), label=TITLES[method])
         axis.set(yscale="log", xlabel="time / s" if key == "seconds" else "inner steps", ylabel="validation perplexity")
         axis.legend(fontsize=8)
-    paths = [folder / f"{stem}_perplexity.png"]
-    drawing.savefig(paths[0], dpi=100)
+    drawn = {"perplexity": drawing}
     if "seven" in records:
-        drawing = Figure(figsize=(10, 4.2), layout="constrained")
-        drawing.supxlabel("The seven hyperparameters while they are tuned.", x=0.01, ha="left")
+        drawing = drawn["hyperparameters"] = Figure(figsize=(10, 4.2), layout="constrained")
+        drawing.supxlabel("The seven hyperparameters while they are tuned.", x=0.01, ha="left", fontsize=9.5)
         axes, record = drawing.subplots(1, 2), records["seven"]
         for name in NAMES:
             axes[int(name in PENALTIES)].plot(record["seconds"], record[f"hyper_{name}"], label=name)
@@ -132,6 +138,4 @@ def _figures(records: dict[str, Any], folder: Path, stem: str) -> list[Path]:
             axis.set(xlabel="time / s", ylabel=label)
             axis.legend(fontsize=8)
         axes[1].set_yscale("log")
-        paths.append(folder / f"{stem}_hyperparameters.png")
-        drawing.savefig(paths[1], dpi=100)
-    return paths
+    return drawn
