@@ -126,11 +126,18 @@ def plot() -> None:
         a = every[name]
         b = torch.randn(len(a), dtype=F64)
         truth = torch.linalg.solve(a, b)
-        for solver, make in SOLVERS.items():
+        for colour, (solver, make) in enumerate(SOLVERS.items()):
             points = [error_of(a, b, truth, make(k)) for k in sorted({round(10 ** (i / 8)) for i in range(21)})]
-            points = [(hvps, error) for error, hvps in points if error < 2]
-            if points:
-                axis.loglog(*zip(*points, strict=True), label=solver, marker=".", markersize=4, linewidth=1.3)
+            points = [(hvps, error) for error, hvps in points if error < 1.2]
+            if len(points) > 1:
+                axis.loglog(
+                    *zip(*points, strict=True),
+                    label=solver,
+                    color=f"C{colour}",
+                    marker=".",
+                    markersize=4,
+                    linewidth=1.3,
+                )
         axis.set_title(name)
         axis.set_ylim(1e-6, 2)
         axis.grid(alpha=0.3)
