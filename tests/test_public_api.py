@@ -19,6 +19,7 @@ NAMES = [
     "GLMHessian",
     "GaussNewton",
     "Hessian",
+    "HyperOptimizer",
     "Identity",
     "Jacobi",
     "LiSSA",
@@ -27,6 +28,7 @@ NAMES = [
     "MLPHessian",
     "Neumann",
     "Nystrom",
+    "OuterStep",
     "Solution",
     "SolveError",
     "SolveWarning",
@@ -38,11 +40,13 @@ NAMES = [
     "implicit",
     "inverse_hvp",
     "solve",
+    "unroll",
 ]
 WITH_EXAMPLE = [
     name
     for name in NAMES
-    if name not in ("LinearOperator", "Solution", "SolveError", "SolveWarning", "Solver", "Status")
+    if name
+    not in ("LinearOperator", "Solution", "SolveError", "SolveWarning", "Solver", "Status", "OuterStep", "SolverState")
 ]
 
 
@@ -65,7 +69,7 @@ def test_docstring_has_arguments_errors_and_an_example(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp"),
+        *("inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp", "unroll", "HyperOptimizer"),
         *("CG", "Chebyshev", "Direct", "Identity", "MINRES", "Neumann"),
     ],
 )
