@@ -54,19 +54,21 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         return _refuse(f"--device {options.device}: {str(error).splitlines()[0]}")
-    # Models of a few thousand weights run several times faster on one thread than on two.
-    torch.set_num_threads(options.threads or (1 if options.data == "digits" else torch.get_num_threads()))
+    threads = torch.get_num_threads()
     deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
     summary: list[dict[str, object]] = []
     status, start = 0, time.perf_counter()
     for experiment in chosen:
-        if options.data not in experiment.datasets:
+        name = options.data or experiment.bundled
+        if name not in experiment.datasets:
             if len(chosen) == 1:
-                return _refuse(f"--data: {experiment.name} takes {', '.join(experiment.datasets)}, got {options.data}")
+                return _refuse(f"--data: {experiment.name} takes {', '.join(experiment.datasets)}, got {name}")
             continue
+        # Models of a few thousand weights run several times faster on one thread than on two.
+        torch.set_num_threads(options.threads or (1 if name == experiment.bundled else threads))
         seeds = options.seeds or (experiment.quick_seeds if options.quick else experiment.seeds)
         settings = Settings(
-            options.data, options.data_dir, options.download, device, seeds, options.quick, options.out, deadline
+            name, options.data_dir, options.download, device, seeds, options.quick, options.out, deadline
         )
         try:
             report = run(experiment, settings, fresh=options.fresh, save=options.save_results)
@@ -83,7 +85,7 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
                 for c in report.claims
             ]
     if len(chosen) > 1:
-        print(f"\n== Summary: {time.perf_counter() - start:.0f} s, data {options.data}\n")
+        print(f"\n== Summary: {time.perf_counter() - start:.0f} s, data {options.data or 'at hand'}\n")
         if summary:
             print(left_table(summary))
     return status
@@ -109,7 +111,7 @@ def run(experiment: Experiment, settings: Settings, *, fresh: bool = False, save
     if experiment.not_yet_run:
         print(f"   Not yet run: {experiment.not_yet_run}")
     store = Store(experiment, settings, fresh=fresh)
-    settings.images()
+    experiment.load(settings)
     for arm, seed in store.todo():
         if settings.expired or not _finished(store, arm, seed):
             total = len(store.arms) * settings.seeds
@@ -187,7 +189,8 @@ def _parser(known: dict[str, Experiment], only: Experiment | None) -> argparse.A
     )
     if not only:
         parser.add_argument("name", choices=[*known, "all"], help="the experiment")
-    parser.add_argument("--data", choices=data.NAMES, default="digits", help="data set (default: digits)")
+    names = sorted({name for experiment in known.values() for name in experiment.datasets})
+    parser.add_argument("--data", choices=names, help="data set (default: one that needs no files)")
     parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with its files")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
     parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
@@ -196,7 +199,7 @@ def _parser(known: dict[str, Experiment], only: Experiment | None) -> argparse.A
     parser.add_argument("--out", type=Path, default=Path("out/paper"), metavar="DIR", help="folder for results")
     parser.add_argument("--fresh", action="store_true", help="forget what was run before, instead of going on")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the same command goes on")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: 1 for digits)")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: 1 without files)")
     parser.add_argument("--save-results", action="store_true", help="also write to bench/results/paper")
     return parser
 

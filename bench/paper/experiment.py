@@ -187,6 +187,8 @@ class Experiment:
         run: Runs one arm with one seed; torch's generators are seeded with it.
         report: From all results to what is shown.
         datasets: Data sets that it can take.
+        bundled: The one of them that needs no files; taken if none is asked for.
+        load: Reads the data set, which has a ``name``.
         seeds: Number of seeds without ``--seeds``.
         quick_seeds: The same with ``--quick``.
         not_yet_run: Settings that are scripted and have not been run, such as those for a GPU.
@@ -199,6 +201,8 @@ class Experiment:
     run: Callable[[Job], Record]
     report: Callable[[Results], Report]
     datasets: Sequence[str] = data.NAMES
+    bundled: str = "digits"
+    load: Callable[[Settings], Any] = Settings.images
     seeds: int = 3
     quick_seeds: int = 3
     not_yet_run: str = ""

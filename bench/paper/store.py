@@ -107,7 +107,7 @@ class Store:
         if here not in self.content["environments"]:
             self.content["environments"].append(here)
         plain = {key: _plain(value) for key, value in record.items() if key not in tensors}
-        self.content["data"] = self.settings.images().name
+        self.content["data"] = self.experiment.load(self.settings).name
         self.content["runs"].append(
             {
                 "arm": arm,

@@ -19,35 +19,34 @@ constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.
 constexpr int64_t kFlush = 64;
 
-template <class X, class Real>
-struct Product {
-  struct Task {
-    GlmBlock<Real> block;
-    const X* rows;  // the block as it lies in memory, `stride` elements from row to row
-    int64_t stride;
-    Real* wide;  // where a narrower X is widened to, once for both of its uses
-  };
-
+// The block's products, compiled once for every type of X.
+template <class Real>
+struct OnBlock {
   template <class Tiles>
   struct Body {
-    static HG_INLINE void run(Task& task) {
+    static HG_INLINE void run(const GlmBlock<Real>& block) { GlmBlockBody<Tiles, Real>::run(block); }
+  };
+};
+
+// rows x d elements of X, `stride` from row to row, as rows of the vectors' type without gaps.
+template <class X, class Real>
+struct Widened {
+  template <class Tiles>
+  struct Body {
+    static HG_INLINE void run(const X* x, int64_t rows, int64_t d, int64_t stride, Real* out) {
       using S = Simd<Real, Tiles::bytes>;
-      GlmBlock<Real>& block = task.block;
-      if constexpr (std::is_same_v<X, Real>) {
-        block.x = task.rows, block.stride = task.stride;
-      } else {
-        block.x = task.wide, block.stride = block.d;
-        for (int64_t r = 0; r < block.rows; ++r) {
-          const X* from = task.rows + r * task.stride;
-          Real* to = task.wide + r * block.d;
-          int64_t j = 0;
-          for (; j + S::width <= block.d; j += S::width) S::store(to + j, S::load(from + j));
-          for (; j < block.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
-        }
+      for (int64_t r = 0; r < rows; ++r, x += stride, out += d) {
+        int64_t j = 0;
+        for (; j + S::width <= d; j += S::width) S::store(out + j, S::load(x + j));
+        for (; j < d; ++j) out[j] = static_cast<Real>(widen(x[j]));
       }
-      GlmBlockBody<Tiles, Real>::run(block);
     }
   };
+};
+
+template <class X, class Real>
+struct Product {
+  static constexpr bool kNarrow = !std::is_same_v<X, Real>;
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
     const int64_t d = data.d, classes = data.classes, K = k * classes;
@@ -58,7 +57,7 @@ struct Product {
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
     const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
-    const auto multiply = ForTiles<Body, Task&>::get();
+    const auto multiply = ForTiles<OnBlock<Real>::template Body, const GlmBlock<Real>&>::get();
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);
@@ -73,7 +72,7 @@ struct Product {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
       Real* total = totals.data() + range * size;
       std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
-      const Buffer<Real> wide(std::is_same_v<X, Real> ? 0 : block * d);
+      const Buffer<Real> wide(kNarrow ? block * d : 0);
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i * block;
@@ -86,8 +85,15 @@ struct Product {
         job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
         job.next_stride = data.stride * sizeof(X), job.next_element = sizeof(X);
-        Task task{job, x, data.stride, wide.get()};
-        multiply(task);
+        if constexpr (kNarrow) {
+          // Once for both of its uses.
+          ForTiles<Widened<X, Real>::template Body, const X*, int64_t, int64_t, int64_t, Real*>::get()(
+              x, job.rows, d, data.stride, wide.get());
+          job.x = wide.get(), job.stride = d;
+        } else {
+          job.x = x, job.stride = data.stride;
+        }
+        multiply(job);
         if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
           for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
       }
