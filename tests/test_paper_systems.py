@@ -1,0 +1,110 @@
+"""Overfitting the validation set and distillation: small cases, and the paper's claims as slow tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
+
+import hypergrad_ext as hg
+from bench.paper import distillation, models, overfit_validation
+from bench.paper.experiment import Experiment, Job, Settings
+
+
+def job(experiment: Experiment, arm: str, seed: int, folder: Path, **changes: object) -> Job:
+    settings = Settings(quick=True, out=folder)
+    protocol = dataclasses.replace(experiment.protocol(settings), **changes)
+    return Job(settings, protocol, arm, seed, folder / f"{arm}_{seed}.pt")
+
+
+def runs(experiment: Experiment, arm: str, seeds: int, folder: Path, **changes: object) -> list[dict]:
+    records = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        records.append(experiment.run(job(experiment, arm, seed, folder, **changes)))
+    return records
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class TestOverfitValidation:
+    def test_the_penalty_has_the_diagonal_hessian_that_preconditions(self):
+        model = models.linear((1, 2, 2)).double()
+        lam = [torch.randn_like(t).requires_grad_() for t in model.parameters()]
+        operator = hg.Hessian(models.penalty(model, lam), list(model.parameters()))
+        ones = [torch.ones_like(t) for t in lam]
+        product = hg.solve(operator, ones, hg.Neumann(steps=1, alpha=1.0)).value
+        # One update from b: b + (b - H b).
+        for x, m in zip(product, overfit_validation.jacobi(lam), strict=True):
+            torch.testing.assert_close(2 - x, m - 1)
+
+    def test_a_short_run(self, tmp_path):
+        (record,) = runs(overfit_validation.EXPERIMENT, "mlp K=5", 1, tmp_path, max_steps=3)
+        assert record["weights"] == 4810
+        assert len(record["validation"]) == 3
+        assert record["steps"] is None
+
+    @pytest.mark.slow
+    def test_as_many_hyperparameters_as_weights_fit_the_validation_set(self, tmp_path):
+        tuned = {arm: runs(overfit_validation.EXPERIMENT, arm, 4, tmp_path) for arm in ("mlp K=5", "cnn K=3")}
+        for records in tuned.values():
+            for record in records:
+                train, validation, test = record["final"]
+                assert train == validation == 1
+                assert record["steps"] <= 400
+                assert test <= 0.95
+        for record in runs(overfit_validation.EXPERIMENT, "mlp none", 4, tmp_path, max_steps=100):
+            assert record["final"][1] <= 0.9
+        identity = runs(overfit_validation.EXPERIMENT, "cnn K=0", 4, tmp_path)
+        never = float("inf")
+        steps = [statistics.median(r["steps"] or never for r in records) for records in (tuned["cnn K=3"], identity)]
+        assert steps[0] <= steps[1]
+
+
+class TestDistillation:
+    def test_the_fused_operator_is_the_hessian_of_the_objective(self):
+        images = torch.rand(10, 6, dtype=torch.float64)
+        params = [torch.randn(10, 6).double().requires_grad_(), torch.randn(10).double().requires_grad_()]
+        b = [torch.randn_like(t) for t in params]
+        loss = distillation.objective(params, distillation.one_per_class(images), 0.0183)
+        # Without damping the shift of all biases is a null direction.
+        found = [
+            hg.solve(operator, b, hg.CG(tol=1e-12), damping=0.1).value
+            for operator in (hg.Hessian(loss, params), hg.GLMHessian(images, params, "softmax", l2=0.0183))
+        ]
+        for x, y in zip(*found, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+    def test_a_short_run(self, tmp_path):
+        (record,) = runs(distillation.EXPERIMENT, "K=5", 1, tmp_path, steps=2)
+        assert record["images"].shape == (10, 64)
+        assert len(record["retrained"]) == 2
+
+    @pytest.mark.slow
+    def test_ten_learnt_images_are_a_training_set(self, tmp_path):
+        def mean(arm: str, key: str = "accuracy") -> float:
+            return statistics.fmean(r[key] for r in runs(distillation.EXPERIMENT, arm, 3, tmp_path))
+
+        random = mean("random real images")
+        for arm in ("K=5", "CG"):
+            assert mean(arm) >= max(0.9, random + 0.2)
+
+    @pytest.mark.slow
+    def test_the_evaluation_notices_what_only_warm_weights_know(self, tmp_path):
+        records = runs(distillation.EXPERIMENT, "K=5, weak penalty", 3, tmp_path)
+        lost = [r["warm_accuracy"] - r["accuracy"] for r in records]
+        assert statistics.fmean(lost) > 0.05
