@@ -1,4 +1,4 @@
-"""The inverse Hessian, overfitting the validation set, distillation: small cases, and claims as slow tests."""
+"""The inverse Hessian and distillation: small cases, and claims as slow tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import distillation, inverse_hessian, models, overfit_validation
+from bench.paper import distillation, inverse_hessian
 from bench.paper.experiment import Experiment, Job, Settings
 
 
@@ -39,40 +39,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class TestOverfitValidation:
-    def test_the_penalty_has_the_diagonal_hessian_that_preconditions(self):
-        model = models.linear((1, 2, 2)).double()
-        lam = [torch.randn_like(t).requires_grad_() for t in model.parameters()]
-        operator = hg.Hessian(models.penalty(model, lam), list(model.parameters()))
-        ones = [torch.ones_like(t) for t in lam]
-        product = hg.solve(operator, ones, hg.Neumann(steps=1, alpha=1.0)).value
-        # One update from b: b + (b - H b).
-        for x, m in zip(product, overfit_validation.jacobi(lam), strict=True):
-            torch.testing.assert_close(2 - x, m - 1)
-
-    def test_a_short_run(self, tmp_path):
-        (record,) = runs(overfit_validation.EXPERIMENT, "mlp K=5", 1, tmp_path, max_steps=3)
-        assert record["weights"] == 4810
-        assert len(record["validation"]) == 3
-        assert record["steps"] is None
-
-    @pytest.mark.slow
-    def test_as_many_hyperparameters_as_weights_fit_the_validation_set(self, tmp_path):
-        tuned = {arm: runs(overfit_validation.EXPERIMENT, arm, 4, tmp_path) for arm in ("mlp K=5", "cnn K=3")}
-        for records in tuned.values():
-            for record in records:
-                train, validation, test = record["final"]
-                assert train == validation == 1
-                assert record["steps"] <= 400
-                assert test <= 0.95
-        for record in runs(overfit_validation.EXPERIMENT, "mlp none", 4, tmp_path, max_steps=100):
-            assert record["final"][1] <= 0.9
-        identity = runs(overfit_validation.EXPERIMENT, "cnn K=0", 4, tmp_path)
-        never = float("inf")
-        steps = [statistics.median(r["steps"] or never for r in records) for records in (tuned["cnn K=3"], identity)]
-        assert steps[0] <= steps[1]
 
 
 class TestDistillation:

@@ -342,8 +342,9 @@ def distance_figure(results: Results) -> figures.Figure:
     figure = figures.figure(
         3,
         f"{results.data} and diabetes, {results.settings.seeds} seeds (line: median, band: range). Hypergradients "
-        "against the exact dense inverse: at a minimum CG and MINRES get there "
-        "first, Neumann and unrolling (the same numbers) slowly, the CG of the paper's code hardly. With negative eigenvalues (right) MINRES alone approaches the exact one.",
+        "against the exact dense inverse: at a minimum CG and MINRES get there first, Neumann and unrolling (the same "
+        "numbers) slowly, the CG of the paper's code hardly. With negative eigenvalues (right) MINRES alone approaches "
+        "the exact one.",
         rows=3,
         height=3.2,
     )
