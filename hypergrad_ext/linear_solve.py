@@ -21,6 +21,8 @@ SolverChoice = Solver | Literal["auto"]
 
 # A true residual this far above the tolerance means that rounding, not the stopping test, decided.
 _STAGNATION = 2.0
+# Steps in low precision after which that is looked into, asked or not.
+_CHECKED = 20
 # For automatic damping: steps that look for the most negative eigenvalue, what is not rounding, and the first increase.
 _DAMPING_STEPS = 20
 _NEGATIVE = 1e-6
@@ -53,7 +55,8 @@ def solve(
         state: What the last solve of a slowly changing system left; see `SolverState`.
         throw: Raise `SolveError` on failure instead of returning it as a status.
         history: Keep the residual's norm at every step in `Solution.history`.
-        residual: Spend one more product per right-hand side on the true residual.
+        residual: Spend one more product per right-hand side on the true residual. Below float64 that is done in any
+            case after 20 steps to a tolerance, where rounding may have hidden what the recurrence knows.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:
@@ -206,19 +209,28 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
         x0, rhs = _warm(system, b, b_norm)
     _begin(system)
     scale = power_of_two_scale(rhs)
+    start = b_norm if x0 is None else torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+    start = start * scale
     outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
+    _drop_worse_than_start(outcome, start)
     x = outcome.x / scale[..., None]
     if x0 is not None:
         x += x0
 
-    relative = None
-    if residual:
+    relative, tol = None, getattr(solver, "tol", None)
+    # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
+    doubtful = tol is not None and b.dtype is not torch.float64 and outcome.steps >= _CHECKED
+    if residual or doubtful and not isinstance(solver, Auto):
         norms = torch.linalg.vector_norm(b - system.apply(x), dim=-1, dtype=torch.float64)
         relative = torch.where(b_norm > 0, norms / b_norm, norms)
-        tol = getattr(solver, "tol", None)
         for row, value in enumerate(relative.reshape(-1).tolist()):
             if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
                 outcome.statuses[row] = Status.STAGNATED
+        lost = torch.tensor([s is Status.STAGNATED for s in outcome.statuses], device=b.device).view_as(norms)
+        lost &= ~(norms * scale < start)
+        if bool(lost.any()):
+            x = torch.where(lost[..., None], 0 if x0 is None else x0, x)
+            relative = torch.where(lost, start / scale / b_norm, relative)
     if any(bad):
         x = torch.where(finite[..., None], x, torch.nan)
         outcome.statuses = [
@@ -228,6 +240,18 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
     solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale, b_norm)
     _finish(system, x, solution)
     return solution
+
+
+def _drop_worse_than_start(outcome: Outcome, start: Tensor) -> None:
+    """Set failed rows to zero, the start, unless their residual is known to be below it."""
+    failed = [row for row, s in enumerate(outcome.statuses) if s.failed or s is Status.NEGATIVE_CURVATURE]
+    if not failed:
+        return
+    norms, x = start.reshape(-1).tolist(), outcome.x if outcome.x.dim() == 2 else outcome.x[None]
+    residuals = outcome.residuals or [math.inf] * len(norms)
+    for row in failed:
+        if not residuals[row] < norms[row]:
+            x[row].zero_()
 
 
 def _warm(system: System, b: Tensor, b_norm: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -280,6 +304,11 @@ def _solution(
     bound = None
     if relative is not None and lower is not None and lower + system.damping > 0 and true_norm is not None:
         bound = relative * torch.where(true_norm > 0, true_norm, 1) / (lower + system.damping)
+    if relative is not None:
+        values = relative.reshape(-1).tolist()
+        useless |= any(
+            s is Status.STAGNATED and not value < 1 for s, value in zip(outcome.statuses, values, strict=True)
+        )
     if outcome.residuals is not None and b_norm is not None:
         # On an indefinite operator the iterate before the bad direction can be worse than zero.
         useless |= any(
