@@ -11,6 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hypergrad_ext.engines import RetainedGradient
+from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.linear_solve import SolverChoice, solve_for
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
@@ -75,14 +77,36 @@ class Bilevel:
         backend: str | None,
         operator: LinearOperator | None,
         state: SolverState | None,
+        lower: float | None = None,
     ) -> Solution:
         """``(H + d I) x = dL_V/dw``, with H the Hessian or the ``operator`` given in its place."""
         if operator is None:
             operator = self.hessian if self._as_it_is else _Plain(self.hessian, self._scale)
         v = self.hessian.params.rebuild(self._v)
         return solve_for(
-            operator, v, "params", solver, damping=damping, x0=x0, residual=residual, backend=backend, state=state
+            operator,
+            v,
+            "params",
+            solver,
+            damping=damping,
+            x0=x0,
+            residual=residual,
+            backend=backend,
+            state=state,
+            lower=lower,
         )
+
+    def bounded(self, solution: Solution) -> Solution:
+        """The solution with what its error may do to the hypergradient, where that is known."""
+        gradient = self.hessian.gradient
+        if solution.error_bound is None or not isinstance(gradient, RetainedGradient):
+            return solution
+        norms = mixed_norms(gradient, self.hparams.tensors)
+        if norms is None:
+            return solution
+        factor = float(solution.error_bound) / self._scale
+        bound = self.hparams.rebuild([norm * factor for norm in norms])
+        return dataclasses.replace(solution, hypergradient_bound=tuple(bound) if isinstance(bound, list) else bound)
 
     def hypergradient(self, solution: Solution) -> tuple[list[Tensor], Solution]:
         """The hypergradient, one tensor per hyperparameter, and the solution it came from.

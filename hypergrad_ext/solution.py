@@ -94,10 +94,11 @@ class Solution:
             product with a batch of k vectors counts k.
         residual_norm: True relative residual ``|b - (H + d I) x| / |b|``: a float, or a ``(k,)`` tensor
             for a batch; None if it was not measured.
-        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where the
-            operator knows its ``lower`` bound of the eigenvalues and the residual was asked for: a float or a ``(k,)``
-            tensor.
-            Times the norm of the mixed derivative it bounds the error of a hypergradient.
+        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where ``lower``
+            is known (given, or by the operator) and the residual was asked for: a float or a ``(k,)`` tensor.
+        hypergradient_bound: For every element of the hyperparameters, what a hypergradient may be off by because of
+            ``error_bound``: the norm of its column of the mixed derivative times that. In the structure of the
+            hyperparameters, float64; None unless `hypergradient` had ``lower``, and for more than 64 elements.
         history: If asked for, relative norms of the residual as the solver saw them: one list per step, of one number
             per right-hand side.
         solver: The solver that ran, after any automatic choice.
@@ -119,6 +120,7 @@ class Solution:
     residual_norm: float | Tensor | None
     solver: Solver
     error_bound: float | Tensor | None = None
+    hypergradient_bound: Tree | None = None
     history: list[list[float]] | None = None
     detail: str = ""
     alpha: float | None = None

@@ -43,6 +43,11 @@ class RetainedGradient:
         self.batches: bool | None = None
 
     @property
+    def outputs(self) -> list[Tensor]:
+        """The parts of the gradient that have a graph."""
+        return self._outputs
+
+    @property
     def curved(self) -> bool:
         """Whether any part of the gradient depends on anything: else H is zero."""
         return bool(self._outputs)
