@@ -199,6 +199,10 @@ run = {
     "checkpointed": lambda: unrolled(checkpoint=True),
     "truncated": lambda: unrolled(last=1),
 }[sys.argv[1]]
+many = x, y
+x, y = x[:2], y[:2]
+run()  # what is imported and mapped on first use does not count
+x, y = many
 call(dict(net.named_parameters())).backward()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 run()
