@@ -185,6 +185,11 @@ class Space:
                 raise TypeError(f"{leaves.names[i]}: expected {dtype} or {self.dtype}, got {t.dtype}")
             if t.device != self.device:
                 raise ValueError(f"{leaves.names[i]}: expected device {self.device}, got {t.device}")
+            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+                raise TypeError(
+                    f"{leaves.names[i]}: expected a plain tensor, got one inside a transform of torch.func; "
+                    "in the place of vmap give it a leading dimension"
+                )
         lead = () if batch is None else (batch,)
         if graph:
             flat = torch.cat([t.reshape(*lead, -1).to(self.dtype) for t in tensors], dim=-1)
