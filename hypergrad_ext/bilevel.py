@@ -19,7 +19,7 @@ from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_lo
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.solvers.base import check_number
-from hypergrad_ext.structure import Leaves, Tree, check_real, take_apart
+from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart
 
 Unused = Literal["warn", "zeros", "error"]
 """What to do with hyperparameters that no loss depends on: zeros with a warning, zeros, or an error."""
@@ -192,10 +192,11 @@ class Bilevel:
         return v, self._unscaled(outer) if direct else [None] * len(self.hparams.tensors)
 
     def _unscaled(self, derivatives: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Derivatives of a loss from those of its multiple."""
+        """Derivatives of a loss, dense, from those of its multiple."""
+        whole = [None if t is None else dense(t) for t in derivatives]
         if self._scale == 1:
-            return list(derivatives)
-        return [None if t is None else _at_least_float32(t) / self._scale for t in derivatives]
+            return whole
+        return [None if t is None else _at_least_float32(t) / self._scale for t in whole]
 
 
 class _Plain(LinearOperator):
