@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from bench import measure
+from bench.ceilings import floor
 from bench.measure import interleave, median, ratio
 from hypergrad_ext import ops, reference
 
@@ -24,6 +26,8 @@ except ImportError:
     jax = None
 
 STEPS = 100
+# Steps of a solve where one takes long, and seconds that the rounds of one row may take.
+FEW_STEPS, BUDGET = 10, 3.0
 PROBLEMS = [(4096, 784, 1), (4096, 784, 10), (60_000, 784, 1), (60_000, 784, 10), (200_000, 128, 1), (1000, 32, 1)]
 NAMES = [f"{n}x{d}, {'binary' if c == 1 else f'{c} classes'}" for n, d, c in PROBLEMS]
 
@@ -35,13 +39,16 @@ class Problem:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(n, d, generator=generator)
         self.classes, self.k, self.l2 = classes, k, 0.5e-2
+        self.steps = STEPS if n * d * classes * k <= 4 * 10**7 else FEW_STEPS
         self.w = 0.05 * torch.randn((classes, d) if classes > 1 else (d,), generator=generator)
         self.y = torch.randint(max(classes, 2), (n,), generator=generator)
         self.b = torch.randn(k, self.w.numel(), generator=generator)
         family = "softmax" if classes > 1 else "logistic"
         self.operator = hg.GLMHessian(self.x, self.w, family, l2=self.l2)
-        self.half = hg.GLMHessian(self.x.bfloat16(), self.w, family, l2=self.l2)
-        self.operator.lambda_max = self.half.lambda_max = 0.0
+        self.halves = {
+            name: hg.GLMHessian(self.x.to(dtype), self.w, family, l2=self.l2)
+            for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
+        }
         self.weights = self.operator.weights
         self.alpha = 0.9 / float(self._largest())
 
@@ -55,8 +62,8 @@ class Problem:
     def fused(self, v: Tensor) -> Tensor:
         return ops.glm_hvp(*self.operator._model(v))
 
-    def fused_bf16(self, v: Tensor) -> Tensor:
-        return ops.glm_hvp(*self.half._model(v))
+    def fused_half(self, v: Tensor, name: str) -> Tensor:
+        return ops.glm_hvp(*self.halves[name]._model(v))
 
     def weigh(self, z: Tensor) -> Tensor:
         if self.classes == 1:
@@ -81,7 +88,7 @@ class Problem:
 
     def double_backward(self) -> Callable[[Tensor], Tensor]:
         w = self.w.clone().requires_grad_()
-        logits = self.x @ w.T
+        logits = self.x @ (w.T if self.classes > 1 else w)
         target = self.y if self.classes > 1 else self.y.float()
         mean = F.cross_entropy if self.classes > 1 else F.binary_cross_entropy_with_logits
         (g,) = torch.autograd.grad(mean(logits, target) + self.l2 * w.square().sum(), w, create_graph=True)
@@ -95,7 +102,7 @@ class Problem:
     def loop(self, product: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
         def solve() -> Tensor:
             v, p = self.b.clone(), self.b.clone()
-            for _ in range(STEPS):
+            for _ in range(self.steps):
                 v.sub_(product(v), alpha=self.alpha)
                 p.add_(v)
             return p.mul_(self.alpha)
@@ -104,7 +111,7 @@ class Problem:
 
     def whole(self, operator: hg.GLMHessian) -> Callable[[], Tensor]:
         never = torch.full((self.k,), -1.0, dtype=torch.float64)
-        return lambda: ops.glm_neumann_solve(*operator._model(self.b), self.alpha, 0.0, STEPS, never)[0]
+        return lambda: ops.glm_neumann_solve(*operator._model(self.b), self.alpha, 0.0, self.steps, never)[0]
 
     def planned(self) -> Callable[[], Tensor]:
         """The public call, Gram matrix formed anew each time if the plan says so."""
@@ -112,7 +119,9 @@ class Problem:
         def solve() -> Tensor:
             self.operator._gram = None
             b = self.b.view(self.k, *self.w.shape)
-            return hg.solve(self.operator, b, hg.Neumann(STEPS, alpha=self.alpha), residual=False).value.view_as(self.b)
+            return hg.solve(self.operator, b, hg.Neumann(self.steps, alpha=self.alpha), residual=False).value.view_as(
+                self.b
+            )
 
         return solve
 
@@ -136,7 +145,7 @@ class Problem:
                 v = v - self.alpha * product(v)
                 return v, p + v
 
-            return self.alpha * jax.lax.fori_loop(0, STEPS, step, (b, b))[1]
+            return self.alpha * jax.lax.fori_loop(0, self.steps, step, (b, b))[1]
 
         return lambda: solve(x, weights, b).block_until_ready()
 
@@ -146,15 +155,18 @@ def exact(problem: Problem) -> list[Tensor | None]:
     return [x.double(), weights.double(), problem.b.double(), None if l2 is None else l2.double()]
 
 
-def run(table: str, row: dict, variants: dict, rounds: int, threads: int, benchmark, report) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        seconds = interleave(variants, rounds, warmup=1)
-        benchmark.pedantic(variants["fused"], rounds=3)
-    finally:
-        torch.set_num_threads(before)
+def run(
+    table: str, row: dict, variants: dict, problem: Problem, products: int, threads: int, benchmark, report
+) -> None:
+    with measure.threads(threads):
+        seconds = interleave(variants, 300, warmup=1, clock=measure.clock_for(threads), budget=BUDGET)
+        lowest = floor(4 * problem.x.numel() * problem.classes * problem.k, problem.x, threads)
+        benchmark.pedantic(variants["fused"], rounds=1)
     row["fused ms"] = median(seconds["fused"]) * 1e3
+    if lowest is not None:
+        best = min(median(seconds["torch rows"]), median(seconds["torch columns"]))
+        row["% of floor"] = 100 * products * lowest / median(seconds["fused"])
+        row["x torch at the floor"] = best / (products * lowest)
     for other in [*variants][1:]:
         row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
     report(table, row)
@@ -174,16 +186,14 @@ def test_glm_hvp(shape, k, threads, benchmark, report, quick):
     assert (double_backward(v) - truth).norm() < 1e-4 * truth.norm()
     variants = {
         "fused": lambda: problem.fused(v),
-        "fused bf16": lambda: problem.fused_bf16(v),
+        "fused bf16": lambda: problem.fused_half(v, "bf16"),
+        "fused f16": lambda: problem.fused_half(v, "f16"),
         "torch rows": lambda: problem.rows(v),
         "torch columns": lambda: problem.columns(v),
         "double backward": lambda: double_backward(v),
     }
     row = {"problem": NAMES[PROBLEMS.index(shape)], "k": k, "threads": threads, "rel. error": error}
-    size = shape[0] * shape[1] * max(1, k * shape[2] // 8)
-    run(
-        "glm_hvp", row, variants, max(5, min(300, 3 * 10**9 // size // (4 if quick else 1))), threads, benchmark, report
-    )
+    run("glm_hvp", row, variants, problem, 1, threads, benchmark, report)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -196,14 +206,15 @@ def test_glm_neumann_solve(shape, k, threads, benchmark, report, quick):
     problem = Problem(*shape, k)
     never = torch.full((k,), -1.0, dtype=torch.float64)
     truth, _ = reference.glm_neumann_solve(
-        *exact(problem), problem.operator.scale, False, problem.alpha, 0.0, STEPS, never
+        *exact(problem), problem.operator.scale, False, problem.alpha, 0.0, problem.steps, never
     )
-    whole = problem.whole(problem.operator)
-    errors = [float((solve() - truth).norm() / truth.norm()) for solve in (whole, problem.whole(problem.half))]
+    whole, *halves = solves = [problem.whole(each) for each in (problem.operator, *problem.halves.values())]
+    errors = [float((solve() - truth).norm() / truth.norm()) for solve in solves]
     assert errors[0] < 1e-5, errors
     variants = {
         "fused": whole,
-        "fused bf16": problem.whole(problem.half),
+        "fused bf16": halves[0],
+        "fused f16": halves[1],
         "planned": problem.planned(),
         "torch rows": problem.loop(problem.rows),
         "torch columns": problem.loop(problem.columns),
@@ -215,8 +226,10 @@ def test_glm_neumann_solve(shape, k, threads, benchmark, report, quick):
         "problem": NAMES[PROBLEMS.index(shape)],
         "k": k,
         "threads": threads,
-        "plan": problem.operator.plan(STEPS, k)[0],
+        "steps": problem.steps,
+        "plan": problem.operator.plan(problem.steps, k)[0],
         "rel. error": errors[0],
         "bf16 error": errors[1],
+        "f16 error": errors[2],
     }
-    run("glm_neumann_solve", row, variants, 3 if n * d * classes * k > 4 * 10**7 else 15, threads, benchmark, report)
+    run("glm_neumann_solve", row, variants, problem, problem.steps, threads, benchmark, report)

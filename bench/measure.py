@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,23 +26,58 @@ def interleave(
     warmup: int = 3,
     setup: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
+    budget: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds per call of every variant, timed in turn in every round, each round in another order.
 
-    ``setup`` runs before every call, outside its time.
+    ``setup`` runs before every call, outside its time. No round after the third begins later than ``budget``
+    seconds after the first.
     """
     names = list(variants)
     for name in names * warmup:
         setup()
         variants[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
     for r in range(rounds):
+        if r >= 3 and time.perf_counter() - begin > budget:
+            break
         for name in names[r % len(names) :] + names[: r % len(names)]:
             setup()
             start = clock()
             variants[name]()
             seconds[name].append(clock() - start)
     return seconds
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch on so many threads, and, where the system can, all threads of the process on so many cores.
+
+    JAX has threads of its own, whose number nothing changes once it runs.
+    """
+
+    def pin(cores: set[int]) -> None:
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(int(task.name), cores)
+
+    before, can_pin = torch.get_num_threads(), hasattr(os, "sched_setaffinity") and Path("/proc/self/task").is_dir()
+    allowed = os.sched_getaffinity(0) if can_pin else set()
+    torch.set_num_threads(count)
+    try:
+        if can_pin:
+            pin(set(sorted(allowed)[:count]))
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if can_pin:
+            pin(allowed)
+
+
+def clock_for(count: int) -> Callable[[], float]:
+    """One thread by the process's own clock, for which foreign load does not count; several by the wall's."""
+    return time.process_time if count == 1 else time.perf_counter
 
 
 def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float, float, float]:
@@ -68,7 +104,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if files differ from it; outside a checkout what ``COMMIT`` says."""
+    """The commit that was measured, marked if anything but results differs from it.
+
+    Outside a checkout it is what ``COMMIT`` says.
+    """
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
 
@@ -76,7 +115,8 @@ def commit() -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
 
     try:
-        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if git("status", "--porcelain") else "")
+        changed = git("status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
     except FileNotFoundError:
         return "unknown"
 
@@ -98,10 +138,18 @@ def environment() -> dict[str, object]:
 
 
 def save(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write rows of the CPU with their environment to ``bench/results``; one pair of files per instruction set."""
+    """Write rows of the CPU with their environment to ``bench/results``; one pair of files per instruction set.
+
+    Rows kept from runs in the same environment stay, unless a new one is about the same case: a benchmark may be
+    run in parts.
+    """
     RESULTS.mkdir(exist_ok=True)
     machine = environment()
-    return write(RESULTS / f"{name}_{machine['isa']}.json", machine, {"rows": rows})
+    path = RESULTS / f"{name}_{machine['isa']}.json"
+    if path.exists() and (kept := json.loads(path.read_text()))["environment"] == machine:
+        new = {case(row) for row in rows}
+        rows = [row for row in kept["rows"] if case(row) not in new and list(row) == list(rows[0])] + rows
+    return write(path, machine, {"rows": rows})
 
 
 def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[str, object]]]) -> Path:
@@ -117,6 +165,12 @@ def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[st
         lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
+
+
+def case(row: dict[str, object]) -> str:
+    """What a row is about: its words and whole numbers before the first number that was measured."""
+    first = next((i for i, value in enumerate(row.values()) if isinstance(value, float)), len(row))
+    return json.dumps(list(row.values())[:first])
 
 
 def cells(rows: list[dict[str, object]]) -> list[list[str]]:

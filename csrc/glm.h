@@ -9,7 +9,7 @@
 namespace hg {
 
 struct GlmData {
-  const void* x;  // n x d, rows `stride` elements apart; f64, f32, or bf16 beside f32 vectors
+  const void* x;  // n x d, rows `stride` elements apart; f64, f32, or bf16 or (on the CPU) f16 beside f32 vectors
   DType x_dtype;
   int64_t n, d, stride;
   const void* weights;  // n x classes: the diagonal of D if classes is 1, else probabilities p, D = diag(p) - p p^T

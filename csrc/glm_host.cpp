@@ -18,8 +18,12 @@ DType dtype_of(const char* name, const at::Tensor& t) {
       return DType::f32;
     case at::kBFloat16:
       return DType::bf16;
+    case at::kHalf:
+      TORCH_CHECK_TYPE(t.is_cpu(), name, " must be float64, float32 or bfloat16 on ", t.device(), ", got ",
+                       t.scalar_type());
+      return DType::f16;
     default:
-      TORCH_CHECK_TYPE(false, name, " must be float64, float32 or bfloat16, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(false, name, " must be float64, float32, bfloat16 or float16, got ", t.scalar_type());
   }
 }
 

@@ -67,6 +67,18 @@ class TestProduct:
         assert value.dtype == torch.float32
         assert_close(value, truth, 1e-6)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("shape", [(500, 67), (33, 1), (9, 800)], ids=str)
+    def test_half_the_bytes_for_one_vector_or_many(self, shape, dtype):
+        if reason := backends.unavailable("cpp", "cpu"):
+            pytest.skip(reason)
+        for k in (1, 4):
+            x, *rest = model(*shape, 1, k, True, torch.float32)
+            x[:, 0] *= 1e-6  # subnormal in float16
+            arguments = (x.to(dtype), *rest)
+            truth = reference.glm_hvp(*[t.double() if isinstance(t, torch.Tensor) else t for t in arguments])
+            assert_close(ops.glm_hvp.kernel(torch.device("cpu"), "cpp")(*arguments), truth, 1e-6, f"k={k}")
+
     def test_no_rows_leave_the_penalty(self, backend):
         arguments = model(0, 5, 1, 2, False)
         assert_close(ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments), arguments[3] * arguments[2], 1e-15)
@@ -84,7 +96,7 @@ class TestProduct:
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
-            ({"x": torch.zeros(4, 3, dtype=torch.float16)}, TypeError, "x must be float64, float32 or bfloat16"),
+            ({"x": torch.zeros(4, 3, dtype=torch.int32)}, TypeError, "x must be float64, float32, bfloat16 or float16"),
             ({"x": torch.zeros(3, 4).T}, ValueError, r"x must have shape \(n, d\) with contiguous rows"),
             ({"weights": torch.zeros(5)}, ValueError, "weights must be contiguous with shape"),
             ({"weights": torch.zeros(4, 1)}, ValueError, "weights must have at least 2 classes, got 1"),
@@ -336,12 +348,13 @@ class TestOperator:
         value = hg.hypergradient(val, train, params, lam, hg.CG(tol=1e-12), damping=0.1, operator=operator)
         assert_close(value, expected, 1e-9)
 
-    def test_bfloat16_data_move_the_solution_little(self):
+    @pytest.mark.parametrize(("dtype", "moved"), [(torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)], ids=str)
+    def test_data_in_half_the_bytes_move_the_solution_little(self, dtype, moved):
         x, w = torch.randn(2000, 50), torch.zeros(50)
         b = torch.randn(50)
-        full, half = (hg.GLMHessian(t, w, "logistic", l2=0.05) for t in (x, x.bfloat16()))
+        full, half = (hg.GLMHessian(t, w, "logistic", l2=0.05) for t in (x, x.to(dtype)))
         solver = hg.Neumann(100)
-        assert relative_error(hg.solve(half, b, solver).value, hg.solve(full, b, solver).value) < 2e-3
+        assert relative_error(hg.solve(half, b, solver).value, hg.solve(full, b, solver).value) < moved
 
     @pytest.mark.parametrize(
         ("make", "error", "message"),

@@ -6,15 +6,16 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "simd.h"
 
 namespace hg::cpu {
 
 // One block of rows. K = k * classes columns: the k vectors, each with one column per class.
-template <class Real>
+template <class Real, class X = Real>
 struct GlmBlock {
-  const Real* x;          // rows x d, rows `stride` elements apart
+  const X* x;             // rows x d, rows `stride` elements apart
   const Real* weights;    // rows x classes: D if classes is 1, else the probabilities
   const Real* const* v;   // K pointers to d elements
   const Real* intercept;  // K elements of v that belong to a feature of ones, or null
@@ -22,16 +23,19 @@ struct GlmBlock {
   Real* g;                // K x d, accumulated
   Real* g_intercept;      // K, accumulated
   int64_t rows, d, stride, K, classes;
-  const char* next;                   // the block after this one as it lies in memory, or null
-  int64_t next_stride, next_element;  // bytes
+  const char* next;           // the block after this one as it lies in memory, or null
+  int64_t next_stride, size;  // bytes from row to row, and of an element
 };
 
-template <class Tiles, class Real>
+// X narrower than Real is widened in registers, for a single column only: several use what is widened more often,
+// and want it to be widened once.
+template <class Tiles, class Real, class X = Real>
 struct GlmBlockBody {
   using S = Simd<Real, Tiles::bytes>;
   using V = typename S::V;
-  using Block = GlmBlock<Real>;
-  static constexpr int W = S::width;
+  using Block = GlmBlock<Real, X>;
+  static constexpr bool kSingle = !std::is_same_v<X, Real>;
+  static constexpr int W = S::width, kLine = 64;
 
   // Rows of a tile of dot products with C columns, and registers of a strip of outer products with them.
   template <int C>
@@ -53,18 +57,21 @@ struct GlmBlockBody {
 
  private:
   static HG_INLINE void dot_columns(const Block& b, int64_t c, int64_t count) {
-    switch (count) {
-      case 1:
-        return dot_rows<kLong<1>, 1>(b, 0, c);
-      case 2:
-        return dot_rows<kLong<2>, 2>(b, 0, c);
-      case 3:
-        return dot_rows<kLong<3>, 3>(b, 0, c);
-      case 4:
-        return dot_rows<kLong<4>, 4>(b, 0, c);
-      default:
-        return dot_rows<kLong<Tiles::columns>, Tiles::columns>(b, 0, c);
-    }
+    if constexpr (kSingle)
+      return dot_rows<kLong<1>, 1>(b, 0, c);
+    else
+      switch (count) {
+        case 1:
+          return dot_rows<kLong<1>, 1>(b, 0, c);
+        case 2:
+          return dot_rows<kLong<2>, 2>(b, 0, c);
+        case 3:
+          return dot_rows<kLong<3>, 3>(b, 0, c);
+        case 4:
+          return dot_rows<kLong<4>, 4>(b, 0, c);
+        default:
+          return dot_rows<kLong<Tiles::columns>, Tiles::columns>(b, 0, c);
+      }
   }
 
   // Rows from r on, R at a time, then the rest with smaller tiles.
@@ -78,13 +85,13 @@ struct GlmBlockBody {
   // z[r .. r+R, c .. c+C] = X V^T
   template <int R, int C>
   static HG_INLINE void dots(const Block& b, int64_t r, int64_t c) {
-    const Real* x = b.x + r * b.stride;
+    const X* x = b.x + r * b.stride;
     const Real* const* v = b.v + c;
     const bool fetch = c == 0 && b.next;
     V sums[R][C] = {};
     int64_t j = 0;
     for (; j + W <= b.d; j += W) {
-      if (fetch && j % (64 / sizeof(Real)) == 0)
+      if (fetch && j * b.size % kLine == 0)
         for (int i = 1; i < R; i += 2) prefetch(b, r + i, j);
       // The shorter side of the tile waits in registers for the longer one.
       if constexpr (C <= R) {
@@ -111,7 +118,7 @@ struct GlmBlockBody {
     if (j < b.d)
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < C; ++k)
-          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += x[i * b.stride + l] * v[k][l];
+          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += widen(x[i * b.stride + l]) * v[k][l];
     if (b.intercept)
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < C; ++k) z[i * C + k] += b.intercept[c + k];
@@ -132,18 +139,21 @@ struct GlmBlockBody {
   }
 
   static HG_INLINE void outer_columns(const Block& b, int64_t c, int64_t count) {
-    switch (count) {
-      case 1:
-        return outer_strips<1>(b, c);
-      case 2:
-        return outer_strips<2>(b, c);
-      case 3:
-        return outer_strips<3>(b, c);
-      case 4:
-        return outer_strips<4>(b, c);
-      default:
-        return outer_strips<Tiles::columns>(b, c);
-    }
+    if constexpr (kSingle)
+      return outer_strips<1>(b, c);
+    else
+      switch (count) {
+        case 1:
+          return outer_strips<1>(b, c);
+        case 2:
+          return outer_strips<2>(b, c);
+        case 3:
+          return outer_strips<3>(b, c);
+        case 4:
+          return outer_strips<4>(b, c);
+        default:
+          return outer_strips<Tiles::columns>(b, c);
+      }
   }
 
   template <int C>
@@ -156,7 +166,7 @@ struct GlmBlockBody {
     for (int k = 0; k < C; ++k)
       for (int64_t l = j; l < b.d; ++l) {
         Real sum = 0;
-        for (int64_t r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c + k] * b.x[r * b.stride + l];
+        for (int64_t r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c + k] * widen(b.x[r * b.stride + l]);
         b.g[(c + k) * b.d + l] += sum;
       }
   }
@@ -181,9 +191,8 @@ struct GlmBlockBody {
   // One row of it.
   template <int C, int Strip>
   static HG_INLINE void add_row(const Block& b, int64_t r, int64_t c, int64_t j, bool fetch, V (&sums)[C][Strip]) {
-    constexpr int kLine = 64 / sizeof(Real);
     if (fetch)
-      for (int l = 0; l < Strip * W; l += kLine) prefetch(b, r, j + l);
+      for (int64_t l = 0; l < Strip * W * b.size; l += kLine) prefetch(b, r, j, l);
     const Real* z = b.z + r * b.K + c;
     V row[Strip];
     for (int s = 0; s < Strip; ++s) row[s] = S::load(b.x + r * b.stride + j + s * W);
@@ -191,8 +200,8 @@ struct GlmBlockBody {
       for (int s = 0; s < Strip; ++s) sums[k][s] += z[k] * row[s];
   }
 
-  static HG_INLINE void prefetch(const Block& b, int64_t r, int64_t j) {
-    __builtin_prefetch(b.next + r * b.next_stride + j * b.next_element, 0, 2);
+  static HG_INLINE void prefetch(const Block& b, int64_t r, int64_t j, int64_t bytes = 0) {
+    __builtin_prefetch(b.next + r * b.next_stride + j * b.size + bytes, 0, 2);
   }
 };
 

@@ -14,50 +14,69 @@ namespace {
 constexpr int64_t kSingleBytes = 8 << 10, kManyBytes = 128 << 10;
 // Rows of a block come in multiples of this, which is one of the rows of most register tiles.
 constexpr int64_t kTileRows = 8;
+// Rows of a block at the most: its sums over rows are plain, and longer ones would round worse than torch's.
+constexpr int64_t kMaxRows = 256;
 // Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.
 constexpr int64_t kFlush = 64;
 
-// The block's products, compiled once for every type of X.
-template <class Real>
-struct OnBlock {
-  template <class Tiles>
-  struct Body {
-    static HG_INLINE void run(const GlmBlock<Real>& block) { GlmBlockBody<Tiles, Real>::run(block); }
-  };
-};
-
-// rows x d elements of X, `stride` from row to row, as rows of the vectors' type without gaps.
-template <class X, class Real>
-struct Widened {
-  template <class Tiles>
-  struct Body {
-    static HG_INLINE void run(const X* x, int64_t rows, int64_t d, int64_t stride, Real* out) {
-      using S = Simd<Real, Tiles::bytes>;
-      for (int64_t r = 0; r < rows; ++r, x += stride, out += d) {
-        int64_t j = 0;
-        for (; j + S::width <= d; j += S::width) S::store(out + j, S::load(x + j));
-        for (; j < d; ++j) out[j] = static_cast<Real>(widen(x[j]));
-      }
-    }
-  };
-};
-
 template <class X, class Real>
 struct Product {
   static constexpr bool kNarrow = !std::is_same_v<X, Real>;
+  using Block = GlmBlock<Real, X>;
+
+  template <class Tiles>
+  struct Single {
+    static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real, X>::run(block); }
+  };
+
+  struct Rows {
+    const X* from;
+    int64_t rows, d, stride;
+    Real* to;
+  };
+  template <class Tiles>
+  struct Widen {
+    static HG_INLINE void run(const Rows& m) {
+      using S = Simd<Real, Tiles::bytes>;
+      for (int64_t r = 0; r < m.rows; ++r) {
+        const X* from = m.from + r * m.stride;
+        Real* to = m.to + r * m.d;
+        int64_t j = 0;
+        for (; j + S::width <= m.d; j += S::width) S::store(to + j, S::load(from + j));
+        for (; j < m.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
+      }
+    }
+  };
+
+  // `wide` is where several columns have a narrower X widened to, once for both of its uses.
+  static void multiply(const Block& block, Real* wide) {
+    static const auto single = ForTiles<Single, const Block&>::get();
+    if constexpr (!kNarrow) {
+      single(block);
+    } else if (block.K == 1) {
+      single(block);
+    } else {
+      static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
+      widen_rows({block.x, block.rows, block.d, block.stride, wide});
+      Product<Real, Real>::multiply(
+          {wide, block.weights, block.v, block.intercept, block.z, block.g, block.g_intercept, block.rows, block.d,
+           block.d, block.K, block.classes, block.next, block.next_stride, block.size},
+          nullptr);
+    }
+  }
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
     const int64_t d = data.d, classes = data.classes, K = k * classes;
     const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
-    const int64_t fitting = (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * sizeof(Real));
-    const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, 1024);
+    const int64_t fitting =
+        (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * (K == 1 ? sizeof(X) : sizeof(Real)));
+    const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, kMaxRows);
     const int64_t blocks = (data.n + block - 1) / block;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
     const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
-    const auto multiply = ForTiles<OnBlock<Real>::template Body, const GlmBlock<Real>&>::get();
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);
@@ -72,28 +91,21 @@ struct Product {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
       Real* total = totals.data() + range * size;
       std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
-      const Buffer<Real> wide(kNarrow ? block * d : 0);
+      const Buffer<Real> wide(kNarrow && K > 1 ? block * d : 0);
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i * block;
         const X* x = static_cast<const X*>(data.x) + row * data.stride;
         const bool more = i + 1 < last && row + 2 * block <= data.n;
-        GlmBlock<Real> job{};
+        Block job{};
+        job.x = x, job.stride = data.stride;
         job.weights = static_cast<const Real*>(data.weights) + row * classes;
         job.v = columns.data(), job.intercept = data.intercept ? intercepts.data() : nullptr;
         job.z = z.data(), job.g = g, job.g_intercept = g + K * d;
         job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
-        job.next_stride = data.stride * sizeof(X), job.next_element = sizeof(X);
-        if constexpr (kNarrow) {
-          // Once for both of its uses.
-          ForTiles<Widened<X, Real>::template Body, const X*, int64_t, int64_t, int64_t, Real*>::get()(
-              x, job.rows, d, data.stride, wide.get());
-          job.x = wide.get(), job.stride = d;
-        } else {
-          job.x = x, job.stride = data.stride;
-        }
-        multiply(job);
+        job.next_stride = data.stride * sizeof(X), job.size = sizeof(X);
+        multiply(job, wide.get());
         if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
           for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
       }
@@ -122,6 +134,8 @@ void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
     Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
   else if (data.x_dtype == DType::bf16)
     Product<BFloat16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+  else if (data.x_dtype == DType::f16)
+    Product<Float16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else
     Product<float, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
 }

@@ -18,13 +18,14 @@ constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
 // Last layers that fill at most one of so many parts of a padded row are multiplied along their inputs.
 constexpr int64_t kNarrow = 4;
 // Widest rows that are fetched ahead by hand.
-constexpr int64_t kFetchStride = 128;
+constexpr int64_t kFetchStride = 144;
 // Multiply-adds per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 
 // Where a layer's parts are in v, in the packed copy of v and in the padded sum of H v.
 struct Layout {
-  int64_t in, out;  // padded
+  int64_t in, out;          // padded
+  int64_t in_row, out_row;  // from row to row of matrices of these widths
   int64_t v_weight, v_bias;
   int64_t transposed, rows, bias;  // in the packed copy; rows is -1 where v itself will do
   int64_t sum, sum_bias;
@@ -38,15 +39,16 @@ class Product {
     for (const MlpLayer& layer : layers_) {
       Layout at;
       at.in = padded(layer.in), at.out = padded(layer.out);
+      at.in_row = spread(at.in), at.out_row = spread(at.out);
       at.v_weight = take(v_size_, layer.in * layer.out);
       at.v_bias = take(v_size_, data.biases ? layer.out : 0);
-      at.transposed = take(packed_size_, layer.in * at.out);
-      at.rows = at.in == layer.in ? -1 : take(packed_size_, layer.out * at.in);
+      at.transposed = take(packed_size_, layer.in * at.out_row);
+      at.rows = at.in_row == layer.in ? -1 : take(packed_size_, layer.out * at.in_row);
       at.bias = take(packed_size_, at.out);
-      at.sum = take(sum_size_, layer.out * at.in);
+      at.sum = take(sum_size_, layer.out * at.in_row);
       at.sum_bias = take(sum_size_, at.out);
-      at.tangent = take(tangent_size_, at.out);
-      widest_ = std::max(widest_, at.out);
+      at.tangent = take(tangent_size_, at.out_row);
+      widest_ = std::max(widest_, at.out_row);
       ops_ += 6 * layer.in * layer.out;
       layout_.push_back(at);
     }
@@ -60,12 +62,12 @@ class Product {
   // W^T of every layer but the first, whose input has no tangent.
   void pack_weights() {
     int64_t size = 0;
-    for (size_t l = 1; l < layers_.size(); ++l) size += layers_[l].in * layout_[l].out;
+    for (size_t l = 1; l < layers_.size(); ++l) size += layers_[l].in * layout_[l].out_row;
     weights_ = std::make_unique<Buffer<Real>>(size);
     Real* out = weights_->get();
-    for (size_t l = 1; l < layers_.size(); out += layers_[l].in * layout_[l].out, ++l) {
+    for (size_t l = 1; l < layers_.size(); out += layers_[l].in * layout_[l].out_row, ++l) {
       const MlpLayer& layer = layers_[l];
-      Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, out, layout_[l].out});
+      Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, out, layout_[l].out_row});
       transposed_.push_back(out);
     }
   }
@@ -100,6 +102,11 @@ class Product {
     constexpr int64_t kUnit = kMlpPadding / sizeof(Real);
     return (size + kUnit - 1) / kUnit * kUnit;
   }
+  // Rows a multiple of 512 bytes apart would share a few sets of the cache, and drive each other out of it.
+  static int64_t spread(int64_t width) {
+    constexpr int64_t kUnit = kMlpPadding / sizeof(Real);
+    return width % (8 * kUnit) ? width : width + kUnit;
+  }
   static int64_t take(int64_t& total, int64_t size) { return (total += size) - size; }
   static const Real* real(const Rows& m, int64_t row = 0) {
     return m.data ? static_cast<const Real*>(m.data) + row * m.stride : nullptr;
@@ -111,10 +118,10 @@ class Product {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const Real* weight = v + at.v_weight;
-      Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed, at.out});
+      Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed, at.out_row});
       if (at.rows >= 0 && l > 0)
         for (int64_t o = 0; o < layer.out; ++o) {
-          Real* row = packed + at.rows + o * at.in;
+          Real* row = packed + at.rows + o * at.in_row;
           std::memcpy(row, weight + o * layer.in, layer.in * sizeof(Real));
           std::memset(row + layer.in, 0, (at.in - layer.in) * sizeof(Real));
         }
@@ -130,7 +137,7 @@ class Product {
       const Layout& at = layout_[l];
       for (int64_t o = 0; o < layer.out; ++o) {
         const int64_t row = at.v_weight + o * layer.in;
-        for (int64_t i = 0; i < layer.in; ++i) out[row + i] = sum[at.sum + o * at.in + i] + l2 * v[row + i];
+        for (int64_t i = 0; i < layer.in; ++i) out[row + i] = sum[at.sum + o * at.in_row + i] + l2 * v[row + i];
       }
       if (data_.biases) std::memcpy(out + at.v_bias, sum + at.sum_bias, layer.out * sizeof(Real));
     }
@@ -144,10 +151,10 @@ class Product {
     for (size_t l = 0; l <= last; ++l) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      const Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, packed + at.transposed, at.out,
+      const Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, packed + at.transposed, at.out_row,
                                layer.in};
       Factors<Real> by_w{};
-      if (l > 0) by_w = {tangents + rows * layout_[l - 1].tangent, at.in, transposed_[l - 1], at.out, layer.in};
+      if (l > 0) by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row, transposed_[l - 1], at.out_row, layer.in};
       const int terms = l > 0 ? 2 : 1;
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
@@ -155,9 +162,9 @@ class Product {
       if (l == last && kNarrow * layer.out <= at.out) {
         const Factors<Real> along_v{by_v.a, by_v.a_stride, v + at.v_weight, layer.in, layer.in};
         const Factors<Real> along_w{by_w.a, by_w.a_stride, real(layer.weight), layer.weight.stride, layer.in};
-        NarrowGemm<Real>::run({{along_v, along_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out}});
+        NarrowGemm<Real>::run({{along_v, along_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
       } else if (l == last) {
-        Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out}});
+        Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out_row}});
       } else {
         Gemm<Real, ThroughActivation>::run(
             {{by_v, by_w},
@@ -165,34 +172,34 @@ class Product {
              rows,
              at.out,
              {packed + at.bias, real(layer.slope, begin), real(layer.bend, begin), layer.slope.stride,
-              layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out}});
+              layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out_row}});
       }
     }
     differentiate_loss(delta, begin, rows);
     for (size_t l = last + 1; l-- > 0; std::swap(delta, next_delta)) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      const Factors<Real> of_delta{delta, at.out, real(layer.hidden, begin), layer.hidden.stride, rows};
-      if (data_.biases) ColumnSums<Real>::run({delta, at.out, rows, at.out, sum + at.sum_bias});
+      const Factors<Real> of_delta{delta, at.out_row, real(layer.hidden, begin), layer.hidden.stride, rows};
+      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, at.out, sum + at.sum_bias});
       if (l == 0) {
-        Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, at.in, {sum + at.sum, at.in}});
+        Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, at.in, {sum + at.sum, at.in_row}});
         break;
       }
       const MlpLayer& before = layers_[l - 1];
       for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
       const Real* tangent = tangents + rows * layout_[l - 1].tangent;
-      const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, at.in, rows};
-      Gemm<Real, Accumulate>::run({{of_delta, of_tangent}, 2, layer.out, at.in, {sum + at.sum, at.in}});
-      const Factors<Real> by_w{delta, at.out, real(layer.weight), layer.weight.stride, layer.out};
+      const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, at.in_row, rows};
+      Gemm<Real, Accumulate>::run({{of_delta, of_tangent}, 2, layer.out, at.in, {sum + at.sum, at.in_row}});
+      const Factors<Real> by_w{delta, at.out_row, real(layer.weight), layer.weight.stride, layer.out};
       const Factors<Real> by_v{real(layer.delta, begin), layer.delta.stride,
-                               at.rows < 0 ? v + at.v_weight : packed + at.rows, at.in, layer.out};
+                               at.rows < 0 ? v + at.v_weight : packed + at.rows, at.in_row, layer.out};
       Gemm<Real, BackThroughActivation>::run(
           {{by_w, by_v},
            2,
            rows,
            at.in,
            {real(before.slope, begin), before.bend.data ? curved + rows * layout_[l - 1].tangent : nullptr,
-            before.slope.stride, at.in, next_delta, at.in}});
+            before.slope.stride, at.in_row, next_delta, at.in_row}});
     }
   }
 
@@ -206,7 +213,7 @@ class Product {
 
   // R(dL/dz) from Rz, in place: p (Rz - <p, Rz>) scale, or Rz scale.
   void differentiate_loss(Real* z, int64_t begin, int64_t rows) const {
-    const int64_t classes = layers_.back().out, stride = layout_.back().out;
+    const int64_t classes = layers_.back().out, stride = layout_.back().out_row;
     const Real scale = static_cast<Real>(data_.scale);
     for (int64_t r = 0; r < rows; ++r, z += stride) {
       const Real* p = real(data_.probabilities, begin + r);

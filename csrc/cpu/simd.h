@@ -9,6 +9,13 @@
 #include "half.h"
 #include "isa.h"
 
+// Registers of 32 bytes and more are used by functions compiled for AVX2 at least, and some of its instructions by
+// name: g++ makes several of a conversion, and an intrinsic cannot be in a function that is inlined into those of all
+// sets.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define HG_HAVE_AVX2
+#endif
+
 namespace hg::cpu {
 
 // Register bytes, and the register tiles of matrix products: at most so many columns, and so many accumulators
@@ -39,7 +46,17 @@ struct Simd {
   static HG_INLINE V load(const Real* at) { return *reinterpret_cast<const Unaligned*>(at); }
 
   static HG_INLINE V load(const BFloat16* at) { return from_bfloat16<V>(words(at)); }
-  static HG_INLINE V load(const Float16* at) { return from_float16<V>(words(at)); }
+  static HG_INLINE V load(const Float16* at) {
+#if defined(HG_HAVE_AVX2)
+    if constexpr (Bytes >= 32) {
+      const Halves halves = load_halves(at);
+      V x;
+      asm("vcvtph2ps %1, %0" : "=v"(x) : "v"(halves));
+      return x;
+    }
+#endif
+    return from_float16<V>(words(at));
+  }
 
   static HG_INLINE void store(Real* at, V x) { *reinterpret_cast<Unaligned*>(at) = x; }
   static HG_INLINE void store(BFloat16* at, V x) { store_halves(at, to_bfloat16<Words>(x)); }
@@ -54,9 +71,21 @@ struct Simd {
   using Lanes = std::make_integer_sequence<int, width>;
 
   static HG_INLINE Words words(const void* at) {
+    const Halves halves = load_halves(at);
+#if defined(HG_HAVE_AVX2)
+    if constexpr (Bytes >= 32) {
+      Words words;
+      asm("vpmovzxwd %1, %0" : "=v"(words) : "v"(halves));
+      return words;
+    }
+#endif
+    return __builtin_convertvector(halves, Words);
+  }
+
+  static HG_INLINE Halves load_halves(const void* at) {
     Halves halves;
     std::memcpy(&halves, at, sizeof halves);
-    return __builtin_convertvector(halves, Words);
+    return halves;
   }
 
   static HG_INLINE void store_halves(void* at, Words words) {

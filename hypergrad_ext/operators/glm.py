@@ -28,17 +28,30 @@ class _Rates:
     from_memory: float  # a byte
     from_cache: float  # a byte of data that fit in the cache
     torch_mm: float  # a multiply-add of torch's matrix product
+    torch_step: float  # the same where one of the matrices has a few rows only
+    short_row: float  # what the sums at the end of a row of X cost, beside its elements
     loop_step: float  # a step of the solver's own loop
     cache_bytes: float
 
 
-# Measured, with 200 GFLOP/s per core.
-_ON_CPU = _Rates(from_memory=3.5, from_cache=1.0, torch_mm=2.0, loop_step=1e6, cache_bytes=32e6)
+# Measured on AMD: Zen 5 with AVX-512, where the product makes 200 GFLOP/s per core and MKL half of that, and Zen 3,
+# where the product makes 55 and MKL 80.
+_ON_AVX512 = _Rates(
+    from_memory=3.5, from_cache=1.0, torch_mm=2.0, torch_step=2.0, short_row=0.0, loop_step=1e6, cache_bytes=32e6
+)
+_ON_AVX2 = _Rates(
+    from_memory=2.0, from_cache=1.4, torch_mm=0.7, torch_step=1.3, short_row=30.0, loop_step=7e5, cache_bytes=32e6
+)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
-_ON_CUDA = _Rates(from_memory=3.0, from_cache=1.2, torch_mm=0.55, loop_step=2.5e8, cache_bytes=30e6)
+_ON_CUDA = _Rates(
+    from_memory=3.0, from_cache=1.2, torch_mm=0.55, torch_step=0.55, short_row=0.0, loop_step=2.5e8, cache_bytes=30e6
+)
+
 # Rows per block when the Gram matrix is formed.
 _GRAM_ROWS = 8192
+# What the calls around its products take, in steps of the solver's loop.
+_FORMING_STEPS = 5
 # Gram matrices up to this size are formed: 64 MB in float32.
 _GRAM_LIMIT = 4096
 
@@ -61,8 +74,8 @@ class GLMHessian(LinearOperator):
     ======== ================================================================ ===================
 
     Args:
-        inputs: X, ``(n, d)``: float64, float32, or bfloat16 beside float32 parameters (half the bytes of a
-            product; the solution moves by about 1e-4).
+        inputs: X, ``(n, d)``: float64, float32, or, in half the bytes beside float32 parameters, float16 (on the
+            CPU; the solution moves by about 1e-4 at a condition number of 100) or bfloat16 (by about 1e-3).
         params: The weight, ``(d,)`` or ``(1, d)``, ``(classes, d)`` for softmax; or a pair of it and the bias,
             ``()`` or ``(1,)``, ``(classes,)`` for softmax, as a list, dict, or an ``nn.Linear``.
         family: ``"logistic"``, ``"softmax"``, ``"squared"`` or ``"poisson"``.
@@ -99,6 +112,8 @@ class GLMHessian(LinearOperator):
             eta = eta if bias is None else eta + bias.reshape(1, -1)
             self.weights = _curvature(family, eta).contiguous()
             self.l2 = self._penalty(l2, weight)
+            if self.l2 is not None and not self.intercept:
+                self.lower = float(self.l2.min())
         self._gram: Tensor | None = None
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -129,16 +144,17 @@ class GLMHessian(LinearOperator):
         (n, d), m = self.inputs.shape, self.space.numel
         classes = m // (d + self.intercept)
 
-        rates = _ON_CUDA if self.inputs.is_cuda else _ON_CPU
+        rates = _rates(self.inputs)
 
         def reading(size: int) -> float:
             return size * (rates.from_memory if size > rates.cache_bytes else rates.from_cache)
 
+        half = (classes + 1) / (2 * classes)  # blocks of two classes are formed once
         data = n * d * self.inputs.element_size()
-        streaming = products * max(2 * n * d * classes * rows, reading(data))
-        forming = 0.0 if self._gram is not None else max(rates.torch_mm * n * m * m, reading(data))
-        step = max(rates.torch_mm * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
-        forming += products * step
+        streaming = products * max(2 * n * (d + rates.short_row) * classes * rows, reading(data))
+        forming = 0.0 if self._gram is not None else max(rates.torch_mm * n * m * m * half, reading(data))
+        step = max(rates.torch_step * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
+        forming += products * step + (0.0 if self._gram is not None else _FORMING_STEPS * rates.loop_step)
         choice: Literal["gram", "products"] = "gram" if forming < streaming and m <= _GRAM_LIMIT else "products"
         return choice, f"Gram matrix {forming / 1e6:.3g} against {streaming / 1e6:.3g} million multiply-adds"
 
@@ -191,7 +207,8 @@ class GLMHessian(LinearOperator):
     def _checked_inputs(self, inputs: Tensor, weight: Tensor) -> Tensor:
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: expected a tensor, got {type(inputs).__name__}")
-        allowed = {torch.float64: (torch.float64,), torch.float32: (torch.float32, torch.bfloat16)}[weight.dtype]
+        halves = (torch.bfloat16, torch.float16) if weight.device.type == "cpu" else (torch.bfloat16,)
+        allowed = (torch.float32, *halves) if weight.dtype == torch.float32 else (torch.float64,)
         if inputs.dtype not in allowed:
             names = " or ".join(map(str, allowed))
             raise TypeError(f"inputs: expected {names} beside {weight.dtype} parameters, got {inputs.dtype}")
@@ -253,6 +270,12 @@ class _Gram(DenseMatrix):
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix for all vectors."""
         return self.space.views(torch.cat([t.reshape(len(t), -1) for t in v], 1) @ self.matrix)
+
+
+def _rates(inputs: Tensor) -> _Rates:
+    if inputs.is_cuda:
+        return _ON_CUDA
+    return _ON_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _ON_AVX2
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:

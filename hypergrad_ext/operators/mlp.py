@@ -290,7 +290,11 @@ def _derivatives(activation: Activation, a: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _padded(t: Tensor) -> Tensor:
-    """Equal values, with rows at multiples of the padding; the padding itself is zero."""
+    """Equal values, with rows at multiples of the padding, which is zero, but not of 512 bytes."""
+    # Rows 512 bytes apart share a few sets of a CPU's cache, and drive each other out of it.
     width = t.shape[1]
     unit = _PADDING // t.element_size()
-    return F.pad(t, (0, -width % unit))[:, :width] if width % unit else t.contiguous()
+    padding = -width % unit
+    if t.device.type == "cpu" and (width + padding) % (8 * unit) == 0:
+        padding += unit
+    return F.pad(t, (0, padding))[:, :width] if padding else t.contiguous()
