@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 import hypergrad_ext as hg
 from bench.paper import cli, figures
 from bench.paper.augmentation_nets import SCALED_WEIGHTS, WEIGHTS, ResNet18, UNet, small_cnn
-from bench.paper.data import Examples, Split
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import Examples, Split
 
 _SHOWN = 8
 

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 
 import hypergrad_ext as hg
 from bench.paper import cli, figures
-from bench.paper.data import CLASSES, Examples
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings, Stopwatch, accuracy
 from bench.paper.noisy import auc, corrupted
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES, Examples
 
 # Neumann's alpha is found by itself; CG solves to one percent.
 SOLVERS = {

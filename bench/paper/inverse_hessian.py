@@ -16,9 +16,9 @@ from torch.nn.functional import cosine_similarity, cross_entropy, mse_loss
 import hypergrad_ext as hg
 from bench.paper import figures
 from bench.paper.cli import main
-from bench.paper.data import CLASSES
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES
 
 _TIMES = 3
 _CLAMPED = "the paper's CG"

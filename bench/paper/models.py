@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.paper.data import CLASSES, Examples
+from hypergrad_ext.demo.data import CLASSES, Examples
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""

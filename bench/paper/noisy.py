@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.paper.data import CLASSES, Split
 from bench.paper.experiment import Job
+from hypergrad_ext.demo.data import CLASSES, Split
 
 
 @dataclass(frozen=True)

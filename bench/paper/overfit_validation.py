@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import hypergrad_ext as hg
 from bench.paper import figures, models
 from bench.paper.cli import main
-from bench.paper.data import Examples, Split
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings, Stopwatch, accuracy
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import Examples, Split
 
 # Hyper-steps between two looks at the clock and, on long runs, two saved states.
 _LOOK_EVERY = 100

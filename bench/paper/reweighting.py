@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy, one_hot
 
 import hypergrad_ext as hg
 from bench.paper import cli, figures
-from bench.paper.data import CLASSES, Examples
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings, accuracy
 from bench.paper.noisy import auc, corrupted
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES, Examples
 
 NETS = {"net of the loss": 1, "net of pixels and label": None}
 
