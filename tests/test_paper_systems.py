@@ -1,4 +1,4 @@
-"""The inverse Hessian and distillation: small cases, and claims as slow tests."""
+"""The inverse Hessian, overfitting and distillation: small cases, and claims as slow tests."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import distillation, inverse_hessian
-from bench.paper.experiment import Experiment, Job, Settings
+from bench.paper import distillation, inverse_hessian, models, overfit_validation
+from bench.paper.experiment import Experiment, Job, Paused, Settings
 
 
 def job(experiment: Experiment, arm: str, seed: int, folder: Path, **changes: object) -> Job:
@@ -125,3 +125,46 @@ class TestInverseHessian:
         largest = float(torch.linalg.eigvalsh(early.dense()).abs().max())
         _, solution = early.hypergradient(hg.Neumann(steps=100, alpha=1 / largest))
         assert str(solution.status) == "diverged"
+
+
+class TestOverfitValidation:
+    def test_alexnet_has_the_papers_number_of_weights(self):
+        with torch.device("meta"):
+            assert models.size(models.alexnet((1, 28, 28))) == 20_125_386
+            assert models.size(models.alexnet((3, 32, 32))) == 23_272_266
+
+    def test_two_steps_of_every_kind(self, tmp_path):
+        for kind in ("K=2", "K=0", "unrolled", "none"):
+            (record,) = runs(overfit_validation.EXPERIMENT, f"mlp {kind}", 1, tmp_path, max_steps=2)
+            assert len(record["train"]) == (0 if kind == "none" else 2)
+            assert (record["largest_penalty"] > 0.0184) == (kind != "none"), "e^-4, unless tuned"
+
+    def test_an_interrupted_run_ends_as_one_that_was_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(overfit_validation, "_LOOK_EVERY", 2)
+        (whole,) = runs(overfit_validation.EXPERIMENT, "mlp K=2", 1, tmp_path, max_steps=5)
+        torch.manual_seed(0)
+        part = job(overfit_validation.EXPERIMENT, "mlp K=2", 0, tmp_path, max_steps=5)
+        ends = iter([False, True])
+        monkeypatch.setattr(Settings, "expired", property(lambda self: next(ends)))
+        with pytest.raises(Paused):
+            overfit_validation.run(part)
+        monkeypatch.setattr(Settings, "expired", False)
+        again = overfit_validation.run(part)
+        assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+    @pytest.mark.slow
+    def test_as_many_hyperparameters_as_weights_fit_the_validation_set(self, tmp_path):
+        steps = {}
+        for arm in ("mlp K=5", "cnn K=3", "cnn K=0"):
+            records = runs(overfit_validation.EXPERIMENT, arm, 4, tmp_path)
+            steps[arm] = statistics.median(float("inf") if r["steps"] is None else r["steps"] for r in records)
+            if arm != "cnn K=0":
+                assert all(r["final"][:2] == [1.0, 1.0] and r["steps"] <= 400 for r in records)
+                assert max(r["final"][2] for r in records) <= 0.95
+        assert steps["cnn K=3"] <= steps["cnn K=0"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["mlp", "cnn"])
+    def test_without_tuning_the_validation_set_is_not_fitted(self, name, tmp_path):
+        records = runs(overfit_validation.EXPERIMENT, f"{name} none", 4, tmp_path)
+        assert max(r["final"][1] for r in records) <= 0.9

@@ -45,7 +45,7 @@ def cnn(shape: Shape) -> nn.Module:
 
 
 def alexnet(shape: Shape) -> nn.Module:
-    """An AlexNet for small images, as in the paper's code: about 20 million weights."""
+    """The paper's AlexNet for small images: 20,125,386 weights on MNIST, 23,272,266 on CIFAR-10."""
     channels, height, width = shape
     convolutions = nn.Sequential(
         nn.Conv2d(channels, 64, 3, stride=2, padding=1),
@@ -60,12 +60,12 @@ def alexnet(shape: Shape) -> nn.Module:
         nn.ReLU(),
         nn.Conv2d(256, 256, 3, padding=1),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Flatten(),
     )
-    with torch.no_grad():
-        features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
+    features = 256 * (height // 16) * (width // 16)
     return nn.Sequential(
-        *convolutions, nn.Linear(features, 4096), nn.ReLU(), nn.Linear(4096, 3400), nn.ReLU(), nn.Linear(3400, CLASSES)
+        *convolutions, nn.Linear(features, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, CLASSES)
     )
 
 
