@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import distillation, inverse_hessian, models, overfit_validation
+from bench.paper import distillation, inverse_hessian, inverse_problems, models, overfit_validation
 from bench.paper.experiment import Experiment, Job, Paused, Settings
 
 
@@ -79,7 +79,7 @@ class TestDistillation:
 class TestInverseHessian:
     def test_the_identities(self, tmp_path):
         """Unrolling i steps at the minimum is the series of i terms, and the series tends to the dense inverse."""
-        problem = inverse_hessian.ridge(job(inverse_hessian.EXPERIMENT, "diabetes ridge", 0, tmp_path))
+        problem = inverse_problems.ridge(job(inverse_hessian.EXPERIMENT, "diabetes ridge", 0, tmp_path))
         matrix, b = problem.dense(), problem.right_hand_side()
         alpha = 0.9 / float(torch.linalg.eigvalsh(matrix)[-1])
         for steps in (1, 3, 10, 50):
@@ -92,7 +92,7 @@ class TestInverseHessian:
 
     @pytest.mark.slow
     def test_the_order_of_the_methods_at_a_minimum(self, tmp_path):
-        problem = inverse_hessian.logistic(job(inverse_hessian.EXPERIMENT, "logistic regression", 0, tmp_path))
+        problem = inverse_problems.logistic(job(inverse_hessian.EXPERIMENT, "logistic regression", 0, tmp_path))
         matrix, b = problem.dense(), problem.right_hand_side()
         eigenvalues = torch.linalg.eigvalsh(matrix)
         low, high = float(eigenvalues[0]), float(eigenvalues[-1])
@@ -115,13 +115,13 @@ class TestInverseHessian:
 
     @pytest.mark.slow
     def test_an_indefinite_network(self, tmp_path):
-        problem = inverse_hessian.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 200)
+        problem = inverse_problems.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 200)
         _, solution = problem.hypergradient(hg.CG(tol=1e-15, max_steps=20))
         assert str(solution.status) == "negative_curvature"
         residuals = [problem.hypergradient(hg.MINRES(tol=1e-15, max_steps=k))[1].residual_norm for k in (1, 5, 20)]
         assert residuals == sorted(residuals, reverse=True)
         assert residuals[-1] <= 0.30
-        early = inverse_hessian.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 20)
+        early = inverse_problems.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 20)
         largest = float(torch.linalg.eigvalsh(early.dense()).abs().max())
         _, solution = early.hypergradient(hg.Neumann(steps=100, alpha=1 / largest))
         assert str(solution.status) == "diverged"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,7 @@ def penalties(model: nn.Module, log_penalty: float) -> list[Tensor]:
     return [torch.full_like(p, log_penalty).requires_grad_() for p in model.parameters()]
 
 
-def penalty(model: nn.Module, log_penalties: Sequence[Tensor]) -> Tensor:
+def penalty(weights: Iterable[Tensor], log_penalties: Iterable[Tensor]) -> Tensor:
     r""":math:`\sum_i e^{\lambda_i} w_i^2`; its Hessian is diagonal, :math:`2 e^{\lambda_i}`."""
-    terms = zip(log_penalties, model.parameters(), strict=True)
+    terms = zip(log_penalties, weights, strict=True)
     return torch.stack([(lam.exp() * w.square()).sum() for lam, w in terms]).sum()

@@ -36,7 +36,7 @@ class Protocol:
     inner_lr: float = 1e-3
     inner_steps: int = 5
     outer_lr: float = 0.05
-    alpha: float = 0.1
+    alpha: float = 1.0
     target: float = 1.0
 
 
@@ -68,17 +68,18 @@ def jacobi(log_penalties: list[Tensor]) -> list[Tensor]:
 def implicit_step(model: nn.Module, lam: list[Tensor], parts: Split, solver: hg.Neumann) -> bool:
     """Put the hypergradient of the validation loss into ``lam[i].grad``; say whether the series was shrinking.
 
-    K = 0 is alpha M b alone, the identity of the preconditioned system. The penalties are no concern of alpha, the
-    loss is: its Hessian has eigenvalues of about 10, so alpha = 1 makes each term many times the one before. Five
-    inner steps do not reach a minimum either, and on negative eigenvalues any series grows. What has been summed
-    until then is used all the same, and such hyper-steps are counted.
+    K = 0 is alpha M b alone, the identity of the preconditioned system. P knows the penalties, not the loss, whose
+    Hessian has eigenvalues of up to a hundred while the penalties are small: with alpha = 1 each term would be many
+    times the one before, so alpha is adaptive. Five inner steps do not reach a minimum either, and on negative
+    eigenvalues any series grows; what has been summed until then is used all the same, and such hyper-steps counted.
     """
-    train_loss = models.loss(model, parts.train) + models.penalty(model, lam)
+    params = list(model.parameters())
+    train_loss = models.loss(model, parts.train) + models.penalty(params, lam)
     val_loss = models.loss(model, parts.validation)
     solver = dataclasses.replace(solver, preconditioner=jacobi(lam))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", hg.SolveWarning)
-        grads = hg.hypergradient(val_loss, train_loss, list(model.parameters()), lam, solver, throw=False)
+        grads = hg.hypergradient(val_loss, train_loss, params, lam, solver, throw=False)
     for t, grad in zip(lam, grads, strict=True):
         t.grad = grad
     return not caught
@@ -89,8 +90,7 @@ def unrolled_step(model: nn.Module, lam: list[Tensor], parts: Split, p: Protocol
 
     def train_loss(params: dict[str, Tensor]) -> Tensor:
         logits = functional_call(model, params, parts.train.x)
-        penalties = zip(lam, params.values(), strict=True)
-        return cross_entropy(logits, parts.train.y) + sum((t.exp() * w.square()).sum() for t, w in penalties)
+        return cross_entropy(logits, parts.train.y) + models.penalty(params.values(), lam)
 
     trained = hg.unroll(train_loss, model, lam, steps=p.inner_steps, lr=p.inner_lr, optimizer="adam")
     val_loss = cross_entropy(functional_call(model, trained, parts.validation.x), parts.validation.y)
@@ -125,14 +125,14 @@ def run(job: Job) -> Record:
             job.pause_if_expired(paused)
         for _ in range(p.inner_steps):
             inner.zero_grad()
-            (models.loss(model, parts.train) + models.penalty(model, [t.detach() for t in lam])).backward()
+            (models.loss(model, parts.train) + models.penalty(params, [t.detach() for t in lam])).backward()
             inner.step()
         if kind == "none":
             continue
         if kind == "unrolled":
             unrolled_step(model, lam, parts, p)
         else:
-            solver = hg.Neumann(steps=int(kind.removeprefix("K=")), alpha=p.alpha)
+            solver = hg.Neumann(steps=int(kind.removeprefix("K=")), alpha=p.alpha, adaptive=True)
             grew += not implicit_step(model, lam, parts, solver)
         outer.step()
         for curve, value in zip(curves, scores(model, parts), strict=True):
