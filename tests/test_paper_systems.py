@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import distillation, inverse_hessian, inverse_problems, models, overfit_validation
+from bench.paper import baselines, distillation, inverse_hessian, inverse_problems, models, overfit_validation
 from bench.paper.experiment import Experiment, Job, Paused, Settings
 
 
@@ -168,3 +168,23 @@ class TestOverfitValidation:
     def test_without_tuning_the_validation_set_is_not_fitted(self, name, tmp_path):
         records = runs(overfit_validation.EXPERIMENT, f"{name} none", 4, tmp_path)
         assert max(r["final"][1] for r in records) <= 0.9
+
+
+class TestBaselines:
+    def test_every_method_keeps_to_its_budget_and_none_to_less(self, tmp_path):
+        budget = {"max_steps": 60, "max_seconds": 0.05, "cold_steps": 20, "judged_by": 50}
+        for arm in baselines.protocol(Settings(quick=True)).arms:
+            if arm.startswith("Bayesian"):
+                pytest.importorskip("optuna")
+            (record,) = runs(baselines.EXPERIMENT, arm, 1, tmp_path, **budget)
+            if arm != baselines.MEMORY:
+                steps, seconds, loss = zip(*record["points"], strict=True)
+                assert list(steps) == sorted(steps) and list(seconds) == sorted(seconds)
+                assert list(loss) == sorted(loss, reverse=True)
+                assert steps[-1] >= 60 and (seconds[-1] >= 0.05 or arm.startswith("grid"))
+                assert all(0 < record[key][0] < 2.4 and record[key][1] > 0.5 for key in ("steps", "seconds"))
+
+    def test_memory_of_unrolling_grows_and_of_a_series_does_not(self, tmp_path):
+        (record,) = runs(baselines.EXPERIMENT, baselines.MEMORY, 1, tmp_path)
+        assert record["unrolling"][-1] >= 3 * record["Neumann"][-1]
+        assert record["Neumann"][-1] <= 1.1 * record["Neumann"][1]
