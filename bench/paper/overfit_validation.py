@@ -50,7 +50,9 @@ def protocol(settings: Settings) -> Protocol:
         # The paper's step sizes.
         arms = ["alexnet K=3", "alexnet K=0", "alexnet none"]
         return Protocol(tuple(arms), max_steps=100 if settings.quick else 10_000, inner_lr=1e-4, outer_lr=0.01)
-    arms = ["linear K=5", "linear K=0", "linear none", "mlp K=5", "mlp K=0", "mlp none", "cnn K=3", "cnn none"]
+    arms = ["linear K=5", "linear K=0", "linear none", "mlp K=5", "mlp K=0", "mlp none"]
+    if settings.device.type == "cuda":
+        arms += ["alexnet K=3", "alexnet none"]
     return Protocol(tuple(arms), max_steps=400 if settings.quick else 1000)
 
 
@@ -251,7 +253,7 @@ EXPERIMENT = Experiment(
     report=report,
     seeds=4,
     quick_seeds=4,
-    not_yet_run="--data cifar10 --device cuda (AlexNet, 23,272,266 penalties); --time-limit 570, again until done",
+    not_yet_run="--data cifar10 or mnist, --device cuda --time-limit 570, again until done (AlexNet, 20 million)",
 )
 
 if __name__ == "__main__":
