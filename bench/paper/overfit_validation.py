@@ -73,7 +73,7 @@ def implicit_step(model: nn.Module, lam: list[Tensor], parts: Split, solver: hg.
     K = 0 is alpha M b alone, the identity of the preconditioned system. P knows the penalties, not the loss, whose
     Hessian has eigenvalues of up to a hundred while the penalties are small: with alpha = 1 each term would be many
     times the one before, so alpha is adaptive. Five inner steps do not reach a minimum either, and on negative
-    eigenvalues any series grows; what has been summed until then is used all the same, and such hyper-steps counted.
+    eigenvalues a series may grow in any step size: such hyper-steps are counted, and change nothing.
     """
     params = list(model.parameters())
     train_loss = models.loss(model, parts.train) + models.penalty(params, lam)

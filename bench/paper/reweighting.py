@@ -67,7 +67,7 @@ def run(job: Job) -> Record:
         net = nn.Sequential(nn.Linear(width, p.net_hidden), nn.ReLU(), nn.Linear(p.net_hidden, 1)).to(job.device)
         outer = torch.optim.Adam(net.parameters(), lr=p.outer_lr)
     inner = torch.optim.SGD(student.parameters(), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
-    solver = hg.Neumann(steps=p.terms, alpha=p.lr)
+    solver = hg.Neumann(steps=p.terms, alpha=p.lr, adaptive=True)
 
     def weights(losses: Tensor) -> Tensor:
         if net is None:
@@ -86,7 +86,7 @@ def run(job: Job) -> Record:
         if net is not None and step >= p.first and step % p.every == 0:
             losses = cross_entropy(student(train.x), train.y, reduction="none")
             with warnings.catch_warnings(record=True) as caught:
-                # Along a direction of negative curvature, which a student in training has, the series ends early.
+                # Along a direction of negative curvature, which a student in training has, a series may grow: no step then.
                 warnings.simplefilter("always", hg.SolveWarning)
                 grads = hg.hypergradient(
                     _loss(student, validation),
