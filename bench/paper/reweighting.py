@@ -86,7 +86,7 @@ def run(job: Job) -> Record:
         if net is not None and step >= p.first and step % p.every == 0:
             losses = cross_entropy(student(train.x), train.y, reduction="none")
             with warnings.catch_warnings(record=True) as caught:
-                # A student in training has directions of negative curvature, along which a series may grow: no step then.
+                # A student in training has negative curvature, along which a series may grow: no step then.
                 warnings.simplefilter("always", hg.SolveWarning)
                 grads = hg.hypergradient(
                     _loss(student, validation),
