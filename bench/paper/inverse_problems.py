@@ -33,7 +33,7 @@ class Problem:
 
     def through(self, x: Tensor) -> Tensor:
         """The hypergradient that the inverse HVP ``x`` gives: minus x times the mixed derivative, 2 e^lam w."""
-        return -x * 2 * self.lam.detach().exp() * self.w
+        return -x * 2 * self.lam.detach().exp() * self.w.detach()
 
     def dense(self) -> Tensor:
         """The Hessian of the training loss, ``(n, n)``, some hundred columns at a time."""
