@@ -186,7 +186,11 @@ def _write(store: Store, report: Report) -> list[Path]:
         path = out / f"{store.stem}_{name}.png"
         replace(path, lambda file, figure=figure: figure.savefig(file, dpi=100, format="png"))
         written.append(path)
-    environments = [", ".join(f"{k} {v}" for k, v in e.items()) for e in store.content["environments"]]
+    commits: dict[str, list[str]] = {}
+    for environment in store.content["environments"]:
+        where = ", ".join(f"{k} {v}" for k, v in environment.items() if k != "commit")
+        commits.setdefault(where, []).append(str(environment.get("commit")))
+    environments = [f"{where}, commit {' '.join(found)}" for where, found in commits.items()]
     head, *body = measure.cells(report.rows)
     lines = [f"# {store.experiment.name}, {store.content['data']}", "", store.experiment.about, ""]
     lines += [f"{store.settings.seeds} seeds. {'; '.join(environments)}.", ""]
