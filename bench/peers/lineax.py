@@ -1,0 +1,43 @@
+"""lineax, jitted: ``linear_solve`` with its conjugate gradients; the mixed derivative by JAX. It has no series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import lineax as lx
+
+from bench.peers.jax_models import Twin
+from bench.peers.problems import Problem
+from bench.peers.tasks import Task
+
+METHODS = ("cg",)
+
+
+def make(problem: Problem, task: Task) -> Callable[[], list[Any]]:
+    """One jitted function of weights, penalties, batches and right-hand side."""
+    twin, damping = Twin(problem), problem.damping
+    # Without tests and without the true residual, which it would compute in every tenth step.
+    solver = lx.CG(rtol=0.0, atol=0.0, max_steps=task.steps, stabilise_every=None)
+
+    def solve(gradient: Callable, params: Any, b: Any) -> Any:
+        hessian = lx.JacobianLinearOperator(lambda w, _: gradient(w), params, tags=lx.positive_semidefinite_tag)
+        identity = lx.IdentityLinearOperator(hessian.in_structure())
+        matrix = lx.TaggedLinearOperator(hessian + damping * identity, lx.positive_semidefinite_tag)
+        return lx.linear_solve(matrix, b, solver, throw=False).value
+
+    @jax.jit
+    def inverse_hvp(params: Any, batch: Any, b: Any) -> Any:
+        return solve(lambda w: jax.grad(twin.train_loss)(w, {}, batch), params, b)
+
+    @jax.jit
+    def hypergradient(params: Any, log_l2: Any, batch: Any, val: Any) -> Any:
+        b = jax.grad(twin.cross_entropy)(params, val)
+        x = solve(lambda w: jax.grad(twin.train_loss)(w, log_l2, batch), params, b)
+        _, pull_back = jax.vjp(lambda log_l2: jax.grad(twin.train_loss)(params, log_l2, batch), log_l2)
+        return jax.tree.map(lambda t: -t, pull_back(x)[0])
+
+    if task.what == "hypergradient":
+        return lambda: twin.listed(hypergradient(twin.params, twin.log_l2, twin.train, twin.val))
+    return lambda: twin.listed(inverse_hvp(twin.params, twin.train, twin.b))
