@@ -1,4 +1,4 @@
-"""hypertorch (github.com/prolearner/hypertorch, installed from there; on PyPI the name ``hypergrad`` is another package).
+"""hypertorch, from github.com/prolearner/hypertorch: on PyPI the name ``hypergrad`` is another package.
 
 It returns hypergradients of the fixed point of a map, here a step of gradient descent with step size alpha. K steps of
 a series are K + 1 of its, which begins with zero. It has no damping: the loss gets it as a penalty. An inverse-Hessian-

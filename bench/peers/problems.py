@@ -7,8 +7,9 @@ eigenvalue there may be. Both come from Lanczos steps in float64.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 
 import torch
@@ -37,6 +38,7 @@ class Problem:
         train: Inputs and classes of the training loss.
         val: Those of the validation loss.
         closed_form: Which of our closed forms has the Hessian, if any.
+        log_l2: Log penalties by the name of the weight they belong to, which is a matrix; random ones if not given.
     """
 
     name: str
@@ -46,6 +48,12 @@ class Problem:
     val: Batch
     closed_form: str = ""
     log_l2: Tensors = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Draw penalties."""
+        for n, p in self.params.items():
+            if n not in self.log_l2 and p.dim() > 1:
+                self.log_l2[n] = (0.5 * torch.randn_like(p) - 8).requires_grad_()
 
     @property
     def params(self) -> Tensors:
@@ -88,14 +96,16 @@ class Problem:
 
     @cache  # noqa: B019 (problems live as long as the process)
     def vectors(self, k: int) -> list[Tensor]:
-        """k random right-hand sides, one more leading dimension on every tensor."""
+        """As many random right-hand sides, one more leading dimension on every tensor."""
         generator = torch.Generator().manual_seed(k)
         return [torch.randn(k, *p.shape, generator=generator).to(p.dtype) for p in self.leaves]
 
     @cached_property
     def double(self) -> Problem:
         """The same problem in float64."""
-        return _of(self.name, F64)
+        train, val = ((x.to(F64), y) for x, y in (self.train, self.val))
+        log_l2 = {n: t.detach().to(F64).requires_grad_() for n, t in self.log_l2.items()}
+        return replace(self, module=copy.deepcopy(self.module).to(F64), train=train, val=val, log_l2=log_l2)
 
     @cached_property
     def _spectrum(self) -> tuple[float, float]:
@@ -105,7 +115,7 @@ class Problem:
 
     @property
     def damping(self) -> float:
-        """d of ``H + d I``."""
+        """The d of ``H + d I``."""
         low, high = self._spectrum
         return _rounded((high - CONDITION * min(low, 0.0)) / (CONDITION - 1))
 
@@ -210,24 +220,14 @@ _MAKERS: dict[str, tuple[str, Callable[[], tuple[nn.Module, Batch, Batch]], str]
     "resnet": ("ResNet block, 32 wide, 16 x 16, batch 16", _resnet, ""),
 }
 PROBLEMS = tuple(_MAKERS)
-
-
-def load(name: str) -> Problem:
-    """A problem by its name, in float32."""
-    return _of(name, torch.float32)
+TITLES = {name: title for name, (title, _, _) in _MAKERS.items()}
 
 
 @cache
-def _of(name: str, dtype: torch.dtype) -> Problem:
+def load(name: str) -> Problem:
+    """A problem by its name, in float32."""
     title, make, closed_form = _MAKERS[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module, *batches = make()
-        train, val = ((x.to(dtype), y) for x, y in batches)
-        module.to(dtype)
-        log_l2 = {
-            n: (0.5 * torch.randn(p.shape) - 8).to(dtype).requires_grad_()
-            for n, p in module.named_parameters()
-            if p.dim() > 1
-        }
-    return Problem(name, title, module, train, val, closed_form, log_l2)
+        module, train, val = make()
+        return Problem(name, title, module, train, val, closed_form)

@@ -13,12 +13,12 @@ import torch
 from bench.measure import interleave, median, ratio
 from bench.peers import OURS, PEERS, adapter
 from bench.peers.problems import Problem
-from bench.peers.tasks import Task, Unsupported, concrete, error_of, flat, tolerance
+from bench.peers.tasks import Task, Unsupported, concrete, error_of, tolerance
 
 OK = "ok"
 
 
-def check(problem: Problem, task: Task, peer: str) -> tuple[Callable[[], object] | None, int, float, str]:
+def check(problem: Problem, task: Task, peer: str) -> tuple[Callable[[], object] | None, int, float | None, str]:
     """What runs the task, its steps, the error of its result, and ``"ok"`` or why it is not to be timed."""
     steps = task.steps
     try:
@@ -29,12 +29,12 @@ def check(problem: Problem, task: Task, peer: str) -> tuple[Callable[[], object]
         run()  # may compile
         result = run()
     except ImportError as error:
-        return None, steps, math.nan, f"not installed: {error}"
+        return None, steps, None, f"not installed: {error}"
     except Unsupported as error:
-        return None, steps, math.nan, f"unsupported: {error}"
+        return None, steps, None, f"unsupported: {error}"
     except Exception as error:  # a failing peer is a result
         lines = str(error).strip().splitlines() or [""]
-        return None, steps, math.nan, f"failed: {type(error).__name__}: {lines[0][:160]}"
+        return None, steps, None, f"failed: {type(error).__name__}: {lines[0][:160]}"
     error = error_of(problem, task if task.to_error else chosen, result)
     if not error <= tolerance(task):
         return None, steps, error, f"wrong: error {error:.1e}, allowed {tolerance(task):.0e}"
@@ -49,7 +49,7 @@ def compare(
     for peer in dict.fromkeys([OURS, *peers]):
         run, steps, error, status = check(problem, task, peer)
         row = {"problem": problem.name, "task": task.name, "peer": peer, "steps": steps, "error": error}
-        rows.append(row | dict.fromkeys(("times", "low", "high", "ms", "gradients"), math.nan) | {"status": status})
+        rows.append(row | dict.fromkeys(("times", "low", "high", "ms", "gradients"), None) | {"status": status})
         if run is not None:
             runs[peer] = run
     if OURS not in runs:
@@ -80,6 +80,3 @@ def versions() -> dict[str, str]:
     with contextlib.suppress(metadata.PackageNotFoundError):
         found["jax"] = metadata.version("jax")
     return found
-
-
-__all__ = ["OK", "check", "compare", "flat", "versions"]

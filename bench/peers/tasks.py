@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -71,7 +72,8 @@ def concrete(problem: Problem, task: Task, methods: Sequence[str]) -> Task:
     """
     if not task.to_error:
         if task.method not in methods:
-            raise Unsupported({"neumann": "it has no Neumann series", "cg": "it has no conjugate gradients"}[task.method])
+            missing = {"neumann": "Neumann series", "cg": "conjugate gradients"}[task.method]
+            raise Unsupported(f"it has no {missing}")
         return task
     known = {method: steps_to_target(problem, method) for method in methods}
     reached = {method: steps for method, steps in known.items() if steps is not None}
@@ -111,8 +113,7 @@ def reference(problem: Problem, task: Task) -> list[Tensor]:
 
     def solve(b: Sequence[Tensor]) -> list[Tensor]:
         step = neumann_iterates if task.method == "neumann" else cg_iterates
-        *_, x = step(_damped(problem, gradient_graph(loss, double.leaves)), b, problem.alpha, task.steps)
-        return x
+        return _last(step(_damped(problem, gradient_graph(loss, double.leaves)), b, problem.alpha, task.steps))
 
     if task.vectors:
         columns = [solve([t[j].double() for t in problem.vectors(task.vectors)]) for j in range(task.vectors)]
@@ -127,8 +128,7 @@ def exact(problem: Problem) -> Tensor:
     double = problem.double
     product = _damped(problem, gradient_graph(double.train_loss(double.params), double.leaves))
     norm = flat(double.b).norm()
-    for x in cg_iterates(product, double.b, 0.0, LIMIT, tol=1e-12):
-        pass
+    x = _last(cg_iterates(product, double.b, 0.0, LIMIT, tol=1e-12))
     residual = (flat(double.b) - flat(product(x))).norm() / norm
     if residual > 1e-9:
         raise ArithmeticError(f"{problem.name}: the exact solution has a residual of {residual:.1e}")
@@ -158,11 +158,15 @@ def steps_to_target(problem: Problem, method: str) -> int | None:
 Product = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
+def _last(iterates: Iterator[list[Tensor]]) -> list[Tensor]:
+    return deque(iterates, maxlen=1).pop()
+
+
 def _damped(problem: Problem, product: Product) -> Product:
     return lambda v: [h + problem.damping * t for h, t in zip(product(v), v, strict=True)]
 
 
-def neumann_iterates(product: Product, b: Sequence[Tensor], alpha: float, steps: int):
+def neumann_iterates(product: Product, b: Sequence[Tensor], alpha: float, steps: int) -> Iterator[list[Tensor]]:
     """Partial sums of the series: 0 to ``steps`` updates."""
     v, p = list(b), list(b)
     yield [alpha * t for t in p]
@@ -172,7 +176,9 @@ def neumann_iterates(product: Product, b: Sequence[Tensor], alpha: float, steps:
         yield [alpha * t for t in p]
 
 
-def cg_iterates(product: Product, b: Sequence[Tensor], alpha: float, steps: int, tol: float = 0.0):
+def cg_iterates(
+    product: Product, b: Sequence[Tensor], alpha: float, steps: int, tol: float = 0.0
+) -> Iterator[list[Tensor]]:
     """Iterates of conjugate gradients from zero, until the residual is ``tol`` of the right-hand side."""
     del alpha
     shapes, sizes = [t.shape for t in b], [t.numel() for t in b]
