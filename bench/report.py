@@ -81,8 +81,8 @@ def readme_table(rows: list[Row], environment: dict[str, object]) -> list[str]:
     slower, all_rows = losses(rows), [row for row in timed(rows) if row["peer"] in OTHERS]
     closed = geometric_mean(1 / row["times"] for row in timed(rows) if row["peer"] == CLOSED_FORM)
     return [
-        f"How many times faster than each package, geometric mean over {len(TASKS)} tasks (20 and 100 steps of a Neumann",
-        "series, 20 of CG, 8 and 32 vectors, hypergradients by one penalty per weight, an error of 1e-2), with the same",
+        f"How many times faster than each package, geometric mean over {len(TASKS)} tasks (20 and 100 steps of Neumann",
+        "series, 20 of CG, 8 and 32 vectors, hypergradients by one penalty per weight, an error of 1e-2), by the same",
         f"number of steps, after a check against float64; {environment['cpu']}, {environment['isa'].upper()}, "
         f"{environment['threads']} threads, torch {environment['torch']}; `-`: cannot do it, or not correctly.",
         "",
@@ -110,7 +110,7 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
     slower = sorted(losses(rows), key=lambda row: row["times"])
     out = [f"## Summary, {environment['threads']} threads", "", facts(environment), ""]
     out += [
-        "How many times faster `hypergrad_ext` is, as one drops it in (`hg.inverse_hvp`, `hg.hypergradient` of a loss):",
+        "How many times faster `hypergrad_ext` is, as one drops it in: `hg.inverse_hvp`, `hg.hypergradient` of a loss;",
         "geometric means. Every result was held against float64 first; what is wrong or cannot be done is not timed.",
         "",
         *markdown(["against", *PROBLEMS, "all"], pivot(rows, "peer", "problem", (OTHERS, list(PROBLEMS)))),

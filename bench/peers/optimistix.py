@@ -1,7 +1,7 @@
 """optimistix, jitted: the backward pass through a root, by ``ImplicitAdjoint`` with conjugate gradients of lineax.
 
 The weights are already what training made of them, so the root finder is one that stays where it begins. It has no
-damping: the loss gets it as a penalty.
+damping: the loss gets it as a penalty, and it is scaled up as for lineax.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import lineax as lx
 import optimistix as optx
 
 from bench.peers.jax_models import Twin
+from bench.peers.lineax import scale
 from bench.peers.problems import Problem
 from bench.peers.tasks import Task
 
@@ -44,7 +45,7 @@ class Stay(optx.AbstractRootFinder):
 
 def make(problem: Problem, task: Task) -> Callable[[], list[Any]]:
     """One jitted function: the gradient of a loss of the root."""
-    twin, damping = Twin(problem), problem.damping
+    twin, damping, up = Twin(problem), problem.damping, scale(problem)
     solver = lx.CG(rtol=0.0, atol=0.0, max_steps=task.steps, stabilise_every=None)
     adjoint = optx.ImplicitAdjoint(linear_solver=solver)
 
@@ -53,7 +54,8 @@ def make(problem: Problem, task: Task) -> Callable[[], list[Any]]:
             log_l2, shift, batch = args
             gradient = jax.grad(twin.train_loss)(w, log_l2, batch)
             gradient = jax.tree.map(lambda g, t: g + damping * t, gradient, w)
-            return gradient if shift is None else jax.tree.map(jnp.subtract, gradient, shift)
+            gradient = gradient if shift is None else jax.tree.map(jnp.subtract, gradient, shift)
+            return jax.tree.map(lambda g: up * g, gradient)
 
         tags = frozenset({lx.positive_semidefinite_tag})
         return optx.root_find(residual, Stay(), params, args, adjoint=adjoint, tags=tags, throw=False).value
