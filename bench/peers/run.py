@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 
 import torch
@@ -27,8 +27,9 @@ def check(problem: Problem, task: Task, peer: str) -> tuple[Callable[[], object]
         chosen = concrete(problem, task, module.METHODS)
         steps = chosen.steps
         run = module.make(problem, chosen)
-        for _ in range(3 if peer == OURS else 2):  # packages compile in the first call, ours chooses in the second
-            result = run()
+        with _quiet():
+            for _ in range(3 if peer == OURS else 2):  # packages compile in the first call, ours chooses in the second
+                result = run()
     except ImportError as error:
         return None, steps, None, f"not installed: {error}"
     except Unsupported as error:
@@ -65,7 +66,8 @@ def compare(
     def gradient() -> object:
         return torch.autograd.grad(problem.train_loss(problem.params), leaves)
 
-    seconds = interleave({**runs, "gradient": gradient}, rounds, 0, gc.collect, clock, budget)
+    with _quiet():
+        seconds = interleave({**runs, "gradient": gradient}, rounds, 0, clock=clock, budget=budget)
     unit = median(seconds["gradient"])
     for row in rows:
         if row["peer"] in runs:
@@ -73,6 +75,14 @@ def compare(
             middle = median(seconds[row["peer"]])
             row.update(times=times, low=low, high=high, ms=1e3 * middle, gradients=middle / unit)
     return rows
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nobody need be told that a fixed number of steps did not converge."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def versions() -> dict[str, str]:
