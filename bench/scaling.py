@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
-from bench.measure import interleave, median, peak, save, table
+from bench.measure import clock_for, interleave, median, peak, save, table
 
 ALPHA, DAMPING, STEPS = 1e-2, 1e-2, 5
 WIDTH, BATCH = 512, 16
@@ -107,7 +108,13 @@ def sweeps(quick: bool) -> dict[str, tuple[Callable[[int], tuple[Callable, int]]
     return found
 
 
-def measure(name: str, make: Callable[[int], tuple[Callable, int]], sizes: Iterable[int], budget: float) -> list[Row]:
+def measure(
+    name: str,
+    make: Callable[[int], tuple[Callable, int]],
+    sizes: Iterable[int],
+    budget: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Row]:
     """Rows of a sweep, until a point takes longer than ``budget`` seconds."""
     rows: list[Row] = []
     for size in sizes:
@@ -116,7 +123,7 @@ def measure(name: str, make: Callable[[int], tuple[Callable, int]], sizes: Itera
         for _ in range(3):  # the engine is chosen in the second solve
             run()
         held = peak(run)
-        seconds = interleave({"run": run}, rounds=5, warmup=0, budget=budget)["run"]
+        seconds = interleave({"run": run}, rounds=5, warmup=0, clock=clock, budget=budget)["run"]
         rows.append({"over": name, "x": x, "ms": 1e3 * median(seconds), "MB": held / 1e6})
         if sum(seconds) > budget:
             break
@@ -178,11 +185,11 @@ def main() -> None:
     rows: list[Row] = []
     for name, (make, sizes) in sweeps(options.quick).items():
         if name in (options.sweep or [name]):
-            found = measure(name, make, sizes, 2.0 if options.quick else 10.0)
+            found = measure(name, make, sizes, 2.0 if options.quick else 10.0, clock_for(options.threads))
             print(table(found), flush=True)
             rows += found
             if not options.quick:
-                save(f"scaling_threads{options.threads}", found, key=2)
+                save(f"scaling_threads{options.threads}", found, key=2, threads=options.threads)
     for line in slopes(rows):
         print("over {}, from {} to {}: slope of time {}, of memory {}".format(*line))
 

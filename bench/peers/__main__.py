@@ -51,7 +51,7 @@ def main() -> None:
             budget = 3.0 if options.quick else options.budget
             found = compare(load(problem), TASKS[task], peers, rounds, budget, clock_for(options.threads))
             print(table(found), flush=True)
-            path = save(name, found, key=3, **versions())
+            path = save(name, found, key=3, threads=options.threads, **versions())
             rows += found
     print(f"saved {path}")
 
