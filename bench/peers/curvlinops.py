@@ -27,7 +27,14 @@ class Diagonal(PyTorchLinearOperator):
     def __init__(self, diagonal: Sequence[Tensor]) -> None:
         super().__init__([t.shape for t in diagonal], [t.shape for t in diagonal])
         self.diagonal = diagonal
-        self.device, self.dtype = diagonal[0].device, diagonal[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.diagonal[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.diagonal[0].dtype
 
     def _matmat(self, columns: list[Tensor]) -> list[Tensor]:
         return [d.unsqueeze(-1) * t for d, t in zip(self.diagonal, columns, strict=True)]
