@@ -294,13 +294,10 @@ def _layer_backward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, gr
 
 
 def _tangent_of_gates(inputs: Any, recurrent: Any, v_bias: Tensor | None, like: Tensor) -> Tensor:
-    """``v_bias + sum_i a_i b_i^T + h_before v_hh^T``, without the pairs of which one is None; of the shape of ``like``.
+    """What the gates change by. ``inputs`` are pairs of a sequence and weights; ``recurrent`` is ``h0``, ``h``, ``v_hh``.
 
-    Args:
-        inputs: Pairs of a sequence ``a_i`` and weights ``b_i``, or None.
-        recurrent: ``h0``, ``h`` and ``v_hh`` or None.
-        v_bias: Or None.
-        like: ``(steps, batch, 4 units)``.
+    Returns:
+        ``v_bias + sum_i a_i b_i^T + h_before v_hh^T`` without the pairs that hold None, of the shape of ``like``.
     """
     total: Tensor | None = None
     for a, b in inputs:
