@@ -294,7 +294,7 @@ def _layer_backward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, gr
 
 
 def _tangent_of_gates(inputs: Any, recurrent: Any, v_bias: Tensor | None, like: Tensor) -> Tensor:
-    """What the gates change by. ``inputs`` are pairs of a sequence and weights; ``recurrent`` is ``h0``, ``h``, ``v_hh``.
+    """What the gates change by; ``inputs`` are pairs of sequence and weights, ``recurrent`` is ``h0``, ``h``, ``v_hh``.
 
     Returns:
         ``v_bias + sum_i a_i b_i^T + h_before v_hh^T`` without the pairs that hold None, of the shape of ``like``.
