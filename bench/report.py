@@ -130,6 +130,11 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
         )
     else:
         out.append("Nowhere in this run.")
+    split = products_and_rest(rows)
+    if split:
+        out += ["", "### Milliseconds per product, and of all that is done once", ""]
+        out += ["From solves with 20 and 100 products; once: the loss, its gradient, recording and plans, calls.", ""]
+        out += markdown(["problem", "package", "a product", "once"], split)
     closed = [row for row in timed(rows) if row["peer"] == CLOSED_FORM]
     if closed:
         lines = [[row["problem"], row["task"], f"{1 / row['times']:.2f}"] for row in closed]
@@ -144,6 +149,19 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
         lines = [[peer, why, _shortened(where)] for (peer, why), where in sorted(reasons.items())]
         out += markdown(["package", "reason", "where"], lines)
     return [*out, ""]
+
+
+def products_and_rest(rows: Iterable[Row]) -> list[list[str]]:
+    """Time of a product and of the rest of a solve, from two solves of different lengths, as text."""
+    ms = {(row["problem"], row["peer"], row["task"]): row["ms"] for row in timed(rows)}
+    found = []
+    for problem in PROBLEMS:
+        for peer in PEERS:
+            short, long = (ms.get((problem, peer, f"neumann{k}")) for k in (20, 100))
+            if short and long:
+                product = (long - short) / 80
+                found.append([problem, peer, f"{product:.3g}", f"{short - 20 * product:.2g}"])
+    return found
 
 
 def _shortened(where: list[str]) -> str:

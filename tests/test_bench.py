@@ -176,6 +176,11 @@ def test_means_are_geometric_and_of_what_was_timed():
     assert not report.losses(rows)
 
 
+def test_products_are_told_from_the_rest():
+    rows = [made_up(OURS, "mlp", f"neumann{k}", 7.0 + 0.5 * k) for k in (20, 100)]
+    assert report.products_and_rest([*rows, made_up(BY_HAND, "mlp", "neumann20", 1.0)]) == [["mlp", OURS, "0.5", "7"]]
+
+
 def test_readme_shows_the_committed_results():
     results = report.load("peers_threads*.json")
     if not report.README.exists() or not results:
