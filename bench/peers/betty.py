@@ -1,8 +1,8 @@
 """Betty: its ``neumann`` and ``cg``, called as its engine calls them, on a stand-in for its ``Problem``.
 
 It has no damping: the loss gets it as a penalty. Its conjugate gradients take the next direction from the residual
-before the step (as of 0.2.1), so they end elsewhere. They run where they are asked for, and are shown as wrong; an error
-is reached by the series.
+before the step (as of 0.2.1), so they end elsewhere. They run where they are asked for, and are shown as wrong; to
+an error it goes by the series.
 """
 
 from __future__ import annotations
