@@ -139,7 +139,7 @@ def exact(problem: Problem) -> Tensor:
 
 @cache
 def steps_to_target(problem: Problem, method: str) -> int | None:
-    """Fewest steps of a method to `TARGET` in float64; None above `LIMIT`."""
+    """Fewest steps of a method to `TARGET`; None above `LIMIT`. Conjugate gradients have products in float32."""
     truth = exact(problem)
     if method == "neumann":
         # What is left of the solution after K updates is (I - alpha H)^(K + 1) times it.
@@ -149,9 +149,12 @@ def steps_to_target(problem: Problem, method: str) -> int | None:
             if (weights * left ** (steps + 1)).sum() <= TARGET**2 * weights.sum():
                 return steps
         return None
-    double = problem.double
-    product = _damped(problem, gradient_graph(double.train_loss(double.params), double.leaves))
-    for steps, x in enumerate(cg_iterates(product, double.b, 0.0, LIMIT)):
+    single = gradient_graph(problem.train_loss(problem.params), problem.leaves)
+
+    def product(v: Sequence[Tensor]) -> list[Tensor]:
+        return [h.double() for h in single([t.to(p.dtype) for t, p in zip(v, problem.leaves, strict=True)])]
+
+    for steps, x in enumerate(cg_iterates(_damped(problem, product), problem.double.b, 0.0, LIMIT)):
         if (flat(x) - truth).norm() <= TARGET * truth.norm():
             return steps
     return None
