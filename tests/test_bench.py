@@ -134,7 +134,7 @@ def test_two_commits_slower_faster_level():
 
     for head, judgement in ((1.0, "level"), (1.2, "slower"), (0.8, "faster")):
         (verdict,) = compare.judge(runs(1.0), runs(head))
-        assert verdict.judgement == judgement and verdict.noise < 0.06
+        assert verdict.judgement == judgement and verdict.noise < 0.15
     # As much, but no more than two runs of one commit differ by.
     shaky = [{"case": 1.0 + 0.4 * (i % 2)} for i in range(6)]
     assert compare.judge(shaky, [{"case": 1.2 * run["case"]} for run in shaky])[0].judgement == "level"
