@@ -88,11 +88,12 @@ def readme_table(rows: list[Row], environment: dict[str, object]) -> list[str]:
     """What stands between the markers of the README."""
     slower, all_rows = losses(rows), [row for row in timed(rows) if row["peer"] in OTHERS]
     closed = geometric_mean(1 / row["times"] for row in timed(rows) if row["peer"] == CLOSED_FORM)
+    tasks = [f"`{task}`" for task in TASKS if any(row["task"] == task for row in all_rows)]
     return [
-        f"How many times faster than each package, geometric mean over {len(TASKS)} tasks (20 and 100 steps of Neumann",
-        "series, 20 of CG, 8 and 32 vectors, hypergradients by one penalty per weight, an error of 1e-2), by the same",
-        f"number of steps, after a check against float64; {environment['cpu']}, {environment['isa'].upper()}, "
-        f"{_threads(environment)}, torch {environment['torch']}; `-`: cannot do it, or not correctly.",
+        f"How many times faster than each package: geometric mean over {', '.join(tasks)},",
+        "with the same number of steps, after a check against float64",
+        f"({environment['cpu']}, {environment['isa'].upper()}, {_threads(environment)}, torch {environment['torch']}).",
+        "`-`: it cannot, or not correctly.",
         "",
         *markdown(["against", *PROBLEMS, "all"], _means(rows, "problem", PROBLEMS)),
         "",
