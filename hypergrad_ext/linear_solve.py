@@ -299,8 +299,9 @@ def _finish(system: System, x: Tensor, solution: Solution) -> None:
     state.sketch_age += 1
     state.spectrum_age = state.spectrum_age + 1 if spectrum == state.spectrum else 1
     state.spectrum = None if spectrum is None else Spectrum(*spectrum)
+    state.preconditioned_age += 1
     if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
-        state.x = state.spectrum = state.sketch = None
+        state.x = state.spectrum = state.preconditioned = state.sketch = None
     else:
         state.x = x
 

@@ -31,6 +31,12 @@ def products(a: Tensor) -> hg.Callable:
     return hg.Callable(lambda v: a @ v, torch.zeros(len(a), dtype=a.dtype))
 
 
+def energy_error(a: Tensor, b: Tensor, x: Tensor) -> float:
+    """Of the error, in the norm of ``a``, squared and relative."""
+    truth = torch.linalg.solve(a, b)
+    return float((x - truth) @ a @ (x - truth) / (truth @ a @ truth))
+
+
 class TestBlockCG:
     def test_solves_with_fewer_products_than_separate_recurrences(self):
         a, b = with_eigenvalues(OUTLIERS), torch.randn(16, 200, dtype=F64)
@@ -178,6 +184,43 @@ class TestStepSize:
         mended = hg.solve(hg.DenseMatrix(a), b, hg.Neumann(200, alpha=5.0, form=form, adaptive=True))
         assert mended.status == "max_steps" and mended.alpha <= 2.5 and mended.residual_norm < 1e-6
         assert "decreased from 5" in mended.detail
+
+
+class TestPenaltiesThatGrow:
+    """One penalty per weight, from 0.02 to 1e4 in 25 outer steps, beside a loss whose own curvature is up to 100."""
+
+    def problems(self):
+        n = 60
+        loss, b = 100 * spd(n, 1e4), torch.randn(n, dtype=F64)
+        grow = torch.rand(n, dtype=F64)
+        for step in range(25):
+            penalties = 2 * torch.exp(-4 + grow * 13 * step / 24)
+            yield loss + torch.diag(penalties), penalties + 1, b + 0.1 * torch.randn(n, dtype=F64)
+
+    @pytest.mark.parametrize("options", [{}, {"alpha": 1.0, "adaptive": True}], ids=["found", "adaptive"])
+    @pytest.mark.parametrize("held", [False, True], ids=["", "state"])
+    def test_three_preconditioned_steps_go_on(self, options, held):
+        state, hvps = hg.SolverState(), 0
+        for a, p, b in self.problems():
+            solver = hg.Neumann(3, preconditioner=p, **options)
+            solution = hg.solve(products(a), b, solver, state=state if held else None, residual=False)
+            assert solution.status == "max_steps"
+            hvps += solution.hvps
+            r = b - a @ solution.value
+            assert r @ (r / p) < 0.8 * b @ (b / p)
+            error = energy_error(a, b, solution.value)
+            assert error < 0.98
+        assert error < 0.6
+        assert hvps <= 25 * 8 if options else hvps == (25 * 4 - 1 + 3 * 10 if held else 25 * 13)
+
+    def test_a_step_size_that_forgets_the_loss_is_reported(self):
+        a, p, b = next(self.problems())
+        solution = hg.solve(products(a), b, hg.Neumann(3, alpha=1.0, preconditioner=p))
+        assert solution.status == "diverged" and solution.useless and solution.residual_norm == 1
+
+    def test_without_the_preconditioner_hardly_anything_is_solved(self):
+        *_, (a, _, b) = self.problems()
+        assert energy_error(a, b, hg.solve(products(a), b, hg.Neumann(3)).value) > 0.95
 
 
 class TestAutomaticDamping:

@@ -43,6 +43,8 @@ class SolverState:
         x: The last solution, flat ``(n,)`` or ``(k, n)``, in the dtype of the solver state.
         spectrum: What Lanczos steps saw.
         spectrum_age: Solves since then.
+        preconditioned: What they saw of the preconditioned operator.
+        preconditioned_age: Solves since then.
         sketch: The Nystrom sketch of the operator.
         sketch_age: Solves since then.
         sketch_steps: Steps that the first solve with the sketch took.
@@ -63,6 +65,8 @@ class SolverState:
     x: Tensor | None = None
     spectrum: Spectrum | None = None
     spectrum_age: int = 0
+    preconditioned: Spectrum | None = None
+    preconditioned_age: int = 0
     sketch: Sketch | None = None
     sketch_age: int = 0
     sketch_steps: int = 0
@@ -78,8 +82,8 @@ class SolverState:
     def state_dict(self) -> dict[str, Any]:
         """Everything, for ``torch.save``: tensors, numbers and tuples; a solve goes on bit for bit."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
-        state["spectrum"] = None if self.spectrum is None else tuple(self.spectrum)
-        state["sketch"] = None if self.sketch is None else tuple(self.sketch)
+        for name in ("spectrum", "preconditioned", "sketch"):
+            state[name] = None if state[name] is None else tuple(state[name])
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,7 +103,9 @@ class SolverState:
             raise ValueError(f"state: expected the keys {', '.join(sorted(names))}, got {', '.join(sorted(state))}")
         for name, value in state.items():
             setattr(self, name, value)
-        self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
+        self.spectrum, self.preconditioned = (
+            None if state[name] is None else Spectrum(*state[name]) for name in ("spectrum", "preconditioned")
+        )
         self.sketch = None if state["sketch"] is None else Sketch(*state["sketch"])
 
     def check(self, space: Space) -> None:
