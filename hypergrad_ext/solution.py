@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -113,7 +113,7 @@ class Solution:
             ``"compiled"``; None for other operators.
     """
 
-    value: Tree
+    value: Tree = field(repr=False)  # or print(solution) would be pages of weights
     status: Status
     steps: int
     hvps: int
@@ -121,7 +121,7 @@ class Solution:
     solver: Solver
     error_bound: float | Tensor | None = None
     hypergradient_bound: Tree | None = None
-    history: list[list[float]] | None = None
+    history: list[list[float]] | None = field(default=None, repr=False)
     detail: str = ""
     alpha: float | None = None
     damping: float = 0.0

@@ -356,3 +356,9 @@ def test_no_warning_without_cause():
         warnings.simplefilter("error")
         for solver in ("auto", hg.CG(), hg.Neumann(3), hg.Identity(), hg.Direct()):
             hg.inverse_hvp((w**2).sum(), w, torch.ones(3), solver)
+
+
+def test_a_solution_prints_in_a_line():
+    solution = hg.solve(hg.DenseMatrix(torch.eye(500)), torch.ones(500), hg.CG(), history=True)
+    assert "converged" in repr(solution)
+    assert len(repr(solution)) < 500
