@@ -71,7 +71,7 @@ class BlockCG(Solver):
         system.prepare(self.max_steps, b)
         x = torch.zeros_like(rows)
         w, s = _orthonormal(rows * weight[:, None], None, drop)
-        p, views = w.clone(), []
+        p, views = w.clone(), list[Tensor]()
         status, detail, step = Status.MAX_STEPS, "", 0
         while step < self.max_steps and not _done(s):
             if not views or len(views[0]) != len(p):
