@@ -462,10 +462,10 @@ class TestAuto:
 class TestState:
     """30 drifting outer steps of a logistic regression whose penalty is small: condition 2e4."""
 
-    def problem(self, step: int) -> tuple[Tensor, Tensor]:
+    def problem(self, step: int, decay: float = 1.0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
         n, d = 512, 200
-        x = 6 * torch.randn(n, d, generator=generator, dtype=F64) / torch.arange(1, d + 1)
+        x = 6 * torch.randn(n, d, generator=generator, dtype=F64) / torch.arange(1, d + 1) ** decay
         w = 0.3 * torch.randn(d, generator=generator, dtype=F64)
         drift = torch.randn(d, generator=generator, dtype=F64)
         b = torch.randn(d, generator=generator, dtype=F64)
@@ -474,16 +474,33 @@ class TestState:
         a = x.T @ ((p * (1 - p))[:, None] * x) / n + 1e-4 * torch.eye(d, dtype=F64)
         return a, b + 0.01 * step * b_drift
 
-    def test_a_quarter_of_the_products_of_cold_cg(self):
+    @pytest.mark.parametrize("decay", [1.0, 0.75])
+    def test_a_quarter_of_the_products_of_cold_cg(self, decay):
         state, cold = hg.SolverState(), 0
         for step in range(30):
-            a, b = self.problem(step)
+            a, b = self.problem(step, decay)
             solution = hg.solve(products(a), b, hg.Auto(tol=1e-2), state=state, residual=False)
             assert solution.converged
             assert torch.linalg.vector_norm(b - a @ solution.value) <= 1.1e-2 * torch.linalg.vector_norm(b)
             cold += hg.solve(products(a), b, hg.CG(tol=1e-2), residual=False).hvps
         assert state.solves == 30
         assert state.hvps <= cold / 4
+
+    @pytest.mark.parametrize("rows", [None, 2])
+    def test_a_steady_drift_is_followed(self, rows):
+        a, b = spd(40, 50.0), torch.randn(*(() if rows is None else (rows,)), 40, dtype=F64)
+        drift, state = torch.randn_like(b), hg.SolverState()
+        steps = [
+            hg.solve(products(a), b + t * drift, hg.CG(tol=1e-6), state=state, residual=False).steps for t in range(4)
+        ]
+        assert min(steps[:2]) > 20 and max(steps[2:]) <= 3  # what the tolerance left of the first solutions
+
+    def test_a_change_of_negative_curvature_is_not_followed(self):
+        a, state = torch.diag(torch.tensor([3.0, -1.0], dtype=F64)), hg.SolverState()
+        for b in (torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])):
+            solution = hg.solve(products(a), b.double(), hg.MINRES(tol=1e-9), state=state)
+            assert solution.converged and solution.steps == (2 if b[1] == 1 else 1)
+            assert_close(solution.value, b.double() / a.diagonal(), 1e-8)
 
     def test_goes_on_bit_for_bit_from_a_state_dict(self):
         state = hg.SolverState(refresh=3)
