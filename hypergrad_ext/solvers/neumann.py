@@ -191,7 +191,7 @@ def series(
             p.sub_(v)
             if step == 1:
                 v.copy_(p)  # back to b
-                watch.restart()
+                watch.restart(step)
             else:
                 p.mul_(shrink).add_(v)
             alpha /= shrink
@@ -227,7 +227,7 @@ def richardson(
             alpha /= shrink
             if watch.worse:
                 x.copy_(b if m is None else m.times(b)).mul_(alpha)
-                watch.restart()
+                watch.restart(step)
         return over
 
     step = _iterate(system, steps, advance, over, watch)

@@ -61,7 +61,7 @@ class Watch:
         self._failed: list[Status | None] = [None] * len(self._stop)
         self._ended: dict[int, float] = {}
         self._start = self._first
-        self.decreased, self.worse = 0, False
+        self._step, self.decreased, self.worse = 0, 0, False
         self.detail = ""
 
     def stop(self, b: Tensor) -> Tensor:
@@ -84,10 +84,10 @@ class Watch:
                 self._fail(row, Status.NON_FINITE_OPERATOR, "at the first step")
             elif non_finite or not size < math.inf or grows or size > 1.01 * self._first[row]:
                 if self._retries and not non_finite and size < math.inf:
-                    self._shrink = max(self._shrink, 2, 1 + size / self._last[row])
+                    self._shrink = max(self._shrink, 2, 1 + (size / self._last[row]) ** (1 / (step - self._step)))
                 else:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
-        self._last = sizes
+        self._last, self._step = sizes, step
         if self._shrink > 1:
             self._retries -= 1
             self.decreased = step
@@ -107,8 +107,9 @@ class Watch:
         shrink, self._shrink = self._shrink, 1.0
         return shrink
 
-    def restart(self) -> None:
-        """Back to the start, after a `shrink`."""
+    def restart(self, step: int = 0) -> None:
+        """Back to the start, after a `shrink` at ``step``; 0 where steps are counted anew."""
+        self._step = step
         self._first = list(self._start)
         self._last, self._least, self._grew = self._first, list(self._first), [0] * len(self._first)
 
