@@ -1,8 +1,8 @@
 """Two commits against each other: ``python -m bench compare --base REV [--quick] [--problem P]``.
 
-The base is checked out and built aside; processes of both run in turn, and the same problems are timed in each. The
-noise is what the ratio of two runs of one commit in a row spreads by. Ends with status 1 where the working tree is
-slower by more than that.
+The base is checked out and built aside; processes of both run in turn, and the same problems are timed in each, on
+one thread by the process's own clock. The noise is the most that neighbouring runs of one commit differ by. Ends with
+status 1 where the working tree is slower by more than that.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ class Verdict:
     Attributes:
         case: Problem and task.
         times: How many times faster the working tree is, median over pairs of runs.
-        noise: Half of the spread of the ratio that is there without any change.
+        noise: The most that neighbouring runs of one commit differed by.
         judgement: ``"faster"``, ``"slower"``, ``"level"``, or why there is none.
     """
 
@@ -53,8 +54,8 @@ def judge(base: list[Seconds], head: list[Seconds]) -> list[Verdict]:
         times = statistics.median(b[case] / h[case] for b, h in zip(base, head, strict=True))
         # One commit against itself, in neighbouring runs: no change would make ratios of this size.
         same = [abs(a[case] / b[case] - 1) for runs in (base, head) for a, b in zip(runs, runs[1:], strict=False)]
-        noise = max(LEAST, statistics.median(same)) if same else LEAST
-        change = "faster" if times > 1 + 2 * noise else "slower" if 1 / times > 1 + 2 * noise else "level"
+        noise = max(LEAST, *same)
+        change = "faster" if times > 1 + noise else "slower" if 1 / times > 1 + noise else "level"
         found.append(Verdict(case, times, noise, change))
     return found
 
@@ -97,14 +98,14 @@ def work(problems: list[str], tasks: list[str], budget: float) -> Seconds:
     import torch
 
     import hypergrad_ext
-    from bench.measure import interleave, median
+    from bench.measure import clock_for, interleave, median
     from bench.peers import OURS
     from bench.peers.problems import load
     from bench.peers.run import check
     from bench.peers.tasks import TASKS
 
     print(f"hypergrad_ext of {Path(hypergrad_ext.__file__).parent}")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(1)
     found = {}
     for problem in problems:
         for task in tasks:
@@ -112,13 +113,17 @@ def work(problems: list[str], tasks: list[str], budget: float) -> Seconds:
             if once is None:
                 print(f"{problem} {task}: {status}", file=sys.stderr)
                 raise SystemExit(f"no timing on red: {problem} {task}: {status}")
-            found[f"{problem} {task}"] = median(interleave({"": once}, 15, warmup=2, budget=budget)[""])
+            found[f"{problem} {task}"] = median(interleave({"": once}, 15, 2, clock=clock_for(1), budget=budget)[""])
     return found
 
 
 def checkout(revision: str, where: Path) -> Path:
     """A revision as a working tree of its own, built; removed by `git worktree remove`."""
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(where), revision], check=True, cwd=ROOT)
+    if subprocess.run(["git", "diff", "--quiet", revision, "--", "csrc", "setup.py"], cwd=ROOT).returncode == 0:
+        for built in (ROOT / "hypergrad_ext").glob("_C*.so"):  # the same sources
+            shutil.copy2(built, where / "hypergrad_ext")
+        return where
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(build, check=True, cwd=where, stdout=subprocess.DEVNULL)
     return where

@@ -64,6 +64,11 @@ def pivot(rows: Iterable[Row], down: str, across: str, names: tuple[list[str], l
     ]
 
 
+def _means(rows: Iterable[Row], across: str, names: Iterable[str]) -> list[list[str]]:
+    """A line per package that was timed at all."""
+    return [line for line in pivot(rows, "peer", across, (OTHERS, list(names))) if line[-1] != "-"]
+
+
 def markdown(head: Iterable[str], lines: Iterable[Iterable[str]]) -> list[str]:
     """A table."""
     head = list(head)
@@ -75,18 +80,22 @@ def facts(environment: dict[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in environment.items())
 
 
+def _threads(environment: dict[str, object]) -> str:
+    return f"{environment['threads']} thread{'s' if environment['threads'] != 1 else ''}"
+
+
 def readme_table(rows: list[Row], environment: dict[str, object]) -> list[str]:
     """What stands between the markers of the README."""
-    lines = pivot(rows, "peer", "problem", (OTHERS, list(PROBLEMS)))
     slower, all_rows = losses(rows), [row for row in timed(rows) if row["peer"] in OTHERS]
     closed = geometric_mean(1 / row["times"] for row in timed(rows) if row["peer"] == CLOSED_FORM)
+    tasks = [f"`{task}`" for task in TASKS if any(row["task"] == task for row in all_rows)]
     return [
-        f"How many times faster than each package, geometric mean over {len(TASKS)} tasks (20 and 100 steps of Neumann",
-        "series, 20 of CG, 8 and 32 vectors, hypergradients by one penalty per weight, an error of 1e-2), by the same",
-        f"number of steps, after a check against float64; {environment['cpu']}, {environment['isa'].upper()}, "
-        f"{environment['threads']} threads, torch {environment['torch']}; `-`: cannot do it, or not correctly.",
+        f"How many times faster than each package: geometric mean over {', '.join(tasks)},",
+        "with the same number of steps, after a check against float64",
+        f"({environment['cpu']}, {environment['isa'].upper()}, {_threads(environment)}, torch {environment['torch']}).",
+        "`-`: it cannot, or not correctly.",
         "",
-        *markdown(["against", *PROBLEMS, "all"], [line for line in lines if line[-1] != "-"]),
+        *markdown(["against", *PROBLEMS, "all"], _means(rows, "problem", PROBLEMS)),
         "",
         f"Slower in {len(slower)} of {len(all_rows)} comparisons: [report](bench/results/report.md)."
         + (f" Closed forms, where a model has one, are another {closed:.1f} times faster." if closed else ""),
@@ -98,6 +107,7 @@ def page(results: list[tuple[dict[str, object], list[Row]]], scaling: list[tuple
     out = ["# hypergrad_ext against every peer", ""]
     for environment, rows in results:
         out += _summary(environment, rows)
+    out += ["![geometric means](report.png)", ""]
     for environment, rows in scaling:
         out += ["## Scaling", "", facts(environment), "", "![scaling](scaling.png)", "", *_slopes(rows), ""]
     for environment, rows in results:
@@ -108,14 +118,14 @@ def page(results: list[tuple[dict[str, object], list[Row]]], scaling: list[tuple
 def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
     compared = [row for row in timed(rows) if row["peer"] in OTHERS]
     slower = sorted(losses(rows), key=lambda row: row["times"])
-    out = [f"## Summary, {environment['threads']} threads", "", facts(environment), ""]
+    out = [f"## Summary, {_threads(environment)}", "", facts(environment), ""]
     out += [
         "How many times faster `hypergrad_ext` is, as one drops it in: `hg.inverse_hvp`, `hg.hypergradient` of a loss;",
         "geometric means. Every result was held against float64 first; what is wrong or cannot be done is not timed.",
         "",
-        *markdown(["against", *PROBLEMS, "all"], pivot(rows, "peer", "problem", (OTHERS, list(PROBLEMS)))),
+        *markdown(["against", *PROBLEMS, "all"], _means(rows, "problem", PROBLEMS)),
         "",
-        *markdown(["against", *TASKS, "all"], pivot(rows, "peer", "task", (OTHERS, list(TASKS)))),
+        *markdown(["against", *TASKS, "all"], _means(rows, "task", TASKS)),
         "",
         f"### Where we lose: {len(slower)} of {len(compared)}",
         "",
@@ -130,28 +140,59 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
         )
     else:
         out.append("Nowhere in this run.")
+    split = products_and_rest(rows)
+    if split:
+        out += ["", "### Milliseconds per product, and of all that is done once", ""]
+        out += ["From solves with 20 and 100 products; once: the loss, its gradient, recording and plans, calls.", ""]
+        out += markdown(["problem", "package", "a product", "once"], split)
     closed = [row for row in timed(rows) if row["peer"] == CLOSED_FORM]
     if closed:
         lines = [[row["problem"], row["task"], f"{1 / row['times']:.2f}"] for row in closed]
         out += ["", "### How much faster our closed forms are than our Hessian of the loss", ""]
         out += markdown(["problem", "task", "times"], lines)
-    reasons: dict[tuple[str, str], list[str]] = {}
+    reasons: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["status"] != OK:
-            reasons.setdefault((row["peer"], row["status"]), []).append(f"{row['problem']} {row['task']}")
+            kind = "wrong" if row["status"].startswith("wrong") else row["status"]
+            reasons.setdefault((row["peer"], kind), []).append(row)
     if reasons:
         out += ["", "### Not timed", ""]
-        lines = [[peer, why, _shortened(where)] for (peer, why), where in sorted(reasons.items())]
+        lines = [[peer, _reason(kind, found), _places(found)] for (peer, kind), found in sorted(reasons.items())]
         out += markdown(["package", "reason", "where"], lines)
     return [*out, ""]
 
 
-def _shortened(where: list[str]) -> str:
+def products_and_rest(rows: Iterable[Row]) -> list[list[str]]:
+    """Time of a product and of the rest of a solve, from two solves of different lengths, as text."""
+    ms = {(row["problem"], row["peer"], row["task"]): row["ms"] for row in timed(rows)}
+    found = []
+    for problem in PROBLEMS:
+        for peer in PEERS:
+            short, long = (ms.get((problem, peer, f"neumann{k}")) for k in (20, 100))
+            if short and long:
+                product = (long - short) / 80
+                found.append([problem, peer, f"{product:.3g}", f"{short - 20 * product:.2g}"])
+    return found
+
+
+def _reason(kind: str, rows: list[Row]) -> str:
+    if kind != "wrong" or len(rows) == 1:
+        return rows[0]["status"]
+    errors = [row["error"] for row in rows]
+    return f"wrong: errors {min(errors):.1e} to {max(errors):.1e}"
+
+
+def _places(rows: list[Row]) -> str:
+    """Tasks, if it is the same on all problems, or problems and tasks, a few of them."""
+    tasks, problems = dict.fromkeys(r["task"] for r in rows), dict.fromkeys(r["problem"] for r in rows)
+    if len(rows) == len(tasks) * len(problems):
+        return f"{', '.join(problems)}: {', '.join(tasks)}"
+    where = [f"{r['problem']} {r['task']}" for r in rows]
     return ", ".join(where) if len(where) <= 3 else f"{where[0]} and {len(where) - 1} more"
 
 
 def _details(environment: dict[str, object], rows: list[Row]) -> list[str]:
-    out = [f"## Details, {environment['threads']} threads", ""]
+    out = [f"## Details, {_threads(environment)}", ""]
     for problem in PROBLEMS:
         mine = [row for row in timed(rows) if row["problem"] == problem]
         if not mine:
@@ -185,13 +226,13 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = pivot(rows, "peer", "problem", (OTHERS, list(PROBLEMS)))
+    lines = _means(rows, "problem", PROBLEMS)
     values = [[float(cell) if cell != "-" else math.nan for cell in line[1:]] for line in lines]
     figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained")
     logs = [[math.log2(value) if value == value else math.nan for value in line] for line in values]
     image = axis.imshow(logs, cmap="RdYlGn", vmin=-3, vmax=3, aspect="auto")
     axis.set_xticks(range(len(PROBLEMS) + 1), [*PROBLEMS, "all"])
-    axis.set_yticks(range(len(OTHERS)), OTHERS)
+    axis.set_yticks(range(len(lines)), [line[0] for line in lines])
     for i, line in enumerate(lines):
         for j, cell in enumerate(line[1:]):
             axis.text(j, i, cell, ha="center", va="center")

@@ -91,9 +91,9 @@ def outer_steps(count: int) -> tuple[Callable, int]:
     return steps, count
 
 
-def sweeps(quick: bool) -> dict[str, tuple[Callable[[int], tuple[Callable, int]], Iterable[int]]]:
+def sweeps(quick: bool, most: int = 7) -> dict[str, tuple[Callable[[int], tuple[Callable, int]], Iterable[int]]]:
     """What is run for every sweep, and how large."""
-    most = 6 if quick else 8
+    most = 6 if quick else most
     found: dict[str, tuple[Callable[[int], tuple[Callable, int]], Iterable[int]]] = {
         "weights": (hypergradient, [10**i for i in range(3, most + 1)]),
         "hyperparameters": (lambda m: (hypergradient(10 ** (most - 1), m)[0], m), [10**i for i in range(most)]),
@@ -183,12 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller, and not saved")
     parser.add_argument("--sweep", action="append", choices=list(sweeps(True)), help="default: all")
+    parser.add_argument("--most", type=int, default=7, help="weights up to 10^MOST (default: 7; 8 takes 10 GB)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore", hg.SolveWarning)  # a fixed number of steps does not converge
     rows: list[Row] = []
-    for name, (make, sizes) in sweeps(options.quick).items():
+    for name, (make, sizes) in sweeps(options.quick, options.most).items():
         if name in (options.sweep or [name]):
             found = measure(name, make, sizes, 2.0 if options.quick else 10.0, clock_for(options.threads))
             print(table(found), flush=True)

@@ -39,7 +39,7 @@ def test_every_peer_is_right_or_says_why_not(tiny, peer):
     unexpected = {n: s for n, s in statuses.items() if s != run.OK and not s.startswith("unsupported")}
     if peer == "betty-ml":
         # Version 0.2.1 takes the residual before the step, not after it, for the next direction.
-        assert all(s.startswith("wrong") and TASKS[n].method != "neumann" for n, s in unexpected.items()), unexpected
+        assert all(s.startswith("wrong") and TASKS[n].method == "cg" for n, s in unexpected.items()), unexpected
     else:
         assert not unexpected
     assert statuses["neumann20" if "neumann" in module.METHODS else "cg20"] == run.OK
@@ -116,7 +116,7 @@ def test_a_wrong_peer_is_shown_with_the_reason(tiny, monkeypatch):
     _, row = rows_of(tiny)
     assert row["times"] is None and row["status"].startswith("wrong: error")
     page = report.page([({"threads": 1}, [row])], [])
-    assert f"| {BY_HAND} | {row['status']} | mlp neumann20 |" in page
+    assert f"| {BY_HAND} | {row['status']} | mlp: neumann20 |" in page
 
     def fail(problem, task):
         raise RuntimeError("no such kernel\nand more")
@@ -134,7 +134,7 @@ def test_two_commits_slower_faster_level():
 
     for head, judgement in ((1.0, "level"), (1.2, "slower"), (0.8, "faster")):
         (verdict,) = compare.judge(runs(1.0), runs(head))
-        assert verdict.judgement == judgement and verdict.noise < 0.06
+        assert verdict.judgement == judgement and verdict.noise < 0.15
     # As much, but no more than two runs of one commit differ by.
     shaky = [{"case": 1.0 + 0.4 * (i % 2)} for i in range(6)]
     assert compare.judge(shaky, [{"case": 1.2 * run["case"]} for run in shaky])[0].judgement == "level"
@@ -174,6 +174,11 @@ def test_means_are_geometric_and_of_what_was_timed():
     ((line),) = report.pivot(rows, "peer", "problem", ([BY_HAND], ["mlp", "cnn", "lstm"]))
     assert line == [BY_HAND, "2.00", "8.00", "-", "4.00"]
     assert not report.losses(rows)
+
+
+def test_products_are_told_from_the_rest():
+    rows = [made_up(OURS, "mlp", f"neumann{k}", 7.0 + 0.5 * k) for k in (20, 100)]
+    assert report.products_and_rest([*rows, made_up(BY_HAND, "mlp", "neumann20", 1.0)]) == [["mlp", OURS, "0.5", "7"]]
 
 
 def test_readme_shows_the_committed_results():

@@ -47,7 +47,7 @@ def make(problem: Problem, task: Task) -> Callable[[], list[Tensor]]:
     def solve(b: list[Tensor], penalised: bool) -> list[Tensor]:
         x, y = problem.train
         hessian = HessianLinearOperator(
-            problem.module, nn.CrossEntropyLoss(), leaves, [(x, y)], check_deterministic=False, num_data=len(y)
+            problem.module, nn.CrossEntropyLoss(), leaves, [(x, y)], check_deterministic=False, num_data=len(x)
         )
         identity = IdentityLinearOperator([p.shape for p in leaves], x.device, x.dtype)
         matrix = hessian + problem.damping * identity

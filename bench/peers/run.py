@@ -24,7 +24,8 @@ def check(problem: Problem, task: Task, peer: str) -> tuple[Callable[[], object]
     steps = task.steps
     try:
         module = adapter(peer)
-        chosen = concrete(problem, task, module.METHODS)
+        methods = getattr(module, "TO_ERROR", module.METHODS) if task.to_error else module.METHODS
+        chosen = concrete(problem, task, methods)
         steps = chosen.steps
         run = module.make(problem, chosen)
         with _quiet():
