@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 import hypergrad_ext as hg
 from hypergrad_ext import backends
 from hypergrad_ext.solvers.chebyshev import step_sizes
-from tests.cases import spd
+from tests.cases import mlp, spd
 from tests.compare import assert_close, assert_no_worse_than_torch, relative_error
 
 BACKENDS = ["torch", *([] if backends.unavailable("cpp", "cpu") else ["cpp"])]
@@ -43,6 +44,12 @@ def solve(a: Tensor, b: Tensor, solver: hg.Solver, **options) -> hg.Solution:
 SPECTRA = {
     "log-spaced 1e2": torch.logspace(0, -2, 200, dtype=F64),
     "20 outliers": torch.cat([torch.logspace(0, -1, 20, dtype=F64), torch.logspace(-2, -2.5, 180, dtype=F64)]),
+}
+SIGNS = torch.where(torch.arange(200) % 3 == 0, -1.0, 1.0).double()
+MORE_SPECTRA = {
+    **SPECTRA,
+    "log-spaced 1e4": torch.logspace(0, -4, 200, dtype=F64),
+    "indefinite": SIGNS * torch.logspace(0, -1, 200, dtype=F64),
 }
 PRECONDITIONED = {
     "none": lambda a: None,
@@ -140,24 +147,38 @@ def count(make, error: float, a: Tensor, b: Tensor, limit: int) -> int:
     return high
 
 
+def network() -> Tensor:
+    """The Hessian of a small network, lifted to a condition of 100."""
+    h = mlp().hessian().double()
+    values = torch.linalg.eigvalsh(h)
+    lift = (float(values[-1]) - 100 * float(values[0])) / 99
+    return (h + h.T) / 2 + lift * torch.eye(len(h), dtype=F64)
+
+
 class TestCounts:
     """Products to a relative error, against scipy and against the polynomials of theory."""
 
-    @pytest.mark.parametrize("spectrum", SPECTRA)
+    @pytest.mark.parametrize(
+        ("name", "spectrum"),
+        [
+            *itertools.product(["cg", "minres"], [*SPECTRA, "log-spaced 1e4", "network"]),
+            ("minres", "indefinite"),
+        ],
+    )
     @pytest.mark.parametrize("error", [1e-2, 1e-3])
-    @pytest.mark.parametrize("name", ["cg", "minres"])
     def test_scipy(self, name, error, spectrum):
         sparse = pytest.importorskip("scipy.sparse.linalg")
-        a, b = with_eigenvalues(SPECTRA[spectrum]), torch.randn(200, dtype=F64)
+        a = with_eigenvalues(MORE_SPECTRA[spectrum]) if spectrum in MORE_SPECTRA else network()
+        b = torch.randn(len(a), dtype=F64)
         truth, theirs = torch.linalg.solve(a, b), []
 
         def look(x):
             theirs.append(relative_error(torch.from_numpy(x.copy()), truth))
 
-        getattr(sparse, name)(a.numpy(), b.numpy(), rtol=1e-14, maxiter=200, callback=look)
+        getattr(sparse, name)(a.numpy(), b.numpy(), rtol=1e-14, maxiter=400, callback=look)
         expected = next(step for step, e in enumerate(theirs, 1) if e <= error)
         make = hg.CG if name == "cg" else hg.MINRES
-        ours = count(lambda k: make(tol=1e-14, max_steps=k), error, a, b, 250)
+        ours = count(lambda k: make(tol=1e-14, max_steps=k), error, a, b, 400)
         assert abs(ours - expected) <= 0.1 * expected + 1
 
     @pytest.mark.parametrize("spectrum", SPECTRA)
