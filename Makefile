@@ -11,13 +11,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.hypergrad_ext
 # Tests run one thread each, so there is one process per core.
 PYTEST := $(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup
+# What runs again for every instruction set.
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,ops steps softmax lstm glm mlp))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build format clean
+.PHONY: help demo test test-slow lint bench build format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,12 +35,16 @@ demo: $(STAMP) ## Set up, build, and run the main job on real data (results in o
 	$(BIN)/python -m hypergrad_ext info
 	$(BIN)/python -m hypergrad_ext demo --out out
 
-# The op tests once more for every instruction set that the CPU may be told to use, and Triton's
-# kernels in its interpreter, which is switched on per process.
-test: $(STAMP) ## Set up, build, and run all tests
+# The kernels once more for every other instruction set that the CPU may be told to use, and Triton's in its
+# interpreter, which is switched on per process.
+test: $(STAMP) ## Set up, build, and run all tests that take less than a minute
 	$(PYTEST)
-	for isa in default avx2; do ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -q tests/test_ops.py tests/test_steps.py tests/test_softmax.py tests/test_lstm.py || exit 1; done
+	own=$$($(BIN)/python -c "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"); \
+	for isa in default avx2; do [ $$isa = $$own ] || ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -q $(KERNEL_TESTS) -k "not torch and not triton" || exit 1; done
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py
+
+test-slow: $(STAMP) ## Run the tests that take longer, without the CUDA compile gate
+	$(PYTEST) -q -m slow --ignore=tests/test_cuda_compiles.py
 
 lint: $(STAMP) ## Style, types, C++ format
 	$(BIN)/ruff check .

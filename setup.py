@@ -112,6 +112,21 @@ def emulated_sources():
     yield from HERE.glob("csrc/cuda/emulator/*.cpp")
 
 
+def find_ninja():
+    """Puts ninja on PATH, where torch looks for it, also if this environment is not activated.
+
+    Without it, torch compiles one file after another.
+    """
+    if shutil.which("ninja"):
+        return
+    try:
+        from ninja import BIN_DIR
+    except ModuleNotFoundError:
+        say("no ninja found (pip install ninja): one file is compiled at a time")
+        return
+    os.environ["PATH"] += os.pathsep + BIN_DIR
+
+
 def build_extension(kind, torch):
     from torch.utils import cpp_extension
 
@@ -140,6 +155,9 @@ def build_extension(kind, torch):
             raise SystemExit(f"hypergrad_ext: HYPERGRAD_EXT_BUILD=cuda, but {home} has no libcudart_static.a")
         link += [str(runtime), "-ldl", "-lrt", "-lpthread"]
     if kind == "emulate":
+        # Of the CPU's kernels those that native plans run: the others have a CUDA kernel, which takes their place.
+        planned = {"plan", "neumann_step", "cg_step", "softmax_hessian"}
+        sources = [s for s in sources if s.parent.name != "cpu" or s.stem in planned]
         sources += emulated_sources()
         # Kernels say where the compiler is to unroll; g++ does not know the word.
         cxx += ["-DHG_WITH_CUDA", "-DHG_EMULATE_CUDA", "-O1", "-g1", "-Wno-unknown-pragmas"]
@@ -178,6 +196,7 @@ def main():
         kind, reason = choose(mode, torch)
         say(f"building {kind} ({reason})")
         if kind != "none":
+            find_ninja()
             options |= {"ext_modules": [build_extension(kind, torch)], "cmdclass": {"build_ext": build_command()}}
     setup(**options)
 

@@ -1,25 +1,26 @@
 """What every CUDA kernel takes of a multiprocessor, by architecture: ``python -m bench.cuda_report [file.cu ...]``.
 
-Needs a toolkit, not a GPU. ``tests/test_cuda_compiles.py`` holds the kernels to it.
+Needs a toolkit, not a GPU. It makes the CUDA build of ``setup.py`` for all architectures in ``build/cuda_report``,
+where only what has changed is compiled again. ``tests/test_cuda_compiles.py`` holds the kernels to the report.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.cpp_extension import COMMON_NVCC_FLAGS
-
 from hypergrad_ext.demo.tables import table
 
-SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+ROOT = Path(__file__).parent.parent
+BUILD = ROOT / "build" / "cuda_report"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # Ampere, Hopper, Blackwell.
 ARCHITECTURES = ("80", "90a", "100")
 
@@ -60,22 +61,40 @@ def supports(nvcc: str, arch: str) -> bool:
     return f"sm_{arch.rstrip('a')}" in codes
 
 
-def compile_report(nvcc: str, source: Path, architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
-    """Compile one file for all architectures and read what the assembler says of its kernels.
+def build(nvcc: str) -> Path:
+    """The CUDA build for all architectures that the toolkit knows; returns the folder to import it from.
 
     Raises:
-        RuntimeError: If it does not compile, or the assembler's report is not understood.
+        RuntimeError: If it does not compile or link.
     """
-    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    with tempfile.TemporaryDirectory() as folder:
-        # With torch's own flags, as setup.py's build: they take away the implicit conversions of half types.
-        command = [nvcc, "-c", "-O3", "-std=c++17", *COMMON_NVCC_FLAGS, "-Xptxas=-v", "--threads=2", *targets, source]
-        result = subprocess.run(
-            [*command, "-o", Path(folder, "kernels.o")], capture_output=True, text=True, check=False
-        )
-    text = result.stdout + result.stderr
+    # torch writes 9.0a where nvcc writes 90a.
+    architectures = ";".join(re.sub(r"(\d)(a?)$", r".\1\2", a) for a in ARCHITECTURES if supports(nvcc, a))
+    environment = os.environ | {
+        "HYPERGRAD_EXT_BUILD": "cuda",
+        "HYPERGRAD_EXT_NVCC": nvcc,
+        "PYTORCH_NVCC": str(Path(__file__).parent / "nvcc_report.sh"),
+        "TORCH_CUDA_ARCH_LIST": architectures,
+    }
+    folders = ["--build-lib", BUILD / "lib", "--build-temp", BUILD / "objects"]
+    command = [sys.executable, "setup.py", "-q", "build_ext", *folders]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    # Test processes side by side build once: the others wait, and find everything done.
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise RuntimeError(f"{source} does not compile:\n{text}")
+        raise RuntimeError(f"the CUDA build failed:\n{result.stdout}{result.stderr}")
+    return BUILD / "lib"
+
+
+def kernels(source: Path) -> list[Kernel]:
+    """What the assembler said of the kernels of one file in the last build.
+
+    Raises:
+        RuntimeError: If the assembler's report is not understood.
+    """
+    (path,) = BUILD.glob(f"objects/**/{source.stem}.o.ptxas")
+    text = path.read_text()
     found = list(REPORT.finditer(text))
     if not found or len(found) != text.count("Compiling entry function"):
         raise RuntimeError(f"the report on {source} is not understood:\n{text}")
@@ -111,13 +130,13 @@ def report(kernels: Iterable[Kernel]) -> str:
 
 
 def main() -> None:
-    """Print the table for the files of the command line, or for all."""
+    """Build, and print the table for the files of the command line, or for all."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise SystemExit("no CUDA toolkit found (CUDA_HOME, /usr/local/cuda, PATH)")
-    architectures = [arch for arch in ARCHITECTURES if supports(nvcc, arch)]
+    build(nvcc)
     for source in map(Path, sys.argv[1:] or SOURCES):
-        print(f"{source.name}\n{report(compile_report(nvcc, source, architectures))}\n")
+        print(f"{source.name}\n{report(kernels(source))}\n")
 
 
 if __name__ == "__main__":

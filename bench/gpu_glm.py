@@ -7,7 +7,6 @@ a node of a CUDA graph, and a barrier of the grid.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from bench.measure import environment, table
+from bench.measure import environment, table, write
 from hypergrad_ext import ops, reference
 
 DEVICE = torch.device("cuda")
@@ -188,8 +187,7 @@ def main() -> None:
     tables = {"solves": solves(), "products": products(float(str(rates["copy GB/s"])))}
     for rows in tables.values():
         print(table(rows))
-    result = {"environment": environment() | rates, **tables}
-    (folder / "gpu_glm.json").write_text(json.dumps(result, indent=1) + "\n")
+    write(folder / "gpu_glm.json", environment() | rates, tables)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ is checked against float64 first.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
-from bench.measure import environment, table
+from bench.measure import environment, table, write
 from hypergrad_ext import backends, ops, reference
 
 # Name, layer sizes, batch, activation.
@@ -136,8 +135,7 @@ def main() -> None:
     print("  ".join(f"{key}={value}" for key, value in machine.items()))
     print(table(rows))
     if len(sys.argv) > 1:
-        path = Path(sys.argv[1]) / "gpu_mlp.json"
-        path.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
+        write(Path(sys.argv[1]) / "gpu_mlp.json", machine, {"rows": rows})
 
 
 if __name__ == "__main__":

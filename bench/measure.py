@@ -104,7 +104,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if anything but results differs from it; "unknown" outside a checkout."""
+    """The commit that was measured, marked if anything but results differs from it; else what ``COMMIT`` says."""
+    if os.environ.get("COMMIT"):
+        return os.environ["COMMIT"]
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
@@ -118,8 +120,10 @@ def commit() -> str:
 
 def environment() -> dict[str, object]:
     """What a number means nothing without."""
+    gpu = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only",
+        "device": torch.cuda.get_device_name() if gpu else "CPU only",
+        **({"cuda": torch.version.cuda, "driver": torch._C._cuda_getDriverVersion()} if gpu else {}),
         "cpu": cpu_name(),
         "cores": torch.multiprocessing.cpu_count(),
         "isa": _native.build_info().get("isa", "none"),
@@ -131,21 +135,31 @@ def environment() -> dict[str, object]:
 
 
 def save(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write rows with their environment to ``bench/results``, as JSON and as a table; one pair per instruction set.
+    """Write rows of the CPU with their environment to ``bench/results``; one pair of files per instruction set.
 
     Rows kept from runs in the same environment stay, unless a new one is about the same case: a benchmark may be
     run in parts.
     """
     RESULTS.mkdir(exist_ok=True)
     machine = environment()
-    path = RESULTS / f"{name}_{'cuda' if torch.cuda.is_available() else machine['isa']}.json"
+    path = RESULTS / f"{name}_{machine['isa']}.json"
     if path.exists() and (kept := json.loads(path.read_text()))["environment"] == machine:
         new = {case(row) for row in rows}
         rows = [row for row in kept["rows"] if case(row) not in new and list(row) == list(rows[0])] + rows
-    path.write_text(json.dumps({"environment": machine, "rows": rows}, indent=1) + "\n")
-    head, *body = cells(rows)
-    lines = [f"# {name}", "", ", ".join(f"{key} {value}" for key, value in machine.items()), ""]
-    lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+    return write(path, machine, {"rows": rows})
+
+
+def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[str, object]]]) -> Path:
+    """Write tables with their environment to ``path``, a JSON file, and as Markdown beside it."""
+    path.write_text(json.dumps({"environment": machine, **tables}, indent=1) + "\n")
+    facts = ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in machine.items()
+    )
+    lines = [f"# {path.stem}", "", facts]
+    for name, rows in tables.items():
+        head, *body = cells(rows)
+        lines += ["", *([f"## {name}", ""] if len(tables) > 1 else [])]
+        lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
 

@@ -8,12 +8,22 @@
 
 #include "cpu/isa.h"
 #include "host.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
-namespace hg::plan {
+namespace hg {
+
+const at::Tensor* from_python(PyObject* object) {
+  return THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+}
+PyObject* to_python(const at::Tensor& t) { return THPVariable_Wrap(t); }
+
+namespace plan {
 void bind(py::module_& m);
-}  // namespace hg::plan
+}  // namespace plan
+
+}  // namespace hg
 
 namespace {
 
@@ -37,9 +47,9 @@ class TensorSequence {
   }
 
   static const at::Tensor& tensor(const char* name, PyObject* object) {
-    if (!THPVariable_Check(object))
-      throw py::type_error(std::string(name) + " must hold tensors, got " + type_name(object));
-    return THPVariable_Unpack(object);
+    const at::Tensor* t = hg::from_python(object);
+    if (!t) throw py::type_error(std::string(name) + " must hold tensors, got " + type_name(object));
+    return *t;
   }
 
   operator at::TensorList() const { return tensors_; }
@@ -96,7 +106,7 @@ void minres_step_(py::handle x, py::handle v, py::handle v_old, py::handle w, py
   hg::minres_step_(x_list, v_list, v_old_list, w_list, w_old_list, hv_list, state_tensor, damping);
 }
 
-py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(hg::to_python(t)); }
 
 // The tensors that every op of the GLM family starts with.
 struct GlmArguments {

@@ -2,16 +2,10 @@
 #include "glm_cuda.h"
 
 #include <ATen/Context.h>
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "cuda/call.h"
+#include "tensors.h"
 
 namespace hg::glm_cuda {
 namespace {
@@ -36,20 +30,22 @@ bool takes_one_pass(const GlmData& data, const at::Tensor& v) {
 }
 
 void two_products(const Problem& problem, const at::Tensor& v, const at::Tensor& out) {
+  // X may belong to a graph, which has no business here.
+  const c10::impl::ExcludeDispatchKeyGuard below_autograd(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
   const GlmData& data = problem.data;
   const int64_t k = v.size(0), columns = k * data.classes;
   const at::Tensor v_weights = v.narrow(1, 0, data.classes * data.d).reshape({columns, data.d});
-  const at::Tensor g = at::zeros({columns, data.d}, v.options());
+  const at::Tensor g = zeros({columns, data.d}, v.options());
   const at::Tensor v_bias =
       data.intercept ? v.narrow(1, data.classes * data.d, data.classes).reshape({1, columns}) : at::Tensor();
-  at::Tensor g_bias = data.intercept ? at::zeros({columns}, v.options()) : at::Tensor();
+  at::Tensor g_bias = data.intercept ? zeros({columns}, v.options()) : at::Tensor();
   const int64_t row_bytes = v.element_size() * (columns + (problem.x.dtype() == v.dtype() ? 0 : data.d));
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, row_bytes));
   for (int64_t row = 0; row < data.n; row += chunk) {
     const int64_t rows = std::min(chunk, data.n - row);
     // bf16 data are read exactly, as in the kernels: a product in bf16 would round the vectors.
     const at::Tensor x = problem.x.narrow(0, row, rows).to(v.scalar_type());
-    at::Tensor z = data.intercept ? at::addmm(v_bias, x, v_weights.t()) : at::mm(x, v_weights.t());
+    at::Tensor z = data.intercept ? v_bias.addmm(x, v_weights.t()) : x.mm(v_weights.t());
     if (data.classes == 1) {
       z.mul_(problem.weights.narrow(0, row, rows).unsqueeze(1));
     } else {
@@ -93,7 +89,7 @@ bool in_one_launch(const char* op, const at::Tensor& b, const at::Tensor& out, d
 }  // namespace
 
 at::Tensor hvp(const Problem& problem, const at::Tensor& v) {
-  at::Tensor out = at::empty_like(v);
+  at::Tensor out = empty_like(v);
   product(problem, v, out, nullptr);
   return out;
 }
@@ -102,18 +98,18 @@ std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const a
                                                  double damping, int64_t steps, const at::Tensor& stop) {
   const GlmData& data = problem.data;
   const int64_t k = b.size(0);
-  at::Tensor history = at::full({steps, k, kNeumannStats}, -1.0, stop.options());
+  at::Tensor history = full({steps, k, kNeumannStats}, -1.0, stop.options());
   const double* limit = stop.const_data_ptr<double>();
   double* stats = history.mutable_data_ptr<double>();
   if (b.numel() > 0) {
-    at::Tensor out = at::empty_like(b);
+    at::Tensor out = empty_like(b);
     if (in_one_launch("glm_neumann_solve", b, out, damping, steps, [&](const cuda::GlmSolve& solve, auto&&... where) {
           return cuda::glm_neumann_solve(data, solve, alpha, limit, stats, where...);
         }))
       return {out, history};
   }
-  at::Tensor v = b.clone(), p = b.clone(), hv = at::empty_like(b);
-  const at::Tensor running = at::ones({1}, b.options().dtype(at::kInt));
+  at::Tensor v = b.clone(), p = b.clone(), hv = empty_like(b);
+  const at::Tensor running = full({1}, 1, b.options().dtype(at::kInt));
   int* flag = running.mutable_data_ptr<int>();
   for (int64_t step = 0; step < steps; ++step, stats += k * kNeumannStats) {
     product(problem, v, hv, flag);
@@ -130,18 +126,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cg_solve(const Problem& problem, 
                                                         int64_t steps, const at::Tensor& state) {
   const GlmData& data = problem.data;
   const int64_t k = b.size(0);
-  at::Tensor scalars = state.clone(), taken = at::zeros({}, b.options().dtype(at::kLong));
+  at::Tensor scalars = state.clone(), taken = zeros({}, b.options().dtype(at::kLong));
   double* rows = scalars.mutable_data_ptr<double>();
   int64_t* count = taken.mutable_data_ptr<int64_t>();
   if (b.numel() > 0) {
-    at::Tensor out = at::empty_like(b);
+    at::Tensor out = empty_like(b);
     if (in_one_launch("glm_cg_solve", b, out, damping, steps, [&](const cuda::GlmSolve& solve, auto&&... where) {
           return cuda::glm_cg_solve(data, solve, rows, count, where...);
         }))
       return {out, scalars, taken};
   }
-  at::Tensor solution = at::zeros_like(b), r = b.clone(), p = b.clone(), hp = at::empty_like(b);
-  const at::Tensor running = at::ones({1}, b.options().dtype(at::kInt));
+  at::Tensor solution = zeros(b.sizes(), b.options()), r = b.clone(), p = b.clone(), hp = empty_like(b);
+  const at::Tensor running = full({1}, 1, b.options().dtype(at::kInt));
   int* flag = running.mutable_data_ptr<int>();
   for (int64_t step = 0; step < steps; ++step) {
     cuda::call("glm_cg_solve", b.device(),

@@ -1,13 +1,11 @@
 // Host functions of the GLM family: tensors in, memory-safety checks, kernel calls.
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <c10/core/GradMode.h>
-#include <torch/library.h>
 
 #include "cuda/call.h"
 #include "glm_cuda.h"
 #include "host.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace hg {
 namespace {
@@ -76,7 +74,7 @@ at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Ten
                    const std::optional<at::Tensor>& l2, double scale, bool intercept) {
   const GlmData data = checked(x, weights, v, l2, scale, intercept);
   if (!cuda::for_cpu(v)) return glm_cuda::hvp({data, x, weights, l2}, v);
-  at::Tensor out = at::empty_like(v);
+  at::Tensor out = empty_like(v);
   cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   return out;
 }
@@ -92,9 +90,9 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
   TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
   check_same_device("stop", stop, b);
   if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
-  at::Tensor v = b.clone(), p = b.clone(), hv = at::empty_like(b);
+  at::Tensor v = b.clone(), p = b.clone(), hv = empty_like(b);
   // Steps that are not taken keep a squared norm of -1.
-  at::Tensor history = at::full({steps, k, kNeumannStats}, -1.0, stop.options());
+  at::Tensor history = full({steps, k, kNeumannStats}, -1.0, stop.options());
   const VectorList v_list = glm_cuda::as_list(v), p_list = glm_cuda::as_list(p), hv_list = glm_cuda::as_list(hv);
   const double* limit = stop.const_data_ptr<double>();
   double* stats = history.mutable_data_ptr<double>();
@@ -124,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                     state.scalar_type(), " ", state.sizes());
   check_same_device("state", state, b);
   if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
-  at::Tensor solution = at::empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = at::empty_like(b);
+  at::Tensor solution = empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = empty_like(b);
   at::Tensor scalars = state.clone();
   const VectorList x_list = glm_cuda::as_list(solution), r_list = glm_cuda::as_list(r), p_list = glm_cuda::as_list(p),
                    hp_list = glm_cuda::as_list(hp);
@@ -137,20 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
     cpu::glm_hvp(data, p.const_data_ptr(), k, hp.mutable_data_ptr());
     cpu::cg_step(x_list, r_list, p_list, hp_list, k, rows, damping);
   }
-  return {solution, scalars, at::full({}, step, at::kLong)};
+  return {solution, scalars, full({}, static_cast<double>(step), at::kLong)};
 }
-
-namespace {
-void register_ops(torch::Library& m) {
-  m.impl("glm_hvp", &glm_hvp);
-  m.impl("glm_neumann_solve", &glm_neumann_solve);
-  m.impl("glm_cg_solve", &glm_cg_solve);
-}
-}  // namespace
-
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
-#if defined(HG_WITH_CUDA)
-TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
-#endif
 
 }  // namespace hg

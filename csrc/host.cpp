@@ -1,7 +1,5 @@
 #include "host.h"
 
-#include <torch/library.h>
-
 #include "checks.h"
 #include "cuda/call.h"
 #include "kernels.h"
@@ -107,22 +105,5 @@ void minres_step_(at::TensorList x, at::TensorList v, at::TensorList v_old, at::
                              stream);
   });
 }
-
-namespace {
-void register_ops(torch::Library& m) {
-  m.impl("neumann_step_", &neumann_step_);
-  m.impl("cg_step_", &cg_step_);
-  m.impl("pcg_step_", &pcg_step_);
-  m.impl("richardson_step_", &richardson_step_);
-  m.impl("chebyshev_step_", &chebyshev_step_);
-  m.impl("minres_step_", &minres_step_);
-}
-}  // namespace
-
-// Schemas and fakes are in hypergrad_ext/ops.py, one block per op.
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
-#if defined(HG_WITH_CUDA)
-TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
-#endif
 
 }  // namespace hg

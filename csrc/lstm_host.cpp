@@ -1,15 +1,10 @@
 // Host functions of the LSTM ops: tensors in, memory-safety checks, kernel calls.
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
-#include <torch/library.h>
 
 #include "cuda/call.h"
 #include "host.h"
 #include "lstm.h"
+#include "tensors.h"
 
 namespace hg {
 namespace {
@@ -50,7 +45,7 @@ class Like {
     return t.contiguous();
   }
 
-  Tensor empty(at::IntArrayRef sizes) const { return at::empty(sizes, options_); }
+  Tensor empty(at::IntArrayRef sizes) const { return hg::empty(sizes, options_); }
 
  private:
   const char* name_;
@@ -103,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_cell(const Tensor& gates_, const Tensor&
   const CellShapes shapes(c_);
   const Like like("c", c_);
   const Tensor c = like("c", c_, shapes.state), gates = like("gates", gates_, shapes.gates);
-  const Tensor h = at::empty_like(c), c_next = at::empty_like(c), activations = at::empty_like(gates);
+  const Tensor h = empty_like(c), c_next = empty_like(c), activations = empty_like(gates);
   run_cell("lstm_cell", c, shapes.size,
            LstmForward{gates.const_data_ptr(), c.const_data_ptr(), h.mutable_data_ptr(), c_next.mutable_data_ptr(),
                        activations.mutable_data_ptr()});
@@ -120,7 +115,7 @@ std::tuple<Tensor, Tensor> lstm_cell_backward(const Tensor& activations_, const 
   const Tensor grad_c = like("grad_c", grad_c_, shapes.state);
   Optional grad_activations;
   if (grad_activations_) grad_activations = like("grad_activations", *grad_activations_, shapes.gates);
-  const Tensor grad_gates = at::empty_like(activations), grad_c_prev = at::empty_like(c);
+  const Tensor grad_gates = empty_like(activations), grad_c_prev = empty_like(c);
   run_cell("lstm_cell_backward", c, shapes.size,
            LstmBackward{activations.const_data_ptr(), c.const_data_ptr(), c_next.const_data_ptr(),
                         grad_h.const_data_ptr(), grad_c.const_data_ptr(), data_of(grad_activations),
@@ -137,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_cell_double_backward(
   const Tensor c_next = like("c_next", c_next_, shapes.state), grad_h = like("grad_h", grad_h_, shapes.state);
   const Tensor grad_c = like("grad_c", grad_c_, shapes.state), v_gates = like("v_gates", v_gates_, shapes.gates);
   const Tensor v_c = like("v_c", v_c_, shapes.state);
-  const Tensor by_activations = at::empty_like(activations), by_c = at::empty_like(c), by_c_next = at::empty_like(c);
-  const Tensor by_grad_h = at::empty_like(c), by_grad_c = at::empty_like(c);
+  const Tensor by_activations = empty_like(activations), by_c = empty_like(c), by_c_next = empty_like(c);
+  const Tensor by_grad_h = empty_like(c), by_grad_c = empty_like(c);
   run_cell(
       "lstm_cell_double_backward", c, shapes.size,
       LstmDoubleBackward{activations.const_data_ptr(), c.const_data_ptr(), c_next.const_data_ptr(),
@@ -165,7 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_layer(const Tensor& x_gates_, const Tens
   const LstmSize cell{shapes.size.dtype, shapes.size.batch, shapes.size.units};
   for (int64_t t = 0; t < shapes.size.steps; ++t) {
     const Tensor gates = activations[t];
-    at::addmm_out(const_cast<Tensor&>(gates), x_gates[t], t ? h[t - 1] : h0, w_hh.t());
+    gates.copy_(x_gates[t]);
+    gates.addmm_(t ? h[t - 1] : h0, w_hh.t());
     run_cell("lstm_layer", c0, cell,
              LstmForward{gates.const_data_ptr(), (t ? c[t - 1] : c0).const_data_ptr(), h[t].mutable_data_ptr(),
                          c[t].mutable_data_ptr(), gates.mutable_data_ptr()});
@@ -184,8 +180,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(const Tensor& act
   const Tensor grad_h = like("grad_h", grad_h_, shapes.states);
   Optional grad_activations;
   if (grad_activations_) grad_activations = like("grad_activations", *grad_activations_, shapes.gates);
-  const Tensor dc = grad_c_ ? like("grad_c", *grad_c_, shapes.states).clone() : at::zeros_like(c);
-  const Tensor grad_gates = like.empty(shapes.gates), grad_c0 = at::empty_like(c0), dh = like.empty(shapes.states);
+  const Tensor dc = grad_c_ ? like("grad_c", *grad_c_, shapes.states).clone() : zeros(shapes.states, c.options());
+  const Tensor grad_gates = like.empty(shapes.gates), grad_c0 = empty_like(c0), dh = like.empty(shapes.states);
   if (shapes.whole(c0)) {
     cpu::lstm_layer(
         shapes.size,
@@ -196,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(const Tensor& act
   }
   const c10::AutoGradMode no_grad(false);
   const LstmSize cell{shapes.size.dtype, shapes.size.batch, shapes.size.units};
-  const Tensor grad_c_prev = at::empty_like(c0);
+  const Tensor grad_c_prev = empty_like(c0);
   dh[-1].copy_(grad_h[-1]);
   for (int64_t t = shapes.size.steps - 1; t >= 0; --t) {
     const Tensor& out = t ? grad_c_prev : grad_c0;
@@ -207,8 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_layer_backward(const Tensor& act
                           grad_gates[t].mutable_data_ptr(), out.mutable_data_ptr()});
     if (t == 0) break;
     dc[t - 1].add_(out);
-    Tensor before = dh[t - 1];
-    at::addmm_out(before, grad_h[t - 1], grad_gates[t], w_hh);
+    dh[t - 1].copy_(grad_h[t - 1]);
+    dh[t - 1].addmm_(grad_gates[t], w_hh);
   }
   return {grad_gates, grad_c0, dh, dc};
 }
@@ -223,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_double_backward(
   const Tensor dh = like("dh", dh_, shapes.states), dc = like("dc", dc_, shapes.states);
   const Tensor v_gates = like("v_gates", v_gates_, shapes.gates), v_h0 = like("v_h0", v_h0_, shapes.state);
   const Tensor v_c0 = like("v_c0", v_c0_, shapes.state);
-  const Tensor by_activations = like.empty(shapes.gates), by_c = like.empty(shapes.states), by_c0 = at::empty_like(c0);
+  const Tensor by_activations = like.empty(shapes.gates), by_c = like.empty(shapes.states), by_c0 = empty_like(c0);
   const Tensor by_grad_h = like.empty(shapes.states), by_grad_c = like.empty(shapes.states);
   if (shapes.whole(c0)) {
     cpu::lstm_layer(shapes.size,
@@ -236,9 +232,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_double_backward(
   }
   const c10::AutoGradMode no_grad(false);
   const LstmSize cell{shapes.size.dtype, shapes.size.batch, shapes.size.units};
-  const Tensor by_c_prev = at::empty_like(c0);
+  const Tensor by_c_prev = empty_like(c0);
   for (int64_t t = 0; t < shapes.size.steps; ++t) {
-    const Tensor v = at::addmm(v_gates[t], t ? by_grad_h[t - 1] : v_h0, w_hh.t());
+    const Tensor v = v_gates[t].addmm(t ? by_grad_h[t - 1] : v_h0, w_hh.t());
     const Tensor v_c = t ? by_grad_c[t - 1] : v_c0;
     const Tensor& out = t ? by_c_prev : by_c0;
     run_cell(
@@ -251,21 +247,5 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_layer_double_backward(
   }
   return {by_activations, by_c, by_c0, by_grad_h, by_grad_c};
 }
-
-namespace {
-void register_ops(torch::Library& m) {
-  m.impl("lstm_cell", &lstm_cell);
-  m.impl("lstm_cell_backward", &lstm_cell_backward);
-  m.impl("lstm_cell_double_backward", &lstm_cell_double_backward);
-  m.impl("lstm_layer", &lstm_layer);
-  m.impl("lstm_layer_backward", &lstm_layer_backward);
-  m.impl("lstm_layer_double_backward", &lstm_layer_double_backward);
-}
-}  // namespace
-
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
-#if defined(HG_WITH_CUDA)
-TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
-#endif
 
 }  // namespace hg

@@ -1,9 +1,6 @@
 // Host function of the MLP family: tensors in, memory-safety checks, then one kernel on the CPU, or the layers' matrix
 // products and what is between them on a GPU.
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <deque>
@@ -13,6 +10,7 @@
 #include "host.h"
 #include "mlp.h"
 #include "mlp_layers.h"
+#include "tensors.h"
 
 namespace hg {
 namespace {
@@ -30,7 +28,7 @@ class Matrices {
     TORCH_CHECK_VALUE(t.device() == device_, name, " must be on ", device_, " like v, got ", t.device());
     const int64_t width = (columns + padding_ - 1) / padding_ * padding_;
     if (!readable(t, rows, width)) {
-      copies_.push_back(at::zeros({rows, width}, t.options().requires_grad(false)));
+      copies_.push_back(zeros({rows, width}, t.options().requires_grad(false)));
       copies_.back().narrow(1, 0, columns).copy_(t.detach());
       return {copies_.back().const_data_ptr(), width};
     }
@@ -114,7 +112,7 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   // Autograd does not see the kernel.
   TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
 
-  at::Tensor out = at::empty_like(v);
+  at::Tensor out = empty_like(v);
   if (cuda::for_cpu(v)) {
     cpu::mlp_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   } else {
@@ -127,10 +125,5 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   }
   return out;
 }
-
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { m.impl("mlp_hvp", &mlp_hvp); }
-#if defined(HG_WITH_CUDA)
-TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { m.impl("mlp_hvp", &mlp_hvp); }
-#endif
 
 }  // namespace hg

@@ -2,15 +2,20 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/tensor_memoryformats.h>
 
 #include "plan_host.h"
+#include "recorder.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 
 namespace torch::jit {
 // From torch/csrc/jit/python/pybind_utils.h, which takes a minute to compile.
 c10::IValue toIValue(py::handle object, const c10::TypePtr& type, std::optional<int32_t> n);
+py::object toPyObject(c10::IValue value);
 }  // namespace torch::jit
 
 namespace hg::plan {
@@ -129,8 +134,9 @@ std::shared_ptr<Plan> make(bool is_double, int64_t arena, std::vector<int64_t> l
 }
 
 const at::Tensor& tensor(py::handle object) {
-  if (!THPVariable_Check(object.ptr())) throw py::type_error("expected a tensor");
-  return THPVariable_Unpack(object.ptr());
+  const at::Tensor* t = from_python(object.ptr());
+  if (!t) throw py::type_error("expected a tensor");
+  return *t;
 }
 
 std::vector<at::Tensor> tensors(const py::sequence& objects) {
@@ -140,7 +146,7 @@ std::vector<at::Tensor> tensors(const py::sequence& objects) {
   return list;
 }
 
-py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(to_python(t)); }
 
 // Runs f without Python's lock.
 template <class F>
@@ -149,9 +155,96 @@ auto released(const F& f) {
   return f();
 }
 
+py::object name(const Name& n) { return n.kind == '-' ? py::none() : py::object(py::str(n.text())); }
+
+// An argument as engines/record.py writes it: the next of the names, a literal, or a tuple.
+py::object literal(const c10::IValue& a, c10::TypeKind kind, const py::object& text, const Name*& next) {
+  if (a.isTensor() || a.isDouble()) return name(*next++);
+  if (a.isString()) return text(a.toStringRef());
+  if (a.isList()) {
+    py::list items;
+    const c10::List<c10::IValue> list = a.toList();
+    for (const c10::IValue& item : list) items.append(literal(item, c10::TypeKind::AnyType, text, next));
+    return py::tuple(items);
+  }
+  if (a.isInt() && kind == c10::TypeKind::ScalarTypeType)
+    return py::reinterpret_borrow<py::object>(
+        reinterpret_cast<PyObject*>(torch::getTHPDtype(static_cast<at::ScalarType>(a.toInt()))));
+  if (a.isInt() && kind == c10::TypeKind::LayoutType)
+    return py::reinterpret_borrow<py::object>(
+        reinterpret_cast<PyObject*>(torch::getTHPLayout(static_cast<at::Layout>(a.toInt()))));
+  if (a.isInt() && kind == c10::TypeKind::MemoryFormatType)
+    return py::reinterpret_borrow<py::object>(
+        torch::utils::getTHPMemoryFormat(static_cast<at::MemoryFormat>(a.toInt())));
+  return torch::jit::toPyObject(a);
+}
+
+// The kind of an argument that the schema calls an int, if it is optional the kind of what it holds.
+c10::TypeKind kind_of(const c10::Argument& a) {
+  const auto optional = a.real_type()->cast<c10::OptionalType>();
+  return optional ? optional->getElementType()->kind() : a.real_type()->kind();
+}
+
+py::tuple call(const Recorded& c, const py::object& text) {
+  py::list positional, named, outputs;
+  const Name* next = c.names.data();
+  const auto& arguments = c.op.schema().arguments();
+  size_t last = 0;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto& preset = arguments[i].default_value();
+    const py::object value = literal(c.arguments[i], kind_of(arguments[i]), text, next);
+    const bool given = !preset || c.arguments[i].isTensor() || *preset != c.arguments[i];
+    if (!arguments[i].kwarg_only()) {
+      positional.append(value);
+      if (given) last = i + 1;
+    } else if (given) {
+      named.append(py::make_tuple(arguments[i].name(), value));
+    }
+  }
+  for (const Name& n : c.outputs) outputs.append(name(n));
+  const auto& schema = c.op.schema();
+  return py::make_tuple(schema.name(), schema.overload_name(), py::tuple(positional[py::slice(0, last, 1)]),
+                        py::tuple(named), py::tuple(outputs), c.single, c.in_place);
+}
+
+void bind_recorder(py::module_& m) {
+  py::class_<Recorder>(m, "Recorder")
+      .def(py::init([](const py::sequence& v) { return std::make_unique<Recorder>(tensors(v)); }))
+      .def("start", &Recorder::start)
+      .def("stop", &Recorder::stop)
+      .def("finish", [](Recorder& self, const py::sequence& product) { return self.finish(tensors(product)); })
+      .def_property_readonly("key", [](const Recorder& self) { return py::bytes(self.key()); })
+      .def_property_readonly("refusal", &Recorder::refusal)
+      .def_property_readonly("scalars", &Recorder::scalars)
+      .def_property_readonly("constants",
+                             [](const Recorder& self) {
+                               py::list list;
+                               for (const at::Tensor& t : self.constants()) list.append(wrap(t));
+                               return list;
+                             })
+      .def_property_readonly("outputs",
+                             [](const Recorder& self) {
+                               py::list list;
+                               for (const Name& n : self.outputs()) list.append(name(n));
+                               return list;
+                             })
+      .def_property_readonly("tensors",
+                             [](const Recorder& self) {
+                               py::dict dict;
+                               for (const auto& [n, t] : self.tensors()) dict[name(n)] = wrap(t);
+                               return dict;
+                             })
+      .def("calls", [](const Recorder& self, const py::object& text) {
+        py::list list;
+        for (const Recorded& c : self.calls()) list.append(call(c, text));
+        return list;
+      });
+}
+
 }  // namespace
 
 void bind(py::module_& m) {
+  bind_recorder(m);
   m.attr("has_blas") = has_blas();
   py::class_<Bound, std::shared_ptr<Bound>>(m, "BoundPlan")
       .def("product",

@@ -2,18 +2,15 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
 
 #include "kernels.h"
+#include "tensors.h"
 
 // Torch's own BLAS, called without the dispatcher. Weak: a torch that exports none is told by has_blas.
 extern "C" {
@@ -167,7 +164,7 @@ Bound::Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants
   views_.resize(plan_->views);
   slots_.assign(plan_->slots(), nullptr);
   const auto dtype = plan_->is_double ? at::kDouble : at::kFloat;
-  arena_ = at::empty({std::max<int64_t>(plan_->arena, 1)}, at::TensorOptions().dtype(dtype));
+  arena_ = empty({std::max<int64_t>(plan_->arena, 1)}, at::TensorOptions().dtype(dtype));
   slots_[0] = arena_.data_ptr();
   const int64_t first = 1 + static_cast<int64_t>(plan_->leaves.size());
   for (int64_t i = 0; i < plan_->constants; ++i) {
@@ -205,7 +202,7 @@ at::Tensor Bound::product(at::TensorList v) {
     if (!dense) kept.push_back(v[i].contiguous());
     parts.push_back(static_cast<char*>((dense ? v[i] : kept.back()).data_ptr()));
   }
-  at::Tensor out = at::empty({plan_->numel()}, at::TensorOptions().dtype(dtype));
+  at::Tensor out = empty({plan_->numel()}, at::TensorOptions().dtype(dtype));
   run(parts, static_cast<char*>(out.data_ptr()));
   return out;
 }
@@ -227,8 +224,8 @@ std::tuple<at::Tensor, at::Tensor> Bound::neumann_series(const at::Tensor& b, do
   TORCH_CHECK_VALUE(stop.dim() == 1 && stop.size(0) == k && stop.scalar_type() == at::kDouble && stop.is_contiguous(),
                     "stop must be float64 with shape (", k, ",), got ", stop.scalar_type(), " ", stop.sizes());
   TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
-  at::Tensor v = b.clone(), p = b.clone(), hv = at::empty_like(b);
-  at::Tensor history = at::full({steps, k, kNeumannStats}, -1.0, stop.options());
+  at::Tensor v = b.clone(), p = b.clone(), hv = empty_like(b);
+  at::Tensor history = full({steps, k, kNeumannStats}, -1.0, stop.options());
   const VectorList v_list = as_list(v), p_list = as_list(p), hv_list = as_list(hv);
   const double* limit = stop.const_data_ptr<double>();
   double* stats = history.mutable_data_ptr<double>();
@@ -253,7 +250,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Bound::conjugate_gradients(const 
                         state.scalar_type() == at::kDouble && state.is_contiguous(),
                     "state must be float64 with shape (", k, ", ", static_cast<int>(kCgState), "), got ",
                     state.scalar_type(), " ", state.sizes());
-  at::Tensor x = at::zeros_like(b), r = b.clone(), p = b.clone(), hp = at::empty_like(b), scalars = state.clone();
+  at::Tensor x = zeros(b.sizes(), b.options()), r = b.clone(), p = b.clone(), hp = empty_like(b),
+             scalars = state.clone();
   const VectorList x_list = as_list(x), r_list = as_list(r), p_list = as_list(p), hp_list = as_list(hp);
   double* values = scalars.mutable_data_ptr<double>();
   int64_t step = 0;
@@ -264,7 +262,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Bound::conjugate_gradients(const 
     rows(p, hp);
     cpu::cg_step(x_list, r_list, p_list, hp_list, k, values, damping);
   }
-  return {x, scalars, at::full({}, step, at::kLong)};
+  return {x, scalars, full({}, static_cast<double>(step), at::kLong)};
 }
 
 void Bound::run(const std::vector<char*>& v, char* out) {

@@ -1,12 +1,11 @@
 // Host functions of softmax_hessian: tensors in, memory-safety checks, kernel calls.
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/core/GradMode.h>
-#include <torch/library.h>
 
 #include "cuda/call.h"
 #include "host.h"
 #include "softmax.h"
+#include "tensors.h"
 
 namespace hg {
 namespace {
@@ -78,7 +77,7 @@ void run(const at::Tensor& logits, const at::Tensor& u, const at::Tensor& out, d
 
 at::Tensor softmax_hessian(const at::Tensor& logits, const at::Tensor& u, double scale,
                            const std::optional<at::Tensor>& weights) {
-  at::Tensor out = at::empty_like(u, u.options(), at::MemoryFormat::Contiguous);
+  at::Tensor out = empty(u.sizes(), u.options());
   run(logits, u, out, scale, weights);
   return out;
 }
@@ -89,17 +88,5 @@ void softmax_hessian_(const at::Tensor& logits, const at::Tensor& u, double scal
   at::assert_no_overlap(u, logits);
   run(logits, u, u, scale, weights);
 }
-
-namespace {
-void register_ops(torch::Library& m) {
-  m.impl("softmax_hessian", &softmax_hessian);
-  m.impl("softmax_hessian_", &softmax_hessian_);
-}
-}  // namespace
-
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
-#if defined(HG_WITH_CUDA)
-TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
-#endif
 
 }  // namespace hg

@@ -7,7 +7,7 @@
 
 #if defined(__CUDACC__)
 #define HG_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)  // see HG_INLINE
 #define HG_HD inline __attribute__((always_inline))
 #else
 #define HG_HD inline

@@ -7,6 +7,7 @@ comes back from the loss: one recurrence for both, where torch runs two.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -55,14 +56,19 @@ def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return h.view(c.shape), c_next.view(c.shape)
 
 
-def lstm_layer(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
-    """One direction of one LSTM layer: `lstm_cell` of ``x_gates[t] + h[t - 1] W^T`` for every step t.
+def lstm_layer(
+    x: Tensor, w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, h0: Tensor, c0: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One direction of one LSTM layer: `lstm_cell` of ``x[t] w_ih^T + bias + h[t - 1] w_hh^T`` for every step t.
 
-    Forward, backward and the backward of the backward are one loop over the steps each, in C++ on the CPU. Under
-    ``torch.func`` and in forward mode the steps run one by one.
+    What is not recurrent is one matrix product over all steps. The recurrence is one loop over the steps in each of
+    forward, backward and the backward of the backward, in C++ on the CPU. Under ``torch.func`` and in forward mode
+    the steps run one by one.
 
     Args:
-        x_gates: ``(steps, batch, 4 units)``, the inputs' part of the gates with all biases.
+        x: ``(steps, batch, features)``.
+        w_ih: ``(4 units, features)``.
+        bias: ``(4 units,)``, or None.
         w_hh: ``(4 units, units)``.
         h0: ``(batch, units)``.
         c0: ``(batch, units)``.
@@ -71,11 +77,11 @@ def lstm_layer(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[T
         ``h`` and ``c`` of every step, ``(steps, batch, units)``.
     """
     if not _transformed():
-        h, c, _ = _Layer.apply(x_gates, w_hh, h0, c0)
+        h, c, _ = _Layer.apply(x, w_ih, bias, w_hh, h0, c0)
         return h, c
     h, c, steps = h0, c0, []
-    for x in x_gates.unbind(0):
-        h, c = lstm_cell(x + h @ w_hh.T, c)
+    for gates in torch.nn.functional.linear(x, w_ih, bias).unbind(0):
+        h, c = lstm_cell(gates + h @ w_hh.T, c)
         steps.append((h, c))
     return torch.stack([h for h, _ in steps]), torch.stack([c for _, c in steps])
 
@@ -197,64 +203,112 @@ class _Layer(Function):
     """``lstm_layer``, with the activations as a third output."""
 
     @staticmethod
-    def forward(x_gates: Tensor, w_hh: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.lstm_layer(x_gates, w_hh, h0, c0)
+    def forward(x, w_ih, bias, w_hh, h0, c0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        rows = _rows(x) @ w_ih.T if bias is None else torch.addmm(bias, _rows(x), w_ih.T)
+        return ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         h, c, activations = output
-        ctx.save_for_backward(activations, h, c, *inputs[1:])
+        x, w_ih, bias, *rest = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(activations, h, c, x, w_ih, *rest)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
         grad_h = _or_zeros(grad_h, ctx.saved_tensors[1])
-        return _LayerBackward.apply(*ctx.saved_tensors, grad_h, grad_c, grad_activations)[:4]
+        wanted = ctx.needs_input_grad[0], ctx.has_bias, ctx.needs_input_grad[4]
+        return _LayerBackward.apply(wanted, *ctx.saved_tensors, grad_h, grad_c, grad_activations)[:6]
 
 
 class _LayerBackward(Function):
-    """Gradients by ``x_gates``, ``w_hh``, ``h0``, ``c0``; then what reached h and c of every step."""
+    """Gradients by the inputs of `_Layer`; then those by the gates, and what reached h and c of every step.
+
+    ``wanted``: by ``x``, ``bias`` and ``h0``? The others are None.
+    """
 
     @staticmethod
-    def forward(activations, h, c, w_hh, h0, c0, grad_h, grad_c, grad_activations) -> Any:  # type: ignore[no-untyped-def]
+    def forward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations) -> Any:  # type: ignore[no-untyped-def]
         grads = ops.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
-        grad_gates, grad_c0, dh, dc = grads
-        return grad_gates, _rows(grad_gates).T @ _rows(_before(h0, h)), grad_gates[0] @ w_hh, grad_c0, dh, dc
+        gates, grad_c0, dh, dc = grads
+        return *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0, gates, dh, dc
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        grad_gates, _, _, _, dh, dc = output
-        ctx.mark_non_differentiable(dh, dc)
-        ctx.save_for_backward(*inputs, grad_gates, dh, dc)
+        gates, dh, dc = output[6:]
+        ctx.mark_non_differentiable(gates, dh, dc)
+        ctx.wanted = inputs[0]
+        ctx.save_for_backward(*inputs[1:], gates, dh, dc)
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, v_gates, v_w, v_h0, v_c0, *_: None) -> Any:  # type: ignore[no-untyped-def]
-        *inputs, grad_gates, dh, dc = ctx.saved_tensors
-        activations, h, c, w_hh, h0, c0, _, grad_c, grad_activations = inputs
-        like = activations, w_hh, h0, c0
-        v = [_or_zeros(t, s) for t, s in zip((v_gates, v_w, v_h0, v_c0), like, strict=True)]
+    def backward(ctx: Any, v_x, v_ih, v_bias, v_hh, v_h0, v_c0, *_: None) -> Any:  # type: ignore[no-untyped-def]
+        *inputs, gates, dh, dc = ctx.saved_tensors
+        activations, h, c, x, w_ih, w_hh, h0, c0, _, grad_c, grad_activations = inputs
         if grad_activations is not None or torch.is_grad_enabled():  # only in a third derivative
-            return _by_torch(_layer_backward, inputs, v)
-        v_gates, v_w, v_h0, v_c0 = v
-        gates = torch.addmm(_rows(v_gates), _rows(_before(h0, h)), v_w.T).view_as(v_gates)
+            like = [x, w_ih, activations[0, 0], w_hh, h0, c0]
+            given = [*ctx.wanted[:1], True, ctx.wanted[1], True, ctx.wanted[2], True]
+            v = [_or_zeros(t, s) for t, s in zip((v_x, v_ih, v_bias, v_hh, v_h0, v_c0), like, strict=True)]
+            v = [t for t, is_given in zip(v, given, strict=True) if is_given]
+            return None, *_by_torch(functools.partial(_layer_backward, ctx.wanted), inputs, v)
+        v_h0, v_c0 = _or_zeros(v_h0, h0), _or_zeros(v_c0, c0)
+        # What the gradients by the gates meet: the tangent of the gates.
+        factors = [(v_x, w_ih), (x, v_ih), (None if v_hh is None else _before(h0, h), v_hh)]
+        v_gates = _sum_of_products(factors, v_bias, activations)
         by_activations, by_c, by_c0, by_grad_h, by_grad_c = ops.lstm_layer_double_backward(
-            activations, c, c0, w_hh, dh, dc, gates, v_h0, v_c0
+            activations, c, c0, w_hh, dh, dc, v_gates, v_h0, v_c0
         )
-        by_w = _rows(grad_gates).T @ _rows(_before(v_h0, by_grad_h))
-        by_h = torch.zeros(len(h) + 1, *h0.shape, dtype=h.dtype, device=h.device)
-        torch.mm(_rows(grad_gates), v_w, out=_rows(by_h[:-1]))
+        rows = _rows(gates)
+        by_ih = None if v_x is None else rows.T @ _rows(v_x)
+        by_hh = rows.T @ _rows(_before(v_h0, by_grad_h))
+        by_x = (rows @ v_ih).view_as(x) if v_ih is not None and ctx.needs_input_grad[4] else None
+        by_h = by_h0 = None
+        if v_hh is not None:
+            by_before = torch.empty(len(h) + 1, *h0.shape, dtype=h.dtype, device=h.device)
+            torch.mm(rows, v_hh, out=_rows(by_before[:-1]))
+            by_before[-1].zero_()
+            by_h, by_h0 = by_before[1:], by_before[0]
         if grad_c is None:
             by_grad_c = None
-        return by_activations, by_h[1:], by_c, by_w, by_h[0], by_c0, by_grad_h, by_grad_c, None
+        return None, by_activations, by_h, by_c, by_x, by_ih, by_hh, by_h0, by_c0, by_grad_h, by_grad_c, None
 
 
-def _layer_backward(activations, h, c, w_hh, h0, c0, grad_h, grad_c, grad_activations):
-    """`_LayerBackward` in plain torch."""
-    grad_gates, grad_c0, _, _ = reference.lstm_layer_backward(
-        activations, c, c0, w_hh, grad_h, grad_c, grad_activations
+def _through_gates(wanted: tuple, gates: Tensor, h: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, h0: Tensor) -> Any:
+    """Gradients by ``x``, ``w_ih``, ``bias``, ``w_hh`` and ``h0`` from those by the gates."""
+    of_x, of_bias, of_h0 = wanted
+    rows = _rows(gates)
+    return (
+        (rows @ w_ih).view_as(x) if of_x else None,
+        rows.T @ _rows(x),
+        rows.sum(0) if of_bias else None,
+        rows.T @ _rows(_before(h0, h)),
+        gates[0] @ w_hh if of_h0 else None,
     )
-    return grad_gates, _rows(grad_gates).T @ _rows(_before(h0, h)), grad_gates[0] @ w_hh, grad_c0
+
+
+def _layer_backward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations):
+    """The differentiable outputs of `_LayerBackward` in plain torch, without those that are None."""
+    gates, grad_c0, _, _ = reference.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
+    grads = *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0
+    return tuple(grad for grad in grads if grad is not None)
+
+
+def _sum_of_products(factors: Any, bias: Tensor | None, like: Tensor) -> Tensor:
+    """``bias + sum_i a_i b_i^T`` over all steps, without the pairs of which one is None; of the shape of ``like``."""
+    total = None
+    for a, b in factors:
+        if a is None or b is None:
+            continue
+        if total is not None:
+            total.addmm_(_rows(a), b.T)
+        elif bias is not None:
+            total = torch.addmm(bias, _rows(a), b.T)
+        else:
+            total = _rows(a) @ b.T
+    if total is not None:
+        return total.view_as(like)
+    return torch.zeros_like(like) if bias is None else bias.expand_as(like)
 
 
 def _by_torch(function: Any, inputs: Any, cotangents: Any) -> tuple[Tensor | None, ...]:

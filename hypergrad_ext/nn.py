@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from hypergrad_ext.lstm import lstm_layer
+
+Masks = Tensor | Sequence[Tensor] | None
+"""One mask for all, one for each, or none."""
 
 
 class LSTM(torch.nn.LSTM):
@@ -57,7 +61,12 @@ class LSTM(torch.nn.LSTM):
             raise ValueError(f"proj_size: expected 0, got {self.proj_size}: projections are not supported")
 
     def forward(  # type: ignore[override]
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        output_masks: Masks = None,
+        weight_hh_masks: Masks = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Run the layers.
 
@@ -65,6 +74,12 @@ class LSTM(torch.nn.LSTM):
             input: ``(steps, batch, input_size)``, with ``batch_first`` ``(batch, steps, input_size)``, or ``(steps,
                 input_size)`` without a batch.
             hx: ``h_0`` and ``c_0``, ``(num_layers * directions, batch, hidden_size)``; zeros if None.
+            output_masks: Multiplied with what a layer hands to the next, ``(steps, batch, directions * hidden_size)``
+                or what broadcasts to it: ``(batch, ...)`` is the same for all steps, variational dropout. One tensor
+                for all layers but the last, or a sequence with one for each of them.
+            weight_hh_masks: Multiplied with the recurrent weights, ``(4 * hidden_size, hidden_size)`` or what
+                broadcasts to it: DropConnect. One tensor for all, or a sequence of ``num_layers * directions``.
+                `functional.concrete_mask` draws masks that are differentiable in their rates.
 
         Returns:
             The outputs of the last layer, and ``h_n`` and ``c_n``.
@@ -85,33 +100,41 @@ class LSTM(torch.nn.LSTM):
         if len(x) == 0:
             raise ValueError(f"input: expected at least one step, got shape {tuple(input.shape)}")
         h_0, c_0 = self._initial_state(x, hx, single)
-
         directions = 2 if self.bidirectional else 1
+        of_outputs = _one_each("output_masks", output_masks, self.num_layers - 1)
+        of_weights = _one_each("weight_hh_masks", weight_hh_masks, self.num_layers * directions)
+
         states = []
         for layer in range(self.num_layers):
             outputs = []
             for direction in range(directions):
                 i = layer * directions + direction
                 backwards = direction == 1
-                h, c = self._run(x.flip(0) if backwards else x, layer, "_reverse" * backwards, h_0[i], c_0[i])
+                name = f"l{layer}" + "_reverse" * backwards
+                h, c = self._run(x.flip(0) if backwards else x, name, of_weights[i], h_0[i], c_0[i])
                 states.append((h[-1], c[-1]))
                 outputs.append(h.flip(0) if backwards else h)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
-            if self.dropout and layer + 1 < self.num_layers:
-                x = F.dropout(x, self.dropout, self.training)
+            if layer + 1 < self.num_layers:
+                mask = of_outputs[layer]
+                x = x if mask is None else x * mask
+                if self.dropout:
+                    x = F.dropout(x, self.dropout, self.training)
         h_n, c_n = (torch.stack(state) for state in zip(*states, strict=True))
         if single:
             return x.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
         return x.transpose(0, 1) if self.batch_first else x, (h_n, c_n)
 
-    def _run(self, x: Tensor, layer: int, suffix: str, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
-        w_ih, w_hh = (getattr(self, f"weight_{kind}_l{layer}{suffix}") for kind in ("ih", "hh"))
-        bias = None
-        if self.bias:
-            bias = getattr(self, f"bias_ih_l{layer}{suffix}") + getattr(self, f"bias_hh_l{layer}{suffix}")
-        x_gates = F.linear(x, w_ih, bias)
-        # Under autocast the product has another dtype than the parameters.
-        return lstm_layer(x_gates, *(t.to(x_gates.dtype) for t in (w_hh, h0, c0)))
+    def _run(self, x: Tensor, name: str, mask: Tensor | None, h0: Tensor, c0: Tensor) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh = (getattr(self, f"weight_{kind}_{name}") for kind in ("ih", "hh"))
+        bias = getattr(self, f"bias_ih_{name}") + getattr(self, f"bias_hh_{name}") if self.bias else None
+        if mask is not None:
+            w_hh = w_hh * mask
+        tensors: tuple[Any, ...] = x, w_ih, bias, w_hh, h0, c0
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
+        return lstm_layer(*tensors)
 
     def _initial_state(self, x: Tensor, hx: tuple[Tensor, Tensor] | None, single: bool) -> tuple[Tensor, Tensor]:
         shape = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
@@ -124,3 +147,11 @@ class LSTM(torch.nn.LSTM):
                 raise ValueError(f"hx: expected {name} of shape {expected}, got {tuple(t.shape)}")
         h_0, c_0 = (t.unsqueeze(1) if single else t for t in hx)
         return h_0, c_0
+
+
+def _one_each(name: str, masks: Masks, count: int) -> Sequence[Tensor | None]:
+    if masks is None or isinstance(masks, Tensor):
+        return [masks] * count
+    if len(masks) != count:
+        raise ValueError(f"{name}: expected a tensor or a sequence of {count}, got {len(masks)}")
+    return masks

@@ -141,4 +141,4 @@ def test_demo_names_what_to_install(capsys, monkeypatch, tmp_path):
 
 def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hypergrad_ext", "demo", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parent)

@@ -21,10 +21,10 @@ def cell_in_torch(gates, c):
     return o.sigmoid() * c.tanh(), c
 
 
-def layer_in_torch(x_gates, w_hh, h, c):
+def layer_in_torch(x, w_ih, bias, w_hh, h, c):
     steps = []
-    for x in x_gates:
-        h, c = cell_in_torch(x + h @ w_hh.T, c)
+    for gates in F.linear(x, w_ih, bias):
+        h, c = cell_in_torch(gates + h @ w_hh.T, c)
         steps.append((h, c))
     return tuple(torch.stack(each) for each in zip(*steps, strict=True))
 
@@ -104,27 +104,61 @@ def fourth(f, inputs):
 
 
 class TestLayer:
+    @staticmethod
+    def inputs(steps=3):
+        return draw((steps, 3, 4), (8, 4), (8,), (8, 2), (3, 2), (3, 2))
+
     @pytest.mark.parametrize("steps", [1, 2, 4])
     def test_derivatives(self, steps):
-        inputs = draw((steps, 3, 8), (8, 2), (3, 2), (3, 2))
+        inputs = self.inputs(steps)
         assert gradcheck(lstm.lstm_layer, inputs)
         assert gradgradcheck(lstm.lstm_layer, inputs)
         for output in (0, 1):
             assert gradgradcheck(lambda *a: lstm.lstm_layer(*a)[output][-1], inputs)  # noqa: B023
-        fixed = [t.detach() for t in inputs]
-        for position in range(4):
-            rest = fixed[:position], fixed[position + 1 :]
-            assert gradgradcheck(lambda t: lstm.lstm_layer(*rest[0], t, *rest[1])[0], inputs[position])  # noqa: B023
+
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (5,), (1, 3), (0, 5), (3, 4)], ids=str)
+    def test_derivatives_by_some(self, which, bias):
+        """Each of them skips what no one asks for."""
+        inputs = [t.detach() for t in self.inputs()]
+        if not bias:
+            inputs[2] = None
+            which = [i for i in which if i != 2] or [1]
+
+        def of(*some):
+            every = list(inputs)
+            for i, t in zip(which, some, strict=True):
+                every[i] = t
+            return lstm.lstm_layer(*every)
+
+        some = [inputs[i].clone().requires_grad_() for i in which]
+        assert gradcheck(of, some)
+        assert gradgradcheck(of, some)
 
     def test_third_and_fourth_order(self):
-        inputs = draw((3, 2, 8), (8, 2), (2, 2), (2, 2))
+        inputs = self.inputs()
         assert_close(*(fourth(f, inputs) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
 
+    def test_third_order_without_bias_and_state(self):
+        x, w_ih, _, w_hh, h0, c0 = self.inputs()
+        h0, c0 = h0.detach(), c0.detach()
+
+        def third(layer):
+            of = lambda *w: (layer(x.detach(), w[0], None, w[1], h0, c0)[0] ** 3).sum()  # noqa: E731
+            grads = of(w_ih, w_hh)
+            for _ in range(3):
+                grads = torch.autograd.grad(grads, [w_ih, w_hh], create_graph=True)
+                total = sum((g**3).sum() for g in grads)
+                grads, result = total, grads
+            return list(result)
+
+        assert_close(*(third(f) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
+
     def test_under_torch_func(self):
-        inputs = [t.detach() for t in draw((3, 2, 8), (8, 2), (2, 2), (2, 2))]
+        inputs = [t.detach() for t in self.inputs()]
 
         def hessian(layer):
-            return torch.func.hessian(lambda w: layer(inputs[0], w, *inputs[2:])[0].square().sum())(inputs[1])
+            return torch.func.hessian(lambda w: layer(*inputs[:3], w, *inputs[4:])[0].square().sum())(inputs[3])
 
         assert_close(hessian(lstm.lstm_layer), hessian(layer_in_torch), 1e-13)
 
@@ -268,6 +302,54 @@ class TestModule:
         module.eval()
         assert_close(module(x)[0], second(first(x)[0])[0], 1e-7)
 
+    @pytest.mark.parametrize("options", [{"num_layers": 2}, {"num_layers": 3, "bidirectional": True}], ids=str)
+    def test_masks(self, options):
+        """On a module whose weights were multiplied by hand, layer by layer."""
+        ours, theirs = both(**options)
+        layers, directions = options["num_layers"], 1 + options.get("bidirectional", False)
+        x, *of_outputs = draw((6, 4, 3), *[(4, 5 * directions)] * (layers - 1))
+        of_weights = draw(*[(20, 5)] * (layers * directions))
+        values, state = ours(x, output_masks=of_outputs, weight_hh_masks=of_weights)
+
+        y = x
+        for layer in range(layers):
+            single = torch.nn.LSTM(y.shape[-1], 5, bidirectional=directions == 2).double()
+            names = [name for name in theirs.state_dict() if f"_l{layer}" in name]
+            weights = {name.replace(f"_l{layer}", "_l0"): theirs.state_dict()[name] for name in names}
+            for d, suffix in enumerate(("", "_reverse")[:directions]):
+                weights[f"weight_hh_l0{suffix}"] = weights[f"weight_hh_l0{suffix}"] * of_weights[layer * directions + d]
+            y, _ = torch.func.functional_call(single, weights, (y,))
+            y = y * of_outputs[layer] if layer + 1 < layers else y
+        assert_close(values, y.detach(), 1e-12)
+        masks = [*of_outputs, *of_weights]
+        ours_grads, theirs_grads = (torch.autograd.grad(t.square().sum(), masks) for t in (values, y))
+        assert_close(list(ours_grads), list(theirs_grads), 1e-11)
+
+    def test_one_mask_for_all(self):
+        ours, _ = both(num_layers=3)
+        x, of_outputs, of_weights = draw((6, 4, 3), (4, 5), (20, 5))
+        every = ours(x, output_masks=[of_outputs] * 2, weight_hh_masks=[of_weights] * 3)[0]
+        assert torch.equal(ours(x, output_masks=of_outputs, weight_hh_masks=of_weights)[0], every)
+
+    def test_derivatives_by_rates_of_dropout(self):
+        """Variational dropout and DropConnect with rates that are hyperparameters, to second order."""
+        module = nn.LSTM(2, 3, num_layers=2, dtype=torch.float64)
+        x, logit_h, logit_w, weight = draw((4, 2, 2), (), (12, 3), (12, 3))
+
+        def run(logit_h, logit_w, weight):
+            generator = torch.Generator().manual_seed(0)
+            # A high temperature, so that finite differences see the slope.
+            masks = [
+                functional.concrete_mask(logit, shape, temperature=2.0, generator=generator)
+                for logit, shape in ((logit_h, (2, 3)), (logit_w, (12, 3)))
+            ]
+            options = {"output_masks": masks[0], "weight_hh_masks": masks[1]}
+            weights = {**dict(module.named_parameters()), "weight_hh_l0": weight}
+            return torch.func.functional_call(module, weights, (x.detach(),), options)[0]
+
+        assert gradcheck(run, (logit_h, logit_w, weight))
+        assert gradgradcheck(run, (logit_h, logit_w, weight))
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_half_precision(self, dtype):
         ours, theirs = both(torch.float32, num_layers=2)
@@ -326,3 +408,62 @@ class TestModule:
     def test_refuses(self, options, input, hx, error, message):
         with pytest.raises(error, match=message):
             nn.LSTM(3, 5, **options)(input, hx)
+
+    @pytest.mark.parametrize("name", ["output_masks", "weight_hh_masks"])
+    def test_refuses_masks(self, name):
+        with pytest.raises(ValueError, match=f"{name}: expected a tensor or a sequence of [23], got 1"):
+            nn.LSTM(3, 5, num_layers=3)(torch.zeros(2, 4, 3), **{name: [torch.ones(5)]})
+
+
+class TestConcreteMask:
+    @pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+    def test_is_dropout(self, rate):
+        torch.manual_seed(0)
+        logit = torch.logit(torch.tensor(rate, dtype=torch.float64))
+        kept = functional.concrete_mask(logit, (200_000,), temperature=0.01) * (1 - rate)
+        assert ((kept < 0.01) | (kept > 0.99)).double().mean() > 0.95
+        assert_close(kept.mean(), torch.tensor(1 - rate).double(), 0.01)
+        assert_close(
+            (functional.concrete_mask(logit, (200_000,)) * (1 - rate)).mean(), torch.tensor(1 - rate).double(), 0.05
+        )
+
+    def test_formula_and_derivative(self):
+        logits = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+
+        def mask(logits):
+            return functional.concrete_mask(logits, (4, 7), temperature=0.7, generator=torch.Generator().manual_seed(1))
+
+        u = torch.rand(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        p = logits.sigmoid()
+        z = torch.sigmoid((p.log() - (1 - p).log() + u.log() - (1 - u).log()) / 0.7)
+        assert_close(mask(logits), ((1 - z) / (1 - p)).detach(), 1e-12)
+        assert gradcheck(mask, logits)
+        assert gradgradcheck(mask, logits)
+
+    @pytest.mark.parametrize("logit", [-200.0, -20.0, 0.0, 20.0, 200.0])
+    def test_stays_finite(self, logit):
+        logit = torch.tensor(logit, requires_grad=True)
+        mask = functional.concrete_mask(logit, (1000,))
+        (grad,) = torch.autograd.grad(mask.sum(), logit)
+        assert mask.isfinite().all() and grad.isfinite()
+
+    @pytest.mark.parametrize(
+        ("logit", "shape", "options", "error", "message"),
+        [
+            (0.5, (2,), {}, TypeError, "logit: expected a floating point tensor, got float"),
+            (torch.zeros(2).long(), (2,), {}, TypeError, "got torch.int64"),
+            (torch.zeros(3), (2,), {}, ValueError, r"broadcasts to \(2,\), got \(3,\)"),
+            (torch.zeros(3, 2), (2,), {}, ValueError, r"broadcasts to \(2,\), got \(3, 2\)"),
+            (
+                torch.zeros(2),
+                (2,),
+                {"temperature": 0.0},
+                ValueError,
+                "temperature: expected a positive number, got 0.0",
+            ),
+        ],
+        ids=range(5),
+    )
+    def test_refuses(self, logit, shape, options, error, message):
+        with pytest.raises(error, match=message):
+            functional.concrete_mask(logit, shape, **options)

@@ -8,7 +8,9 @@
 
 namespace hg::cpu {
 
-#if defined(__GNUC__)
+// The sanitizers' checks make bodies so large that inlining all of them takes minutes; then only pointers and small
+// structs cross a call, so that functions for different instruction sets may call each other.
+#if defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
 #define HG_INLINE inline __attribute__((always_inline))
 #define HG_LAMBDA_INLINE __attribute__((always_inline))
 #else

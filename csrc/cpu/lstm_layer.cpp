@@ -11,12 +11,17 @@ namespace {
 // Multiplications per thread below which a second thread costs more than it saves.
 constexpr int64_t kGrainProducts = 1 << 20;
 
+// Every pass multiplies by the weights; called by pointer, the tiles of the product are compiled once.
+template <class Real>
+using Multiply = void (*)(const Packed<Real>&, const Multiplied<Real>&);
+
 // w: w_hh transposed for passes that run forward in time, else w_hh itself.
 template <class Real, class Data>
 struct Layer {
   LstmLayerSize size;
   Data data;
   Packed<Real> w;
+  Multiply<Real> multiply;
 };
 
 template <class Real, class Tiles>
@@ -25,22 +30,23 @@ struct LayerRows {
   using Cell = LstmRows<Real, Real, Tiles>;
 
   static HG_INLINE void run(const Packed<Real>& w, int64_t group) { Gemm::pack(w, group); }
+  static HG_INLINE void run(const Packed<Real>& w, const Multiplied<Real>& rows) { Gemm::multiply(w, rows); }
 
   static HG_INLINE void run(const Layer<Real, LstmLayerForward>& layer, int64_t first, int64_t last) {
-    const auto& [size, data, w] = layer;
+    const auto& [size, data, w, multiply] = layer;
     const int64_t rows = last - first, n = size.units;
     for (int64_t t = 0; t < size.steps; ++t) {
       const int64_t now = (t * size.batch + first) * n, before = now - size.batch * n;
       const Real* h = t ? at(data.h, before) : at(data.h0, first * n);
       const Real* c = t ? at(data.c, before) : at(data.c0, first * n);
       Real* gates = at(data.activations, 4 * now);
-      Gemm::multiply(w, {h, n, rows, at(data.x_gates, 4 * now), gates, 4 * n});
+      multiply(w, {h, n, rows, at(data.x_gates, 4 * now), gates, 4 * n});
       Cell::run({size.dtype, rows, n}, LstmForward{gates, c, at(data.h, now), at(data.c, now), gates}, 0, rows);
     }
   }
 
   static HG_INLINE void run(const Layer<Real, LstmLayerBackward>& layer, int64_t first, int64_t last) {
-    const auto& [size, data, w] = layer;
+    const auto& [size, data, w, multiply] = layer;
     const int64_t rows = last - first, n = size.units, step = size.batch * n;
     const Buffer<Real> memory(rows * n);
     for (int64_t t = size.steps - 1; t >= 0; --t) {
@@ -48,7 +54,7 @@ struct LayerRows {
       Real *dh = at(data.dh, now), *dc = at(data.dc, now);
       const Real* grad_h = at(data.grad_h, now);
       if (t + 1 < size.steps)
-        Gemm::multiply(w, {at(data.grad_gates, 4 * (now + step)), 4 * n, rows, grad_h, dh, n});
+        multiply(w, {at(data.grad_gates, 4 * (now + step)), 4 * n, rows, grad_h, dh, n});
       else
         std::memcpy(dh, grad_h, rows * n * sizeof(Real));
       LstmBackward cell{at(data.activations, 4 * now),
@@ -66,7 +72,7 @@ struct LayerRows {
   }
 
   static HG_INLINE void run(const Layer<Real, LstmLayerDoubleBackward>& layer, int64_t first, int64_t last) {
-    const auto& [size, data, w] = layer;
+    const auto& [size, data, w, multiply] = layer;
     const int64_t rows = last - first, n = size.units, step = size.batch * n;
     const Buffer<Real> memory(5 * rows * n);
     Real *v_gates = memory.get(), *by_c = v_gates + 4 * rows * n;
@@ -74,7 +80,7 @@ struct LayerRows {
       const int64_t now = t * step + first * n;
       const Real* v_h = t ? at(data.by_grad_h, now - step) : at(data.v_h0, first * n);
       const Real* v_c = t ? at(data.by_grad_c, now - step) : at(data.v_c0, first * n);
-      Gemm::multiply(w, {v_h, n, rows, nullptr, v_gates, 4 * n});
+      multiply(w, {v_h, n, rows, nullptr, v_gates, 4 * n});
       add(at(data.v_gates, 4 * now), v_gates, 4 * rows * n);
       Cell::run({size.dtype, rows, n},
                 LstmDoubleBackward{at(data.activations, 4 * now), t ? at(data.c, now - step) : at(data.c0, first * n),
@@ -111,7 +117,9 @@ void run(const LstmLayerSize& size, const Data& data, bool forward_in_time) {
   static const auto pack = ForTiles<Of<Real>::template Body, const Packed<Real>&, int64_t>::get();
   static const auto rows = ForTiles<Of<Real>::template Body, const Layer<Real, Data>&, int64_t, int64_t>::get();
   const Team team = team_for(size.steps * size.batch * 4 * n * n, kGrainProducts);
-  const Layer<Real, Data> layer{size, data, w};
+  static const Multiply<Real> multiply =
+      ForTiles<Of<Real>::template Body, const Packed<Real>&, const Multiplied<Real>&>::get();
+  const Layer<Real, Data> layer{size, data, w, multiply};
   share(w.groups(), team, [&](int64_t group) { pack(w, group); });
   const int64_t ranges = std::min(team.threads, size.batch);
   share(ranges, team,

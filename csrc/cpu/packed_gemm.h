@@ -24,6 +24,16 @@ struct Packed {
   int64_t size() const { return groups() * kGroup * depth; }
 };
 
+// out = addend + a b, a and out with `rows` rows; addend may be null, or out itself.
+template <class Real>
+struct Multiplied {
+  const Real* a;
+  int64_t a_stride, rows;
+  const Real* addend;
+  Real* out;
+  int64_t stride;  // of addend and out
+};
+
 template <class Real, class Tiles>
 struct PackedGemm {
   using S = Simd<Real, Tiles::bytes>;
@@ -42,14 +52,7 @@ struct PackedGemm {
     }
   }
 
-  // out = addend + a b, a and out with `rows` rows; addend may be null, or out itself.
-  struct Rows {
-    const Real* a;
-    int64_t a_stride, rows;
-    const Real* addend;
-    Real* out;
-    int64_t stride;  // of addend and out
-  };
+  using Rows = Multiplied<Real>;
 
   static HG_INLINE void multiply(const Packed<Real>& m, const Rows& at) {
     const int64_t blocks = (at.rows + kRows - 1) / kRows;

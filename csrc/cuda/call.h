@@ -3,8 +3,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -13,17 +11,17 @@
 #include <vector>
 
 #include "../kernels.h"
+#include "../tensors.h"
 
 namespace hg::cuda {
 
-// Whether a tensor is one for the CPU kernels. A build that emulates CUDA takes CPU memory for a device's.
-inline bool for_cpu(const at::Tensor& t) {
+// Whether a tensor is one for the CPU kernels. A build that emulates CUDA takes CPU memory for a device's, and has
+// none of the CPU kernels: calls of them are left out with the branch, if the compiler sees through this function.
 #if defined(HG_EMULATE_CUDA)
-  return false;
+__attribute__((always_inline)) inline bool for_cpu(const at::Tensor&) { return false; }
 #else
-  return t.is_cpu();
+inline bool for_cpu(const at::Tensor& t) { return t.is_cpu(); }
 #endif
-}
 
 // Calls launch(scratch, stream) for tensors on `device`, on whose current stream everything runs.
 template <class Launch>
@@ -31,7 +29,7 @@ void call(const char* op, at::Device device, const Launch& launch) {
 #if defined(HG_EMULATE_CUDA)
   std::vector<at::Tensor> memory;
   const auto scratch = [&](int64_t doubles) {
-    memory.push_back(at::full({doubles}, std::numeric_limits<double>::quiet_NaN(), at::kDouble));
+    memory.push_back(full({doubles}, std::numeric_limits<double>::quiet_NaN(), at::kDouble));
     return memory.back().mutable_data_ptr<double>();
   };
   const char* error = launch(scratch, Stream{});
@@ -43,7 +41,7 @@ void call(const char* op, at::Device device, const Launch& launch) {
   // Given back before the kernels have run, but to the same stream, where the next user comes after them.
   at::Tensor memory;
   const auto scratch = [&](int64_t doubles) {
-    memory = at::empty({doubles}, at::TensorOptions(at::kDouble).device(device));
+    memory = empty({doubles}, at::TensorOptions(at::kDouble).device(device));
     return memory.mutable_data_ptr<double>();
   };
   const char* error = launch(scratch, stream);

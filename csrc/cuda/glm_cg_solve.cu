@@ -132,6 +132,8 @@ __global__ void look(const double* state, int64_t k, int* running, int64_t* take
 
 const char* glm_cg_solve(const GlmData& data, const GlmSolve& solve, double* state, int64_t* taken, bool& done,
                          const Scratch& scratch, Stream stream) {
+  done = false;
+  if (!narrow_enough(data, solve.k)) return nullptr;
   const cudaError_t error = for_glm_dtypes(data.x_dtype, [&](auto x, auto real) {
     using X = decltype(x);
     using Real = decltype(real);

@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 bool glm_one_pass(const GlmData& data, int64_t k) {
-  constexpr int64_t kMostElements = 1 << 20;  // of a vector in shared memory: far more than fits, and counts in 32 bits
-  if (k * data.classes > kOnePassColumns || data.d >= kMostElements) return false;
+  if (!narrow_enough(data, k)) return false;
   Chip chip;
   if (Chip::read(chip) != cudaSuccess) return false;
   return for_glm_dtypes(data.x_dtype, [&](auto x, auto real) {
@@ -73,7 +72,7 @@ const char* glm_hvp(const GlmData& data, const void* v, int64_t k, void* out, co
     if (plan.blocks == 0) return cudaErrorInvalidConfiguration;
     const int64_t sums = static_cast<int64_t>(plan.blocks) * problem.elements();
     Real* partial = reinterpret_cast<Real*>(scratch((sums * sizeof(Real) + 7) / 8));
-    e = allow_shared(glm_partial_products<X, Real>, plan.shared);
+    e = allow_shared(glm_partial_products<X, Real>);
     if (e == cudaSuccess)
       e = launch(glm_partial_products<X, Real>, plan.blocks, kThreads, plan.shared, stream, problem,
                  static_cast<const Real*>(v), partial, running);

@@ -38,6 +38,13 @@ constexpr int64_t kBlockRows = 4096;
 // The runtime keeps so much shared memory of every block for itself.
 constexpr int kReserved = 1024;
 
+// Whether a problem counts in 32 bits, and has few enough columns for one pass; before that there is no GlmProblem.
+inline bool narrow_enough(const GlmData& data, int64_t k) {
+  constexpr int64_t kMostFeatures = 1 << 20;  // far more than fit in shared memory
+  return data.d < kMostFeatures && data.classes <= kOnePassColumns && k <= kOnePassColumns &&
+         k * data.classes <= kOnePassColumns;
+}
+
 // Blocks, tiles and stages of a launch in which every block streams its part of the rows; bytes of shared memory
 // besides the problem's own are `extra`. Returns 0 blocks if not even a small tile fits.
 template <class X, class Real>
@@ -89,11 +96,6 @@ auto for_glm_dtypes(DType x, const F& f) {
   if (x == DType::f64) return f(double{}, double{});
   if (x == DType::bf16) return f(__nv_bfloat16{}, float{});
   return f(float{}, float{});
-}
-
-template <class Kernel>
-cudaError_t allow_shared(Kernel* kernel, int64_t bytes) {
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 }  // namespace hg::cuda

@@ -86,6 +86,8 @@ __global__ void look(const double* stats, const double* stop, int64_t k, int* ru
 
 const char* glm_neumann_solve(const GlmData& data, const GlmSolve& solve, double alpha, const double* stop,
                               double* history, bool& done, const Scratch& scratch, Stream stream) {
+  done = false;
+  if (!narrow_enough(data, solve.k)) return nullptr;
   const cudaError_t error = for_glm_dtypes(data.x_dtype, [&](auto x, auto real) {
     using X = decltype(x);
     using Real = decltype(real);

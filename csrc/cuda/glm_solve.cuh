@@ -200,7 +200,7 @@ cudaError_t run_solve(GlmProblem<X, Real> problem, const GlmSolve& solve, const 
                       bool& done, const Scratch& scratch, cudaStream_t stream) {
   const auto kernel = glm_solve<Solver, X, Real>;
   done = false;
-  if (problem.columns > kOnePassColumns || problem.elements() > kSolveElements) return cudaSuccess;
+  if (problem.elements() > kSolveElements) return cudaSuccess;
   Chip chip;
   cudaError_t e = Chip::read(chip);
   if (e != cudaSuccess || !chip.cooperative) return e;
@@ -231,7 +231,7 @@ cudaError_t run_solve(GlmProblem<X, Real> problem, const GlmSolve& solve, const 
   }
 
   int resident = 0;
-  e = allow_shared(kernel, plan.shared);
+  e = allow_shared(kernel);
   if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
   if (e != cudaSuccess || resident == 0) return e;
   if (problem.stages > 1 && plan.blocks > resident * chip.multiprocessors) {
@@ -239,8 +239,7 @@ cudaError_t run_solve(GlmProblem<X, Real> problem, const GlmSolve& solve, const 
     plan.blocks = resident * chip.multiprocessors;
     plan.shared = bytes(plan.blocks);
     if (plan.shared > chip.shared_per_block) return cudaSuccess;
-    e = allow_shared(kernel, plan.shared);
-    if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
+    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
   }
   if (e != cudaSuccess || plan.blocks > resident * chip.multiprocessors) return e;
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <type_traits>
 
 namespace hg::cuda {
@@ -22,6 +23,18 @@ cudaError_t launch_cooperative(void (*kernel)(P...), dim3 grid, dim3 block, size
   static_assert((sizeof(P) + ... + 0) <= 4096, "kernel arguments end at 4 KB");
   void* pointers[] = {&args...};
   return cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared, stream);
+}
+
+// Lets every launch of a kernel have as much dynamic shared memory as the device has beside the kernel's static
+// `statics` bytes. Not as much as one launch needs: the limit is the kernel's, and another host thread may be about
+// to launch it with more.
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), int64_t statics = 0) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - static_cast<int>(statics));
 }
 
 }  // namespace hg::cuda

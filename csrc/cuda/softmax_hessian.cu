@@ -226,13 +226,16 @@ __global__ void __launch_bounds__(kThreadsFor<G>, 4096 / sizeof(Real) / kThreads
   }
 }
 
+// Of join_group, for the largest logit and for sums.
+template <int G, class Real>
+constexpr int64_t kStaticShared = G > 32 ? 2 * G / 32 * sizeof(Real) : 0;
+
 template <class T, class Real, int G, bool Cached>
 cudaError_t run(const SoftmaxRows& data, int pitch, int multiprocessors, cudaStream_t stream) {
   const auto kernel = softmax_rows<T, Real, G, Cached>;
   constexpr int kGroups = kThreadsFor<G> / G;
   const size_t shared = Cached ? size_t{sizeof(T)} * kGroups * pitch : 0;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  const cudaError_t error = Cached ? allow_shared(kernel, kStaticShared<G, Real>) : cudaSuccess;
   if (error != cudaSuccess) return error;
   const int64_t blocks = std::min<int64_t>((data.rows + kGroups - 1) / kGroups, 1 << 30);
   // Where rows are few, their vectors go to several blocks, each of which computes the sums again.
@@ -251,11 +254,10 @@ cudaError_t run(const SoftmaxRows& data, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   // Room for a row that starts inside a pack, and whole packs.
   const int pitch = static_cast<int>((data.classes + 2 * kPack<T> - 2) / kPack<T> * kPack<T>);
-  const int64_t sums = kBlock / 32 * sizeof(Real) * 2;
   if (data.classes <= kFewClasses) return run<T, Real, kFew, true>(data, pitch, multiprocessors, stream);
   if (data.classes <= kWarpClasses && 8 * pitch * int64_t{sizeof(T)} <= most_shared)
     return run<T, Real, kWarp, true>(data, pitch, multiprocessors, stream);
-  if (pitch * int64_t{sizeof(T)} + sums <= most_shared)
+  if (pitch * int64_t{sizeof(T)} + kStaticShared<kBlock, Real> <= most_shared)
     return run<T, Real, kBlock, true>(data, pitch, multiprocessors, stream);
   return run<T, Real, kBlock, false>(data, pitch, multiprocessors, stream);
 }

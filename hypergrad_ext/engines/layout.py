@@ -1,11 +1,13 @@
-"""Memory of a native plan: values as views of roots, pointwise instructions in groups, roots in one arena."""
+"""Instructions of a native plan: pointwise ones in groups, and their results in one arena."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
+
+from hypergrad_ext.engines.views import Root, View
 
 # Elements that buffers are aligned to: a cache line of float32.
 _ALIGNMENT = 16
@@ -13,54 +15,6 @@ _ALIGNMENT = 16
 MAX_OPERANDS = 64
 # Codes of pointwise ops, likewise: out = a op b, or with a number; the last one is a b + c.
 COPY, FILL, ADD, SUB, MUL, DIV, AXPY, SCALE, MULADD = range(9)
-
-
-@dataclass(eq=False)
-class Root:
-    """Memory that is written at once: part of the arena, or what comes from outside.
-
-    Attributes:
-        kind: ``"arena"``, ``"v"`` (part of the vector), ``"c"`` (constant), ``"dynamic"`` (allocated by ATen),
-            ``"out"`` (part of the result).
-        index: Which one of its kind.
-        extent: Elements.
-        position: Where in the arena.
-    """
-
-    kind: str
-    index: int = 0
-    extent: int = 0
-    position: int = 0
-
-
-class View(NamedTuple):
-    """A strided view of a root."""
-
-    root: Root
-    offset: int
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether elements follow each other in memory in the order of their indices."""
-        expected = 1
-        for size, stride in zip(reversed(self.sizes), reversed(self.strides), strict=True):
-            if size != 1 and stride != expected:
-                return False
-            expected *= size
-        return True
-
-    @property
-    def whole(self) -> bool:
-        """Whether it shows every element of its root once."""
-        order = sorted((stride, size) for size, stride in zip(self.sizes, self.strides, strict=True) if size != 1)
-        expected = 1
-        for stride, size in order:
-            if stride != expected:
-                return False
-            expected *= size
-        return self.offset == 0 and expected == self.root.extent
 
 
 @dataclass(eq=False)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import _native
-from hypergrad_ext.engines.layout import Instruction, Root, View, allocate, group
+from hypergrad_ext.engines.layout import Instruction, allocate, group
 from hypergrad_ext.engines.lowering import Lowering, Unsupported
 from hypergrad_ext.engines.program import Program
 from hypergrad_ext.engines.record import Recording
+from hypergrad_ext.engines.views import Root, View
 
 
 class Plan:
@@ -74,7 +75,7 @@ def lower(program: Program, recording: Recording) -> Plan:
     """
     if _native._C is None:
         raise Unsupported(_native.MISSING)
-    leaves = [recording.tensors[f"v{i}"] for i in range(program.leaves)]
+    leaves = [recording.details.tensors[f"v{i}"] for i in range(program.leaves)]
     dtype = leaves[0].dtype
     if dtype not in (torch.float32, torch.float64) or any(t.dtype != dtype for t in leaves):
         raise Unsupported("the native plan needs parameters that are all float32 or all float64")
@@ -82,7 +83,7 @@ def lower(program: Program, recording: Recording) -> Plan:
         raise Unsupported("the native plan runs on the CPU")
     if not _native._C.has_blas:
         raise Unsupported("this torch exports no BLAS")
-    if max(t.numel() for t in recording.tensors.values()) >= 2**31:
+    if max(t.numel() for t in recording.details.tensors.values()) >= 2**31:
         raise Unsupported("a tensor has more elements than BLAS counts")
     lowering = Lowering(program, recording, dtype)
     for call in program.calls:

@@ -24,9 +24,9 @@ class Program:
 
     def __init__(self, recording: Recording) -> None:
         """Simplify a recording and compile its function."""
-        self.calls, self.outputs = _without_repeats(recording.calls, recording.outputs)
+        self.calls, self.outputs = _without_repeats(recording.details.calls, recording.details.outputs)
         self.calls = _without_unused(self.calls, self.outputs)
-        self.leaves = sum(name[0] == "v" for name in recording.tensors)
+        self.leaves = sum(name[0] == "v" for name in recording.details.tensors)
         self.run = self._compile()
 
     def _compile(self) -> Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]], list[Tensor]]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hypergrad_ext import _native
+
 Name = str
 """``v0``: a part of the vector, ``c0``: a constant tensor, ``s0``: a float, ``n0``: the result of a call."""
 
@@ -42,25 +44,42 @@ class Call(NamedTuple):
     single: bool
 
 
-@dataclass
 class Recording:
     """One product, taken apart.
 
     Attributes:
         key: Equal for two recordings if and only if one program computes both: operations, how they are
             connected, every literal but floats, and the layout of every constant.
-        calls: The operations that depend on the vector, in order; none writes to its arguments.
-        outputs: Names of the result's parts.
         constants: ``c0, c1, ...``: saved tensors, parameters, and whatever else does not depend on the vector.
         scalars: ``s0, s1, ...``.
+    """
+
+    def __init__(
+        self, key: Hashable, constants: list[Tensor], scalars: list[float], details: Callable[[], Details]
+    ) -> None:
+        """Keep what every solve needs; ``details`` are for the solve that compiles."""
+        self.key = key
+        self.constants = constants
+        self.scalars = scalars
+        self._details = details
+
+    @functools.cached_property
+    def details(self) -> Details:
+        """The operations."""
+        return self._details()
+
+
+class Details(NamedTuple):
+    """What a program is compiled from.
+
+    Attributes:
+        calls: The operations that depend on the vector, in order; none writes to its arguments.
+        outputs: Names of the result's parts.
         tensors: Tensor by name, for layouts. Not kept after compilation.
     """
 
-    key: Hashable
     calls: list[Call]
     outputs: list[Name]
-    constants: list[Tensor]
-    scalars: list[float]
     tensors: dict[Name, Tensor]
 
 
@@ -79,10 +98,38 @@ def record(product: Callable[[Sequence[Tensor]], Sequence[Tensor]], v: Sequence[
     """
     # Aliases of the caller's tensors: what the pass does to them is seen under these names only.
     own = [t.detach() for t in v]
+    if _native._C is not None and v[0].device.type == "cpu":
+        compiled = _native._C.Recorder(own)
+        # One recording at a time in a process; a second thread takes the slow way.
+        if compiled.start():
+            try:
+                result = list(product(own))
+            finally:
+                compiled.stop()
+            if not compiled.finish(result):
+                raise Untraceable(compiled.refusal)
+            return _compiled_recording(compiled), result
     mode = _Recorder(own)
     with mode:
         result = list(product(own))
     return mode.finish(result), result
+
+
+def _compiled_recording(compiled: Any) -> Recording:
+    """The recording of the compiled module, whose operations become Python's only if they are asked for."""
+
+    def details() -> Details:
+        calls = []
+        for name, overload, args, kwargs, outputs, single, in_place in compiled.calls(Text):
+            namespace, op_name = name.split("::")
+            op = getattr(getattr(getattr(torch.ops, namespace), op_name), overload or "default")
+            functional = _functional(op) if in_place else op
+            if functional is None:
+                raise Untraceable(f"{op} writes to its arguments")
+            calls.append(Call(functional, args, kwargs, outputs, single))
+        return Details(calls, compiled.outputs, compiled.tensors)
+
+    return Recording(compiled.key, compiled.constants, compiled.scalars, details)
 
 
 def layout(t: Tensor) -> tuple:
@@ -215,7 +262,8 @@ class _Recorder(TorchDispatchMode):
         v = tuple(layout(self.tensors[f"v{i}"]) for i in range(self.leaves))
         calls = tuple((c.op, c.args, c.kwargs, c.outputs) for c in self.calls)
         key = (calls, tuple(outputs), v, tuple(layout(t) for t in self.constants), len(self.scalars))
-        return Recording(key, self.calls, outputs, self.constants, self.scalars, self.tensors)
+        details = Details(self.calls, outputs, self.tensors)
+        return Recording(key, self.constants, self.scalars, lambda: details)
 
 
 @functools.cache

@@ -1,0 +1,211 @@
+"""The command line of the experiments."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import pkgutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import bench.paper
+from bench import measure
+from bench.paper import data
+from bench.paper.experiment import Experiment, Paused, Report, Settings
+from bench.paper.store import ResumeError, Store, replace
+
+_EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+# What `all` begins with; the others follow by name.
+_ORDER = ("inverse_hessian", "overfit_validation", "distillation", "baselines")
+UNFINISHED = 3
+
+
+def experiments() -> dict[str, Experiment]:
+    """All modules of the package that have an ``EXPERIMENT``, by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(bench.paper.__path__) if module.name != "__main__")
+    modules = [importlib.import_module(f"bench.paper.{name}") for name in names]
+    found = {m.EXPERIMENT.name: m.EXPERIMENT for m in modules if hasattr(m, "EXPERIMENT")}
+    return {name: found[name] for name in sorted(found, key=lambda name: (_ORDER + (name,)).index(name))}
+
+
+def main(arguments: Sequence[str] | None = None, only: Experiment | None = None) -> int:
+    """Parse the command line and run it.
+
+    Args:
+        arguments: The arguments; by default those of the process.
+        only: The experiment of ``python -m bench.paper.NAME``; without, the first argument names it.
+
+    Returns:
+        The exit status: 0, 1 for an error, 3 if the time limit came first.
+    """
+    missing = [name for module, name in _EXTRAS.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return _refuse(f"{', '.join(missing)} not installed: pip install 'hypergrad_ext[demo]'")
+    known = {only.name: only} if only else experiments()
+    options = _parser(known, only).parse_args(arguments)
+    chosen = list(known.values()) if only or options.name == "all" else [known[options.name]]
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return _refuse(f"--device {options.device}: {str(error).splitlines()[0]}")
+    threads = torch.get_num_threads()
+    deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
+    summary: list[dict[str, object]] = []
+    status, start = 0, time.perf_counter()
+    for experiment in chosen:
+        name = options.data or experiment.bundled
+        if name not in experiment.datasets:
+            if len(chosen) == 1:
+                return _refuse(f"--data: {experiment.name} takes {', '.join(experiment.datasets)}, got {name}")
+            continue
+        # Models of a few thousand weights run several times faster on one thread than on two.
+        torch.set_num_threads(options.threads or (1 if name == experiment.bundled else threads))
+        seeds = options.seeds or (experiment.quick_seeds if options.quick else experiment.seeds)
+        settings = Settings(
+            name, options.data_dir, options.download, device, seeds, options.quick, options.out, deadline
+        )
+        try:
+            report = run(experiment, settings, fresh=options.fresh, save=options.save_results)
+        except (data.DataError, ResumeError) as error:
+            status = _refuse(str(error))
+        except OSError as error:
+            return _refuse(f"cannot write to --out {options.out}: {error}")
+        else:
+            if report is None:
+                status = status or UNFINISHED
+                continue
+            summary += [
+                {"system": experiment.name, "claim": c.paper, "ours": c.ours, "reproduced": _word(c.reproduced)}
+                for c in report.claims
+            ]
+    if len(chosen) > 1:
+        print(f"\n== Summary: {time.perf_counter() - start:.0f} s, data {options.data or 'at hand'}\n")
+        if summary:
+            print(left_table(summary))
+    return status
+
+
+def run(experiment: Experiment, settings: Settings, *, fresh: bool = False, save: bool = False) -> Report | None:
+    """Run what is still to run, print the report and write it.
+
+    Args:
+        experiment: What to run.
+        settings: How.
+        fresh: Forget what was run before.
+        save: Also copy results to ``bench/results/paper``.
+
+    Returns:
+        The report; None if the time limit came first.
+
+    Raises:
+        DataError: If the data are not there.
+        ResumeError: If earlier results belong to other settings.
+    """
+    print(f"\n== {experiment.name}: {experiment.about}", flush=True)
+    if experiment.not_yet_run:
+        print(f"   Not yet run: {experiment.not_yet_run}")
+    store = Store(experiment, settings, fresh=fresh)
+    experiment.load(settings)
+    for arm, seed in store.todo():
+        if settings.expired or not _finished(store, arm, seed):
+            total = len(store.arms) * settings.seeds
+            print(f"   {total - len(store.todo())} of {total} runs done; the same command goes on from here")
+            return None
+    results = store.results()
+    report = experiment.report(results)
+    print(f"\n{measure.table(report.rows)}\n")
+    for claim in report.claims:
+        print(f"   [{_word(claim.reproduced)}] {claim.paper}: {claim.ours}")
+    written = [store.path, *_write(store, report)]
+    if save:
+        folder = measure.RESULTS / "paper"
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in written:
+            replace(folder / path.name, lambda file, path=path: file.write_bytes(path.read_bytes()))
+        written = [folder / path.name for path in written]
+    print("   wrote " + ", ".join(map(str, written)), flush=True)
+    return report
+
+
+def left_table(rows: list[dict[str, object]]) -> str:
+    """Rows of equal keys as text, aligned to the left."""
+    lines = measure.cells(rows)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _finished(store: Store, arm: str, seed: int) -> bool:
+    device = store.settings.device
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        try:
+            record = store.experiment.run(store.job(arm, seed))
+        except Paused:
+            return False
+    store.add(arm, seed, record, time.perf_counter() - start)
+    return True
+
+
+def _write(store: Store, report: Report) -> list[Path]:
+    out, written = store.settings.out, []
+    for name, figure in report.figures.items():
+        path = out / f"{store.stem}_{name}.png"
+        replace(path, lambda file, figure=figure: figure.savefig(file, dpi=100, format="png"))
+        written.append(path)
+    environments = [", ".join(f"{k} {v}" for k, v in e.items()) for e in store.content["environments"]]
+    head, *body = measure.cells(report.rows)
+    lines = [f"# {store.experiment.name}, {store.content['data']}", "", store.experiment.about, ""]
+    lines += [f"{store.settings.seeds} seeds. {'; '.join(environments)}.", ""]
+    lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+    lines += ["", "| claim | ours | reproduced |", "|---|---|---|"]
+    lines += [f"| {c.paper} | {c.ours} | {_word(c.reproduced)} |" for c in report.claims]
+    lines += [line for path in written for line in ("", f"![{path.stem}]({path.name})")]
+    page = out / f"{store.stem}.md"
+    replace(page, lambda file: file.write_text("\n".join(lines) + "\n"))
+    return [page, *written]
+
+
+def _word(reproduced: bool | None) -> str:
+    return {True: "yes", False: "NO", None: "not shown"}[reproduced]
+
+
+def _refuse(message: str) -> int:
+    print(f"bench.paper: {message}", file=sys.stderr)
+    return 1
+
+
+def _parser(known: dict[str, Experiment], only: Experiment | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench.paper.{only.name}" if only else "python -m bench.paper",
+        description=only.about if only else "\n".join(f"{e.name}: {e.about}" for e in known.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if not only:
+        parser.add_argument("name", choices=[*known, "all"], help="the experiment")
+    names = sorted({name for experiment in known.values() for name in experiment.datasets})
+    parser.add_argument("--data", choices=names, help="data set (default: one that needs no files)")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with its files")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch what is not there")
+    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument("--seeds", type=_positive, metavar="N", help="number of seeds")
+    parser.add_argument("--quick", action="store_true", help="smaller settings")
+    parser.add_argument("--out", type=Path, default=Path("out/paper"), metavar="DIR", help="folder for results")
+    parser.add_argument("--fresh", action="store_true", help="forget what was run before, instead of going on")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the same command goes on")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: 1 without files)")
+    parser.add_argument("--save-results", action="store_true", help="also write to bench/results/paper")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value

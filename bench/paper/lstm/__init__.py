@@ -1,0 +1,3 @@
+"""Regularisation of a language model: seven hyperparameters, or millions."""
+
+from bench.paper.lstm.experiment import EXPERIMENT as EXPERIMENT

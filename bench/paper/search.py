@@ -1,0 +1,119 @@
+"""Search without gradients: grid, random and Bayesian optimisation, at equal time or equal inner steps."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+Point = dict[str, float]
+Space = dict[str, tuple[float, float]]
+"""Name, least and largest value; give logarithms where the scale is logarithmic."""
+Evaluate = Callable[[Point], tuple[float, int]]
+"""From a point to the validation loss and the inner steps that it took."""
+
+
+class SearchError(RuntimeError):
+    """A search that cannot run; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When to stop: after so many seconds, or before more inner steps than that; None for no limit."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+
+@dataclass
+class History:
+    """What was tried.
+
+    Attributes:
+        points: The points.
+        values: Their validation losses.
+        seconds: Seconds until each was known.
+        steps: Inner steps until then.
+    """
+
+    points: list[Point] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+
+    @property
+    def best(self) -> Point:
+        """The point of the least loss."""
+        return self.points[min(range(len(self.values)), key=self.values.__getitem__)]
+
+
+def grid_search(evaluate: Evaluate, space: Space, budget: Budget, *, per_axis: int) -> History:
+    """All points of a grid, coarse to fine in no particular order but a fixed one."""
+    axes = [torch.linspace(low, high, per_axis).tolist() for low, high in space.values()]
+    points = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0)).tolist()
+    return _try(evaluate, (points[i] for i in order), budget)
+
+
+def random_search(evaluate: Evaluate, space: Space, budget: Budget, *, seed: int) -> History:
+    """Points drawn uniformly."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> Iterator[Point]:
+        while True:
+            yield {
+                k: low + (high - low) * float(torch.rand((), generator=generator)) for k, (low, high) in space.items()
+            }
+
+    return _try(evaluate, draw(), budget)
+
+
+def bayesian_search(evaluate: Evaluate, space: Space, budget: Budget, *, seed: int) -> History:
+    """A Gaussian process with expected improvement, by Optuna.
+
+    Raises:
+        SearchError: If Optuna is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise SearchError("Bayesian optimisation needs Optuna: pip install optuna") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=5))
+    trials = []
+
+    def ask() -> Iterator[Point]:
+        while True:
+            trial = study.ask()
+            trials.append(trial)
+            yield {name: trial.suggest_float(name, low, high) for name, (low, high) in space.items()}
+
+    def tell(point: Point) -> tuple[float, int]:
+        value, steps = evaluate(point)
+        study.tell(trials[-1], value)
+        return value, steps
+
+    return _try(tell, ask(), budget)
+
+
+def _try(evaluate: Evaluate, points: Iterator[Point], budget: Budget) -> History:
+    if budget.seconds is None and budget.steps is None:
+        raise ValueError("budget: expected seconds or steps, got neither")
+    history, start, taken = History(), time.perf_counter(), 0
+    for point in points:
+        value, steps = evaluate(point)
+        taken += steps
+        if budget.steps is not None and taken > budget.steps and history.values:
+            break
+        seconds = time.perf_counter() - start
+        history.points.append(point)
+        history.values.append(value)
+        history.seconds.append(seconds)
+        history.steps.append(taken)
+        over = budget.seconds is not None and seconds >= budget.seconds
+        if over or (budget.steps is not None and taken >= budget.steps):
+            break
+    return history

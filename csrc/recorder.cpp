@@ -1,0 +1,258 @@
+#include "recorder.h"
+
+#include <ATen/ops/clone.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <mutex>
+
+namespace hg::plan {
+namespace {
+
+// Above autograd, without a meaning of its own in torch; ops come here only while a recording is under way.
+constexpr auto kKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
+
+// The recording of this process. Not one per thread: autograd may go on in another thread, and brings the key along.
+std::atomic<Recorder*> active{nullptr};
+
+enum class Kind { composite, pure, in_place, mutable_otherwise };
+
+Kind classify(const c10::OperatorHandle& op) {
+  // What is made of other ops is recorded as those.
+  if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
+      !op.hasKernelForDispatchKey(c10::DispatchKey::CPU))
+    return Kind::composite;
+  const auto& schema = op.schema();
+  int writes = 0;
+  for (const auto& a : schema.arguments()) writes += a.alias_info() != nullptr && a.alias_info()->isWrite();
+  if (writes == 0) return Kind::pure;
+  const std::string& name = schema.name();
+  const bool alone = writes == 1 && schema.arguments()[0].alias_info() != nullptr &&
+                     schema.arguments()[0].alias_info()->isWrite() && schema.returns().size() == 1;
+  return alone && name.back() == '_' && name[name.size() - 2] != '_' ? Kind::in_place : Kind::mutable_otherwise;
+}
+
+Kind kind_of(const c10::OperatorHandle& op) {
+  static std::mutex mutex;
+  static std::unordered_map<c10::OperatorName, Kind> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(op.operator_name());
+  return found != known.end() ? found->second : known.emplace(op.operator_name(), classify(op)).first->second;
+}
+
+void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (kind_of(op) == Kind::composite)
+    return op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
+  const c10::impl::ExcludeDispatchKeyGuard alone(kKey);
+  if (Recorder* recorder = active.load()) return recorder->see(op, stack);
+  op.callBoxed(stack);
+}
+
+const at::StorageImpl* memory(const at::Tensor& t) { return t.storage().unsafeGetStorageImpl(); }
+
+bool plain(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet special({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+                                         c10::DispatchKey::ZeroTensor, c10::DispatchKey::NestedTensor});
+  return t.layout() == at::kStrided && t.is_cpu() && !t.is_quantized() && t.has_storage() &&
+         !t.key_set().has_any(special);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+Recorder::Recorder(std::vector<at::Tensor> v) : leaves_(static_cast<int64_t>(v.size())) {
+  for (int64_t i = 0; i < leaves_; ++i) {
+    if (!plain(v[i]))
+      refuse("the vector is not made of plain tensors on the CPU");
+    else
+      name(v[i], {'v', i});
+  }
+}
+
+bool Recorder::start() {
+  Recorder* none = nullptr;
+  if (!active.compare_exchange_strong(none, this)) return false;
+  c10::impl::tls_set_dispatch_key_included(kKey, true);
+  return true;
+}
+
+void Recorder::stop() {
+  c10::impl::tls_set_dispatch_key_included(kKey, false);
+  active.store(nullptr);
+}
+
+bool Recorder::depends(const c10::IValue& a) const {
+  if (a.isTensor()) return depends(a.toTensor());
+  if (a.isTensorList()) {
+    for (const at::Tensor& t : a.toTensorList()) {
+      if (depends(t)) return true;
+    }
+  } else if (a.isList() && !a.isIntList() && !a.isDoubleList() && !a.isBoolList()) {
+    for (const c10::IValue& item : a.toListRef()) {
+      if (depends(item)) return true;
+    }
+  }
+  return false;
+}
+
+void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  bool any = false;
+  for (const c10::IValue& a : arguments) any = any || depends(a);
+  if (!any || !refusal_.empty()) return op.callBoxed(stack);
+  switch (kind_of(op)) {
+    case Kind::in_place:
+      return write_in_place(op, stack);
+    case Kind::pure:
+      break;
+    default:
+      refuse(op.schema().name() + " writes to its arguments");
+      return op.callBoxed(stack);
+  }
+  Recorded call{op, arguments.vec(), {}, {}, true, false};
+  put(static_cast<int64_t>(reinterpret_cast<intptr_t>(&op.schema())));
+  for (const c10::IValue& a : call.arguments) encode(a, &call.names);
+  op.callBoxed(stack);
+  const auto results = torch::jit::last(*stack, op.schema().returns().size());
+  call.single = results.size() == 1 && results[0].isTensor() && results[0].toTensor().defined();
+  for (const c10::IValue& value : results) result(value, &call);
+  for (const Name& n : call.outputs) put(n.kind);
+  calls_.push_back(std::move(call));
+}
+
+// `x.op_(...)` is noted as `op(x, ...)` whose result is called x from then on.
+void Recorder::write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  const at::Tensor target = arguments[0].toTensor();
+  const bool named = depends(target);
+  const auto seen = plain(target) ? dependent_.find(memory(target)) : dependent_.end();
+  if (!plain(target) || (seen != dependent_.end() && seen->second > named)) {
+    refuse(op.schema().name() + " writes to memory that has several views");
+    return op.callBoxed(stack);
+  }
+  Recorded call{op, arguments.vec(), {}, {{'n', results_}}, true, true};
+  put(static_cast<int64_t>(reinterpret_cast<intptr_t>(&op.schema())));
+  // What a constant held before is a constant of its own.
+  const Name before = named ? encode(target) : constant(target.clone());
+  put('t'), put(before), call.names.push_back(before);
+  for (size_t i = 1; i < call.arguments.size(); ++i) encode(call.arguments[i], &call.names);
+  const auto sizes = target.sizes().vec(), strides = target.strides().vec();
+  op.callBoxed(stack);
+  if (target.sizes() != at::IntArrayRef(sizes) || target.strides() != at::IntArrayRef(strides))
+    refuse(op.schema().name() + " changes the layout of its argument");
+  name(target, {'n', results_++});
+  calls_.push_back(std::move(call));
+}
+
+void Recorder::encode(const c10::IValue& a, std::vector<Name>* names) {
+  if (a.isTensor()) {
+    names->push_back(encode(a.toTensor()));
+    put('t'), put(names->back());
+  } else if (a.isNone()) {
+    put('0');
+  } else if (a.isDouble()) {
+    names->push_back({'s', static_cast<int64_t>(scalars_.size())});
+    scalars_.push_back(a.toDouble());
+    put('s');
+  } else if (a.isInt()) {
+    put('i'), put(a.toInt());
+  } else if (a.isBool()) {
+    put(a.toBool() ? 'y' : 'z');
+  } else if (a.isString()) {
+    const std::string& text = a.toStringRef();
+    put('"'), put(static_cast<int64_t>(text.size())), key_.append(text);
+  } else if (a.isDevice()) {
+    put('d'), put(static_cast<int64_t>(a.toDevice().type())), put(static_cast<int64_t>(a.toDevice().index()));
+  } else if (a.isList()) {
+    const c10::List<c10::IValue> list = a.toList();
+    put('['), put(static_cast<int64_t>(list.size()));
+    for (const c10::IValue& item : list) encode(item, names);
+  } else {
+    refuse("an argument is a " + a.tagKind());
+  }
+}
+
+Name Recorder::encode(const at::Tensor& t) {
+  if (!t.defined()) return {'-', 0};
+  const auto named = names_.find(t.unsafeGetTensorImpl());
+  if (named != names_.end()) return named->second;
+  const auto known = fixed_.find(t.unsafeGetTensorImpl());
+  if (known != fixed_.end()) return known->second;
+  if (plain(t) && t.numel() > 0 && dependent_.count(memory(t)) > 0)
+    refuse("a tensor shares memory with one that depends on the vector");
+  return constant(t);
+}
+
+Name Recorder::constant(const at::Tensor& t) {
+  if (!plain(t)) {
+    refuse("a constant is not a plain tensor on the CPU");
+    return {'-', 0};
+  }
+  // Every unpacking of a saved tensor makes a new object for the same memory.
+  const void* place = t.numel() > 0 ? t.const_data_ptr() : static_cast<const void*>(t.unsafeGetTensorImpl());
+  const Name next{'c', static_cast<int64_t>(constants_.size())};
+  const auto [at, fresh] = places_.emplace(Place{place, t.scalar_type(), t.sizes().vec(), t.strides().vec()}, next);
+  if (fresh) {
+    constants_.push_back(t);
+    versions_.push_back(t.is_inference() ? 0 : t._version());
+    tensors_.emplace_back(next, t);
+  }
+  fixed_[t.unsafeGetTensorImpl()] = at->second;
+  return at->second;
+}
+
+void Recorder::name(const at::Tensor& t, Name name) {
+  tensors_.emplace_back(name, t);
+  const auto [at, fresh] = names_.insert_or_assign(t.unsafeGetTensorImpl(), name);
+  dependent_[memory(t)] += fresh;
+}
+
+void Recorder::result(const c10::IValue& value, Recorded* call) {
+  if (value.isTensor()) {
+    result(value.toTensor(), call);
+  } else if (value.isTensorList()) {
+    call->single = false;
+    for (const at::Tensor& t : value.toTensorVector()) result(t, call);
+  } else {
+    refuse(call->op.schema().name() + " turns the vector into a " + value.tagKind() +
+           ", which decides what happens next");
+  }
+}
+
+void Recorder::result(const at::Tensor& t, Recorded* call) {
+  if (!t.defined()) {
+    call->outputs.push_back({'-', 0});
+  } else if (!plain(t) || !t.is_floating_point()) {
+    refuse(call->op.schema().name() + " turns the vector into something else than plain floating point numbers");
+  } else {
+    call->outputs.push_back({'n', results_++});
+    name(t, call->outputs.back());
+  }
+}
+
+void Recorder::put_layout(const at::Tensor& t) {
+  put(static_cast<int64_t>(t.scalar_type())), put(t.dim());
+  for (const int64_t size : t.sizes()) put(size);
+  for (const int64_t stride : t.strides()) put(stride);
+}
+
+bool Recorder::finish(const std::vector<at::Tensor>& product) {
+  for (const at::Tensor& t : product) outputs_.push_back(encode(t));
+  for (const Name& n : outputs_) put(n);
+  for (const auto& [name, t] : tensors_) {
+    if (name.kind == 'v' || name.kind == 'c') put(name.kind), put_layout(t);
+  }
+  put(static_cast<int64_t>(scalars_.size()));
+  for (size_t i = 0; i < constants_.size(); ++i) {
+    if (!constants_[i].is_inference() && constants_[i]._version() != versions_[i])
+      refuse("a constant was overwritten during the product");
+  }
+  return refusal_.empty();
+}
+
+}  // namespace hg::plan

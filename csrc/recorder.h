@@ -1,0 +1,88 @@
+// Which ops lead from a vector to a Hessian-vector product, and on what data: engines/record.py for torch's dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <vector>
+
+namespace hg::plan {
+
+// 'v': part of the vector, 'c': constant, 's': number, 'n': result of a call, '-': no tensor.
+struct Name {
+  char kind;
+  int64_t index;
+  std::string text() const { return kind + std::to_string(index); }
+};
+
+struct Recorded {
+  c10::OperatorHandle op;
+  std::vector<c10::IValue> arguments;
+  std::vector<Name> names;  // of the tensors and floats in the arguments, in order
+  std::vector<Name> outputs;
+  bool single, in_place;
+};
+
+// Every op of a recorded pass goes through `see`: what depends on the vector is noted, the rest only runs. Tensors
+// that were seen stay alive as long as the recorder, so that neither their identity nor their memory is used again.
+class Recorder {
+ public:
+  explicit Recorder(std::vector<at::Tensor> v);
+
+  // Records the ops of the calling thread until `stop`. False if another recording is under way in this process.
+  bool start();
+  void stop();
+  // Takes the product's parts. False if it cannot be replayed.
+  bool finish(const std::vector<at::Tensor>& product);
+
+  void see(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+
+  // Equal for two recordings if and only if one program computes both, within this process.
+  const std::string& key() const { return key_; }
+  const std::string& refusal() const { return refusal_; }
+  const std::vector<at::Tensor>& constants() const { return constants_; }
+  const std::vector<double>& scalars() const { return scalars_; }
+  const std::vector<Recorded>& calls() const { return calls_; }
+  const std::vector<Name>& outputs() const { return outputs_; }
+  const std::vector<std::pair<Name, at::Tensor>>& tensors() const { return tensors_; }
+
+ private:
+  using Place = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
+
+  bool depends(const c10::IValue& a) const;
+  bool depends(const at::Tensor& t) const { return names_.count(t.unsafeGetTensorImpl()) > 0; }
+  void encode(const c10::IValue& a, std::vector<Name>* names);
+  Name encode(const at::Tensor& t);
+  Name constant(const at::Tensor& t);
+  void name(const at::Tensor& t, Name name);
+  void result(const c10::IValue& value, Recorded* call);
+  void result(const at::Tensor& t, Recorded* call);
+  void write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* stack);
+  void refuse(const std::string& reason) {
+    if (refusal_.empty()) refusal_ = reason;
+  }
+  void put(char tag) { key_.push_back(tag); }
+  void put(int64_t value) { key_.append(reinterpret_cast<const char*>(&value), sizeof value); }
+  void put(const Name& n) { put(n.kind), put(n.index); }
+  void put_layout(const at::Tensor& t);
+
+  std::string key_, refusal_;
+  std::vector<at::Tensor> constants_;
+  std::vector<uint64_t> versions_;
+  std::vector<double> scalars_;
+  std::vector<Recorded> calls_;
+  std::vector<Name> outputs_;
+  std::vector<std::pair<Name, at::Tensor>> tensors_;
+  std::unordered_map<const at::TensorImpl*, Name> names_, fixed_;
+  std::map<Place, Name> places_;
+  // Storages that depend on the vector, and how many tensors look into each.
+  std::unordered_map<const at::StorageImpl*, int64_t> dependent_;
+  int64_t leaves_ = 0, results_ = 0;
+};
+
+}  // namespace hg::plan

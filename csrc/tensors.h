@@ -1,0 +1,21 @@
+// New tensors, and tensors in and out of Python. torch's headers for these take far longer to compile than the host
+// functions that need them: tensors.cpp and bindings.cpp include them once for all.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+struct _object;  // PyObject
+
+namespace hg {
+
+at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor empty_like(const at::Tensor& t);
+at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
+at::Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& options);
+
+// The tensor that a Python object is, or null.
+const at::Tensor* from_python(_object* object);
+// A new reference.
+_object* to_python(const at::Tensor& t);
+
+}  // namespace hg

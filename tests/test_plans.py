@@ -1,0 +1,118 @@
+"""Random small networks: whatever is recorded, simplified, lowered and replayed is the eager product, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from hypergrad_ext import _native
+from tests.compare import assert_close
+
+# From a tensor of any shape to one of the same shape.
+POINTWISE = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "elu": F.elu,
+    "relu": F.relu,
+    "leaky": F.leaky_relu,
+    "square": lambda x: x**2,
+    "negated": lambda x: -x,
+    "scaled": lambda x: 0.7 * x / 1.3 - 0.1,
+    "quotient": lambda x: x / (1 + x**2),
+    "root": lambda x: (1 + x**2).sqrt(),
+    "exp": lambda x: (-(x**2)).exp(),
+    "log": lambda x: (2 + x**2).log(),
+    "sine": lambda x: x.sin() * x.cos(),
+    "clamped": lambda x: x.clamp(-0.5, 0.5) + x,
+    "where": lambda x: torch.where(x > 0, x * x, x.sin()),
+    "in place": lambda x: x.clone().mul_(2).add_(x),
+    "through float32": lambda x: x + 0.5 * x.float().double().detach(),
+    "through integers": lambda x: x * torch.arange(x.numel()).view(x.shape),
+    "mask": lambda x: x * (x.detach() > 0),
+}
+# From a tensor with at least two dimensions to another; sizes may become one, views overlap or lie apart in memory.
+SHAPES = {
+    "transposed": lambda x: x.transpose(0, -1),
+    "flat and back": lambda x: x.reshape(-1).view(x.shape) if x.is_contiguous() else x.reshape(-1)[None],
+    "every second": lambda x: x[..., ::2],
+    "narrow": lambda x: x.narrow(0, 0, max(1, x.shape[0] - 1)),
+    "one row": lambda x: x[:1],
+    "twice": lambda x: torch.cat([x, x * 2], 0),
+    "stacked": lambda x: torch.stack([x, x.sin()], 1).flatten(0, 1),
+    "expanded": lambda x: x.sum(0, keepdim=True).expand(3, *x.shape[1:]) * 1.5,
+    "broadcast": lambda x: x + x.mean(-1, keepdim=True) * x[:1],
+    "outer": lambda x: x.sum(-1).unsqueeze(-1) * x.mean(0, keepdim=True),
+    "flipped": lambda x: x.flip(0) + x.roll(1, -1),
+    "split": lambda x: sum(part.sum(0, keepdim=True) for part in x.split(2, 0)) + x,
+    "unbound": lambda x: x.unbind(0)[0][None] * x.unbind(0)[-1],
+    "padded": lambda x: F.pad(x, (1, 2)),
+    "selected": lambda x: x.index_select(0, torch.tensor([0, 0, x.shape[0] - 1])),
+    "gathered": lambda x: x[torch.arange(x.shape[0]).flip(0)],
+    "softmax": lambda x: x.softmax(-1),
+    "softmax of columns": lambda x: x.softmax(0),
+    "log softmax": lambda x: x.log_softmax(-1),
+    "normalised": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "largest": lambda x: x + x.amax(-1, keepdim=True),
+    "cumulative": lambda x: x.cumsum(-1),
+    "gram": lambda x: x @ x.transpose(-1, -2) / x.shape[-1],
+    "batched": lambda x: (x[None] @ x.T[None].expand(2, -1, -1)).sum(0) / x.shape[-1],
+    "empty": lambda x: torch.cat([x, x[:0]], 0) + x[:0].sum(),
+    "deviation": lambda x: (x - x.mean()) / (1 + x.var(correction=0)),
+}
+
+
+def dense(x: Tensor, weights: list[Tensor], bias: bool) -> Tensor:
+    """A layer of fixed width for an input of any width: some of the weights, tied between layers."""
+    w = weights[x.shape[-1] % 2][: x.shape[-1] % 5 + 1, :].expand(-1, -1)
+    w = w.repeat(1, -(-x.shape[-1] // w.shape[-1]))[:, : x.shape[-1]]
+    return F.linear(x, w, weights[2][: w.shape[0]] if bias else None)
+
+
+operations = st.lists(st.sampled_from([*POINTWISE, *SHAPES, "dense", "dense", "dense without bias"]), max_size=7)
+engines = [
+    "traced",
+    pytest.param("native", marks=pytest.mark.skipif(_native._C is None, reason="native plans are C++")),
+]
+
+
+@pytest.mark.parametrize("engine", engines)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(operations, st.integers(1, 5), st.integers(1, 5), st.booleans(), st.integers(0, 2**31))
+def test_random_networks(engine, names, rows, columns, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    x = random(columns, rows).T if strided else random(rows, columns)
+    params = [random(4, 5).T if strided else random(5, 4), random(5, 3), random(5), random(1, columns)]
+
+    def loss(weights: list[Tensor]) -> Tensor:
+        h = x * weights[3]
+        for name in names:
+            if name.startswith("dense"):
+                h = dense(h, weights, name == "dense")
+            elif h.shape[0] * h.shape[1] > 400:
+                h = h[:3, :3]
+            else:
+                h = (POINTWISE.get(name) or SHAPES[name])(h)
+        return (h.tanh() ** 2).sum() + h.sin().mean() + (weights[0] ** 3).sum() * 0.1
+
+    operator, truth = (hg.Hessian(loss, params, engine=e) for e in (engine, "eager"))
+    vectors = [[random(*p.shape) for p in params] for _ in range(3)]
+    for v in vectors:
+        expected, value = truth.matvec(v), operator.matvec(v)
+        scale = max(1.0, *(float(t.abs().max()) for t in expected))
+        for a, b in zip(value, expected, strict=True):
+            assert float((a - b).abs().max()) <= 1e-11 * scale, f"{names} {operator.engine}"
+    assert operator.engine == engine
+    batch = [torch.stack([v[i] for v in vectors]) for i in range(len(params))]
+    assert_close(operator.matmat(batch), truth.matmat(batch), 1e-10)
