@@ -49,8 +49,6 @@ class Problem:
             name: hg.GLMHessian(self.x.to(dtype), self.w, family, l2=self.l2)
             for name, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16))
         }
-        for operator in (self.operator, *self.halves.values()):
-            operator.lambda_max = 0.0
         self.weights = self.operator.weights
         self.alpha = 0.9 / float(self._largest())
 

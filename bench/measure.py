@@ -104,7 +104,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if anything but results differs from it; else what ``COMMIT`` says."""
+    """The commit that was measured, marked if anything but results differs from it.
+
+    Outside a checkout it is what ``COMMIT`` says.
+    """
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
 

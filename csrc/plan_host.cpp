@@ -12,59 +12,8 @@
 #include "kernels.h"
 #include "tensors.h"
 
-// Torch's own BLAS, called without the dispatcher. Weak: a torch that exports none is told by has_blas.
-extern "C" {
-__attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
-                                  const float*, const int*, const float*, const int*, const float*, float*, const int*);
-__attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
-                                  const double*, const int*, const double*, const int*, const double*, double*,
-                                  const int*);
-__attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
-}
-
 namespace hg::plan {
 namespace {
-
-// Multiply-adds of one matrix product below which a second thread is not worth waiting for.
-constexpr double kGrainOps = 1 << 23;
-
-void blas(const char* ta, const char* tb, const int* m, const int* n, const int* k, const float* alpha, const float* a,
-          const int* lda, const float* b, const int* ldb, const float* beta, float* c, const int* ldc) {
-  sgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-void blas(const char* ta, const char* tb, const int* m, const int* n, const int* k, const double* alpha,
-          const double* a, const int* lda, const double* b, const int* ldb, const double* beta, double* c,
-          const int* ldc) {
-  dgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-}
-
-// How BLAS sees rows of a matrix: distance between them, or that the matrix is transposed.
-struct Leading {
-  bool transposed;
-  int stride;
-};
-Leading leading(const View& x) {
-  const int64_t rows = x.sizes[1], columns = x.sizes[2], down = x.strides[1], along = x.strides[2];
-  if ((along == 1 || columns == 1) && (down >= columns || rows == 1))
-    return {false, static_cast<int>(rows == 1 ? std::max<int64_t>(columns, 1) : down)};
-  return {true, static_cast<int>(columns == 1 ? std::max<int64_t>(rows, 1) : along)};
-}
-
-class OneThread {
- public:
-  explicit OneThread(bool active) : active_(active && MKL_Set_Num_Threads_Local != nullptr) {
-    if (active_) before_ = MKL_Set_Num_Threads_Local(1);
-  }
-  ~OneThread() {
-    if (active_) MKL_Set_Num_Threads_Local(before_);
-  }
-
- private:
-  bool active_;
-  int before_ = 0;
-};
-
-double work(const Gemm& g) { return static_cast<double>(g.a.sizes[0]) * g.a.sizes[1] * g.a.sizes[2] * g.b.sizes[2]; }
 
 VectorList as_list(const at::Tensor& t) {
   const DType dtype = t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
@@ -74,84 +23,6 @@ VectorList as_list(const at::Tensor& t) {
 }  // namespace
 
 int64_t Plan::numel() const { return std::accumulate(leaves.begin(), leaves.end(), int64_t{0}); }
-
-bool has_blas() { return sgemm_ != nullptr && dgemm_ != nullptr; }
-
-void check(Plan& plan) {
-  const int64_t leaves = static_cast<int64_t>(plan.leaves.size());
-  const int64_t first_constant = 1 + leaves, first_dynamic = first_constant + plan.constants;
-  const int64_t first_out = first_dynamic + plan.dynamic;
-  plan.extents.assign(plan.constants, 0);
-  std::vector<int64_t> results(plan.dynamic, 0);
-  const auto extent = [](const View& view) {
-    TORCH_CHECK_VALUE(view.sizes.size() == view.strides.size() && view.sizes.size() <= kMaxDims && view.offset >= 0,
-                      "a view has ", view.sizes.size(), " sizes and ", view.strides.size(), " strides");
-    int64_t last = view.offset;
-    for (size_t d = 0; d < view.sizes.size(); ++d) {
-      TORCH_CHECK_VALUE(view.sizes[d] > 0 && view.strides[d] >= 0, "a view has a size or stride that is not positive");
-      last += (view.sizes[d] - 1) * view.strides[d];
-    }
-    return last + 1;
-  };
-  const auto inside = [&](const View& view) {
-    const int64_t end = extent(view), slot = view.slot;
-    TORCH_CHECK_VALUE(slot >= 0 && slot < plan.slots(), "a view is in slot ", slot, " of ", plan.slots());
-    if (slot >= first_constant && slot < first_dynamic) {
-      plan.extents[slot - first_constant] = std::max(plan.extents[slot - first_constant], end);
-      return;
-    }
-    const int64_t there = slot == 0               ? plan.arena
-                          : slot < first_constant ? plan.leaves[slot - 1]
-                          : slot < first_out      ? results[slot - first_dynamic]
-                                                  : plan.leaves[slot - first_out];
-    TORCH_CHECK_VALUE(end <= there, "a view reaches element ", end, " of ", there, " in slot ", slot);
-  };
-  for (const Instruction& instruction : plan.instructions) {
-    if (const auto* g = std::get_if<Gemm>(&instruction.work)) {
-      for (const View* view : {&g->a, &g->b, &g->out}) {
-        TORCH_CHECK_VALUE(view->sizes.size() == 3, "a matrix product has ", view->sizes.size(), " dimensions");
-        inside(*view);
-      }
-      TORCH_CHECK_VALUE(g->a.sizes[1] == g->out.sizes[1] && g->b.sizes[2] == g->out.sizes[2] &&
-                            g->a.sizes[2] == g->b.sizes[1] && g->a.sizes[0] == g->out.sizes[0] &&
-                            g->b.sizes[0] == g->out.sizes[0],
-                        "matrices do not fit: ", g->a.sizes, " times ", g->b.sizes, " is not ", g->out.sizes);
-    } else if (const auto* p = std::get_if<Pointwise>(&instruction.work)) {
-      const int64_t count = static_cast<int64_t>(p->operands.size());
-      TORCH_CHECK_VALUE(count <= kMaxOperands, "a group has ", count, " operands");
-      for (const View& view : p->operands) {
-        TORCH_CHECK_VALUE(view.sizes == p->sizes, "operands of a group differ in their sizes");
-        inside(view);
-      }
-      for (const Op& op : p->ops)
-        TORCH_CHECK_VALUE(op.out >= 0 && std::max({op.out, op.a, op.b, op.c}) < count &&
-                              op.scalar < plan.scalars + static_cast<int64_t>(plan.immediates.size()),
-                          "an op names an operand that is not there");
-    } else if (const auto* s = std::get_if<Sum>(&instruction.work)) {
-      TORCH_CHECK_VALUE(s->out.sizes == s->sizes && s->in.sizes == s->sizes, "a sum's views differ in their sizes");
-      inside(s->out), inside(s->in);
-    } else if (const auto* m = std::get_if<Softmax>(&instruction.work)) {
-      for (const View* view : {&m->grad, &m->probabilities, &m->out})
-        inside({view->slot, view->offset, {m->rows, m->columns}, {m->columns, 1}});
-    } else {
-      const Aten& call = std::get<Aten>(instruction.work);
-      for (const Argument& a : call.arguments) {
-        TORCH_CHECK_VALUE(a.kind != Argument::Kind::number || a.index < plan.scalars, "no such number: ", a.index);
-        if (a.kind == Argument::Kind::view) inside(a.view);
-        for (const Argument& item : a.items)
-          if (item.kind == Argument::Kind::view) inside(item.view);
-      }
-      for (const auto& result : call.results) {
-        if (!result) continue;
-        TORCH_CHECK_VALUE(result->slot >= first_dynamic && result->slot < first_out, "a result is in slot ",
-                          result->slot);
-        results[result->slot - first_dynamic] = extent(*result);
-      }
-    }
-    for (const int64_t slot : instruction.frees)
-      TORCH_CHECK_VALUE(slot >= first_dynamic && slot < first_out, "slot ", slot, " cannot be freed");
-  }
-}
 
 Bound::Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants, std::vector<double> scalars)
     : plan_(std::move(plan)), constants_(std::move(constants)), numbers_(std::move(scalars)) {
@@ -282,7 +153,7 @@ void Bound::run_as() {
   for (const Instruction& instruction : plan_->instructions) {
     switch (instruction.work.index()) {
       case 0:
-        gemm<Real>(std::get<Gemm>(instruction.work));
+        multiply<Real>(std::get<Gemm>(instruction.work), slots);
         break;
       case 1:
         Kernels::pointwise(std::get<Pointwise>(instruction.work), slots, numbers_.data());
@@ -298,21 +169,6 @@ void Bound::run_as() {
     }
     for (const int64_t slot : instruction.frees) dynamic_[slot - first].reset();
   }
-}
-
-template <class Real>
-void Bound::gemm(const Gemm& g) {
-  const Leading a = leading(g.a), b = leading(g.b), out = leading(g.out);
-  const int m = g.out.sizes[1], n = g.out.sizes[2], k = g.a.sizes[2];
-  const Real one = 1, beta = g.accumulate ? 1 : 0;
-  const Real* pa = static_cast<const Real*>(slots_[g.a.slot]) + g.a.offset;
-  const Real* pb = static_cast<const Real*>(slots_[g.b.slot]) + g.b.offset;
-  Real* pc = static_cast<Real*>(slots_[g.out.slot]) + g.out.offset;
-  const OneThread alone(work(g) / g.out.sizes[0] < kGrainOps);
-  // BLAS thinks in columns: the transposed product, of the factors in the other order, is this one in rows.
-  for (int64_t i = 0; i < g.out.sizes[0]; ++i)
-    blas(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &n, &m, &k, &one, pb + i * g.b.strides[0], &b.stride,
-         pa + i * g.a.strides[0], &a.stride, &beta, pc + i * g.out.strides[0], &out.stride);
 }
 
 at::Tensor Bound::tensor(const Argument& a) {

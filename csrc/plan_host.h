@@ -54,6 +54,10 @@ struct Plan {
 // Whether torch's BLAS can be called.
 bool has_blas();
 
+// out = a b, or out += a b.
+template <class Real>
+void multiply(const Gemm& g, Real* const* slots);
+
 // Refuses a plan with a view outside its memory, and notes how far views of constants reach.
 void check(Plan& plan);
 
@@ -75,8 +79,6 @@ class Bound {
   void run(const std::vector<char*>& v, char* out);
   template <class Real>
   void run_as();
-  template <class Real>
-  void gemm(const Gemm& g);
   void call(const Aten& aten);
   c10::IValue value(const Argument& a);
   at::Tensor tensor(const Argument& a);

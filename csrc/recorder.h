@@ -73,7 +73,7 @@ class Recorder {
 
   std::string key_, refusal_;
   std::vector<at::Tensor> constants_;
-  std::vector<uint64_t> versions_;
+  std::vector<int64_t> versions_;
   std::vector<double> scalars_;
   std::vector<Recorded> calls_;
   std::vector<Name> outputs_;

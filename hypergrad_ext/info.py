@@ -26,6 +26,7 @@ def describe() -> str:
         ("CPU", f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
         ("threads", f"{torch.get_num_threads()} for torch, {os.cpu_count()} CPUs"),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
+        ("engine 'auto'", _engine()),
         (backends.ENVIRONMENT, os.environ.get(backends.ENVIRONMENT, "not set")),
     ]
     width = max(len(name) for name, _ in facts)
@@ -62,6 +63,12 @@ def _backends_of(op: ops.Op, device: str) -> list[list[str]]:
         ]
         rows.append([op.name, device, name, "no" if reason else "yes", "; ".join(filter(None, notes))])
     return rows + ([[op.name, device, "", "no", refusal]] if refusal else [])
+
+
+def _engine() -> str:
+    if _native._C is None or not _native._C.has_blas:
+        return "on the CPU recorded torch operations where they are measured to be faster, else backward passes"
+    return "on the CPU native plans where they are measured to be faster, else backward passes; the log says which"
 
 
 def _compiled() -> str:

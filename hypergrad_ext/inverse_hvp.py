@@ -9,7 +9,7 @@ import torch
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
-from hypergrad_ext.solvers import System
+from hypergrad_ext.solvers import SolverState, System
 from hypergrad_ext.solvers.base import check_count, check_number
 from hypergrad_ext.solvers.neumann import series
 from hypergrad_ext.structure import Tree
@@ -21,8 +21,9 @@ def inverse_hvp(
     v: Tree,
     solver: SolverChoice = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = 0.0,
     x0: Tree | None = None,
+    state: SolverState | None = None,
     throw: bool = True,
     unused: Literal["zeros", "error"] = "zeros",
     engine: Engine = "auto",
@@ -37,8 +38,9 @@ def inverse_hvp(
         v: The vector, with one leaf per parameter: shape of the parameter, or with one more leading
             dimension k on every leaf for a batch of k vectors.
         solver: ``"auto"``, or a solver such as ``Neumann(steps=20)`` or ``CG(tol=1e-4)``.
-        damping: d >= 0.
+        damping: d >= 0, or ``"auto"``; see `solve`.
         x0: Start from this instead of zero, in any structure that ``v`` may have.
+        state: What the last solve of a slowly changing system left; see `SolverState`.
         throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
         unused: ``"zeros"`` or ``"error"``, for parameters that the loss does not depend on.
         engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
@@ -67,7 +69,7 @@ def inverse_hvp(
         tensor([1.0000, 0.2500])
     """
     operator = Hessian(loss, params, unused=unused, engine=engine)
-    solution = solve_for(operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend)
+    solution = solve_for(operator, v, "v", solver, damping=damping, x0=x0, residual=False, backend=backend, state=state)
     report(solution, throw)
     return solution.value
 
@@ -110,5 +112,5 @@ def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alph
     operator = Hessian.of_gradient(f, params)
     packed = operator.space.pack("v", v)
     with torch.no_grad():
-        x, _ = series(System(operator, 0.0, None), packed.flat, iterations, alpha)
+        x, _, _ = series(System(operator, 0.0, None), packed.flat, iterations, alpha)
     return packed.restore(x)

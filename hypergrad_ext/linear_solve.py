@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,14 +12,19 @@ from torch import Tensor
 
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
-from hypergrad_ext.solvers import CG, Outcome, Solver, System
+from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
+from hypergrad_ext.solvers.lanczos import Spectrum, lanczos
 from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
 
 SolverChoice = Solver | Literal["auto"]
 
 # A true residual this far above the tolerance means that rounding, not the stopping test, decided.
 _STAGNATION = 2.0
+# For automatic damping: steps that look for the most negative eigenvalue, what is not rounding, and the first increase.
+_DAMPING_STEPS = 20
+_NEGATIVE = 1e-6
+_DAMPING_LEAST = 1e-3
 
 
 def solve(
@@ -25,10 +32,12 @@ def solve(
     b: Tree,
     solver: SolverChoice = "auto",
     *,
-    damping: float = 0.0,
+    damping: float | Literal["auto"] = 0.0,
     x0: Tree | None = None,
+    state: SolverState | None = None,
     throw: bool = False,
     residual: bool = True,
+    history: bool = False,
     backend: str | None = None,
 ) -> Solution:
     r"""Solve :math:`(H + d I) x = b` and say how it went.
@@ -37,9 +46,13 @@ def solve(
         operator: What H is: `Hessian`, `DenseMatrix`, `Callable`, or your own `LinearOperator`.
         b: Right-hand side with one leaf per parameter, or a batch with one more leading dimension k.
         solver: ``"auto"`` or a solver.
-        damping: d >= 0.
+        damping: d >= 0; or ``"auto"``: none where 20 Lanczos steps see no negative eigenvalue, else what lifts the most
+            negative one to a quarter of its magnitude; ten times more, up to three times, where a solve meets negative
+            curvature or diverges all the same. `Solution.damping` is what was taken.
         x0: Start from this instead of zero.
+        state: What the last solve of a slowly changing system left; see `SolverState`.
         throw: Raise `SolveError` on failure instead of returning it as a status.
+        history: Keep the residual's norm at every step in `Solution.history`.
         residual: Spend one more product per right-hand side on the true residual.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
@@ -52,7 +65,7 @@ def solve(
             symmetric operator and this one is not.
         SolveError: If the solve failed and ``throw``.
 
-    Cost: the solver's products, one for ``residual`` and one for ``x0``.
+    Cost: the solver's products, one for ``residual``, one for ``x0`` and 20 for ``damping="auto"``.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, -4.0]], dtype=torch.float64)
@@ -64,7 +77,18 @@ def solve(
         raise TypeError(
             f"operator: expected a LinearOperator (Hessian, DenseMatrix, Callable), got {type(operator).__name__}"
         )
-    solution = solve_for(operator, b, "b", solver, damping=damping, x0=x0, residual=residual, backend=backend)
+    solution = solve_for(
+        operator,
+        b,
+        "b",
+        solver,
+        damping=damping,
+        x0=x0,
+        residual=residual,
+        backend=backend,
+        state=state,
+        history=history,
+    )
     if throw and solution.useless:
         raise SolveError(solution)
     return solution
@@ -81,7 +105,7 @@ def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
         ValueError: If it needs a symmetric operator and this one is not.
     """
     if isinstance(solver, str) and solver == "auto":
-        solver = CG(tol=1e-4)
+        solver = Auto()
     if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected 'auto' or a solver such as Neumann(steps=20), got {solver!r}")
     if solver.needs_symmetry and not operator.symmetric:
@@ -95,18 +119,64 @@ def solve_for(
     argument: str,
     solver: SolverChoice,
     *,
-    damping: float,
+    damping: float | Literal["auto"],
     x0: Tree | None,
     residual: bool,
     backend: str | None,
+    state: SolverState | None = None,
+    history: bool = False,
 ) -> Solution:
     """Check the arguments, one of which is called ``argument`` by its user, and solve."""
     solver = choose(solver, operator)
-    check_number("damping", damping, positive=False)
+    if isinstance(damping, str):
+        if damping != "auto":
+            raise ValueError(f"damping: expected a number or 'auto', got {damping!r}")
+    else:
+        check_number("damping", damping, positive=False)
     packed = operator.space.pack(argument, b)
     start = None if x0 is None else operator.space.pack("x0", x0, rows=packed.rows or 0).flat
+    if state is None:
+        state = SolverState()
+    elif not isinstance(state, SolverState):
+        raise TypeError(f"state: expected a SolverState, got {type(state).__name__}")
+    state.check(operator.space)
     with torch.no_grad():
-        return _solve_packed(System(operator, damping, backend), packed, start, solver, residual)
+        if isinstance(damping, str):
+            return _solve_damped(operator, backend, state, packed, start, solver, residual, history)
+        system = System(operator, damping, backend, state)
+        system.history = [] if history else None
+        return _solve_packed(system, packed, start, solver, residual)
+
+
+def _solve_damped(
+    operator: LinearOperator,
+    backend: str | None,
+    state: SolverState,
+    packed: Packed,
+    start: Tensor | None,
+    solver: Solver,
+    residual: bool,
+    history: bool,
+) -> Solution:
+    """Solve with damping from the most negative Ritz value, and more if that was not enough."""
+    system = System(operator, 0.0, backend, state)
+    found = lanczos(system, _DAMPING_STEPS, packed.flat.nan_to_num(0, 0, 0))
+    if math.isfinite(found.size):
+        operator.spectrum = found
+    spent, damping = system.hvps, 0.0
+    if found.low < -_NEGATIVE * found.size:
+        damping = 1.25 * (found.low_error - found.low)
+    for attempt in range(4):
+        system = System(operator, damping, backend, state)
+        system.hvps, system.history = spent, [] if history else None
+        kept = replace(packed, flat=packed.flat.clone())
+        solution = _solve_packed(system, kept, None if start is None else start.clone(), solver, residual)
+        negative = solution.indefinite or solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED)
+        if not negative or not math.isfinite(found.size) or attempt == 3:
+            break
+        spent = system.hvps
+        damping = max(10 * damping, _DAMPING_LEAST * found.size)
+    return solution
 
 
 def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool) -> Solution:
@@ -129,8 +199,12 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
         b = torch.where(finite[..., None], b, 0)
         x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
 
-    rhs = b if x0 is None else b - system.apply(x0)
     b_norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+    if x0 is not None:
+        rhs = b - system.apply(x0)
+    else:
+        x0, rhs = _warm(system, b, b_norm)
+    _begin(system)
     scale = power_of_two_scale(rhs)
     outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
     x = outcome.x / scale[..., None]
@@ -151,7 +225,43 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
             Status.NON_FINITE_INPUT if row_bad else status
             for row_bad, status in zip(bad, outcome.statuses, strict=True)
         ]
-    return _solution(packed, x, outcome, system, solver, relative, b_norm * scale)
+    solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale, b_norm)
+    _finish(system, x, solution)
+    return solution
+
+
+def _warm(system: System, b: Tensor, b_norm: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The last solution and its residual, or none and ``b``, for every row to which it is worse than zero."""
+    x = system.state.x
+    if x is None or x.shape != b.shape:
+        return None, b
+    rhs = b - system.apply(x)
+    better = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64) < b_norm
+    if not bool(better.any()):
+        return None, b
+    return torch.where(better[..., None], x, 0), torch.where(better[..., None], rhs, b)
+
+
+def _begin(system: System) -> None:
+    """Hand the state's spectrum to an operator that has none of its own."""
+    state = system.state
+    if state.spectrum is not None and state.spectrum_age < state.refresh and system.operator.spectrum is None:
+        system.operator.spectrum = state.spectrum
+
+
+def _finish(system: System, x: Tensor, solution: Solution) -> None:
+    """Leave in the state what the next solve can use."""
+    state, spectrum = system.state, system.operator.spectrum
+    state.solves += 1
+    state.hvps += solution.hvps
+    state.steps = solution.steps
+    state.sketch_age += 1
+    state.spectrum_age = state.spectrum_age + 1 if spectrum == state.spectrum else 1
+    state.spectrum = None if spectrum is None else Spectrum(*spectrum)
+    if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
+        state.x = state.spectrum = state.sketch = None
+    else:
+        state.x = x
 
 
 def _solution(
@@ -162,9 +272,14 @@ def _solution(
     solver: Solver,
     relative: Tensor | None,
     b_norm: Tensor | None,
+    true_norm: Tensor | None = None,
 ) -> Solution:
-    status = worst(outcome.statuses)
+    status, history = worst(outcome.statuses), system.history
     useless = status.failed
+    lower = system.operator.lower
+    bound = None
+    if relative is not None and lower is not None and lower + system.damping > 0 and true_norm is not None:
+        bound = relative * torch.where(true_norm > 0, true_norm, 1) / (lower + system.damping)
     if outcome.residuals is not None and b_norm is not None:
         # On an indefinite operator the iterate before the bad direction can be worse than zero.
         useless |= any(
@@ -177,13 +292,22 @@ def _solution(
         steps=outcome.steps,
         hvps=system.hvps,
         residual_norm=relative if relative is None or packed.rows is not None else float(relative),
-        solver=solver,
+        error_bound=bound if bound is None or packed.rows is not None else float(bound),
+        history=None if history is None or b_norm is None else _relative(history, b_norm),
+        solver=outcome.solver or solver,
         detail=outcome.detail,
         alpha=outcome.alpha,
+        damping=system.damping,
+        indefinite=outcome.indefinite,
         useless=useless,
         statuses=None if packed.rows is None else tuple(outcome.statuses),
         engine=system.operator.engine,
     )
+
+
+def _relative(history: list[list[float]], b_norm: Tensor) -> list[list[float]]:
+    norms = b_norm.reshape(-1).tolist()
+    return [[value / (norm or 1) for value, norm in zip(row, norms, strict=True)] for row in history]
 
 
 def report(solution: Solution, throw: bool) -> None:
@@ -191,5 +315,6 @@ def report(solution: Solution, throw: bool) -> None:
     if throw and solution.useless:
         raise SolveError(solution)
     missed = solution.status is Status.MAX_STEPS and getattr(solution.solver, "tol", None) is not None
-    if solution.useless or missed or solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED):
+    doubtful = solution.status in (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
+    if solution.useless or missed or solution.indefinite or doubtful:
         warnings.warn(solution.message, SolveWarning, stacklevel=3)

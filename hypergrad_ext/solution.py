@@ -92,9 +92,17 @@ class Solution:
             product with a batch of k vectors counts k.
         residual_norm: True relative residual ``|b - (H + d I) x| / |b|``: a float, or a ``(k,)`` tensor
             for a batch; None if it was not asked for.
+        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where the
+            operator knows its ``lower`` bound of the eigenvalues and the residual was asked for: a float or a ``(k,)``
+            tensor.
+            Times the norm of the mixed derivative it bounds the error of a hypergradient.
+        history: If asked for, relative norms of the residual as the solver saw them: one list per step, of one number
+            per right-hand side.
         solver: The solver that ran, after any automatic choice.
         detail: The numbers behind the status.
         alpha: The step size of a series, given or found.
+        damping: The damping d that was used, given or found.
+        indefinite: Whether the operator was found to have negative eigenvalues, though the solve went on.
         useless: Whether the value is no better than none: the solve failed, or met negative curvature
             while the residual was not below that of ``x = 0``.
         statuses: For a batch, the status of every member.
@@ -108,8 +116,12 @@ class Solution:
     hvps: int
     residual_norm: float | Tensor | None
     solver: Solver
+    error_bound: float | Tensor | None = None
+    history: list[list[float]] | None = None
     detail: str = ""
     alpha: float | None = None
+    damping: float = 0.0
+    indefinite: bool = False
     useless: bool = False
     statuses: tuple[Status, ...] | None = None
     engine: str | None = None

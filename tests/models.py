@@ -61,11 +61,11 @@ class Recurrent(nn.Module):
 class Residual(nn.Module):
     """A residual block with batch normalisation and a strided shortcut."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 3, width: int = 5) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 5, 3, stride=2, padding=1), nn.Conv2d(5, 5, 3, padding=1)
-        self.norm1, self.norm2 = nn.BatchNorm2d(5), nn.BatchNorm2d(5)
-        self.shortcut, self.head = nn.Conv2d(3, 5, 1, stride=2), nn.Linear(5, 3)
+        self.conv1, self.conv2 = nn.Conv2d(inputs, width, 3, 2, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut, self.head = nn.Conv2d(inputs, width, 1, stride=2), nn.Linear(width, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
@@ -121,6 +121,20 @@ def _cnn() -> nn.Module:
     )
 
 
+def _strided() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(4, 5, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(5, 4, (3, 2), dilation=2, padding=(2, 1)),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+        nn.Flatten(),
+        nn.Linear(100, 3),
+    )
+
+
 def _mlp(activation: type) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 9), activation(), nn.Linear(9, 7), activation(), nn.Linear(7, 3))
 
@@ -136,6 +150,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...] | None]] = {
     "dropout": (lambda: nn.Sequential(nn.Linear(6, 30), nn.Tanh(), nn.Dropout(0.5), nn.Linear(30, 3)), (6,)),
     "cnn_train": (_cnn, (1, 10, 10)),
     "cnn_eval": (lambda: _cnn().eval(), (1, 10, 10)),
+    "cnn_strided": (_strided, (1, 10, 10)),
     "residual": (Residual, (3, 8, 8)),
     "lstm_cell": (lambda: Recurrent(nn.LSTMCell, 4, 5), (6, 4)),
     "gru_cell": (lambda: Recurrent(nn.GRUCell, 4, 5), (6, 4)),

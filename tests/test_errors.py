@@ -108,7 +108,7 @@ def test_names_of_a_dict_must_agree():
         ({"damping": -1.0}, ValueError, "damping: expected a finite number >= 0, got -1.0"),
         ({"damping": float("nan")}, ValueError, "damping: expected a finite number >= 0, got nan"),
         ({"damping": float("inf")}, ValueError, "damping: expected a finite number >= 0, got inf"),
-        ({"damping": "auto"}, TypeError, "damping: expected a number, got 'auto'"),
+        ({"damping": "much"}, ValueError, "damping: expected a number or 'auto', got 'much'"),
         ({"solver": "cg"}, TypeError, "solver: expected 'auto' or a solver such as Neumann.* got 'cg'"),
         ({"solver": hg.CG}, TypeError, "solver: expected 'auto' or a solver"),
         ({"unused": "ignore"}, ValueError, "unused: expected 'zeros' or 'error', got 'ignore'"),

@@ -9,6 +9,8 @@ import pytest
 import hypergrad_ext as hg
 
 NAMES = [
+    "Auto",
+    "BlockCG",
     "CG",
     "Callable",
     "Chebyshev",
@@ -17,26 +19,34 @@ NAMES = [
     "GLMHessian",
     "GaussNewton",
     "Hessian",
+    "HyperOptimizer",
     "Identity",
+    "Jacobi",
+    "LiSSA",
     "LinearOperator",
     "MINRES",
     "MLPHessian",
     "Neumann",
+    "Nystrom",
+    "OuterStep",
     "Solution",
     "SolveError",
     "SolveWarning",
     "Solver",
+    "SolverState",
     "Status",
     "approx_inverse_hvp",
     "hypergradient",
     "implicit",
     "inverse_hvp",
     "solve",
+    "unroll",
 ]
 WITH_EXAMPLE = [
     name
     for name in NAMES
-    if name not in ("LinearOperator", "Solution", "SolveError", "SolveWarning", "Solver", "Status")
+    if name
+    not in ("LinearOperator", "Solution", "SolveError", "SolveWarning", "Solver", "Status", "OuterStep", "SolverState")
 ]
 
 
@@ -59,7 +69,7 @@ def test_docstring_has_arguments_errors_and_an_example(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp"),
+        *("inverse_hvp", "solve", "hypergradient", "implicit", "approx_inverse_hvp", "unroll", "HyperOptimizer"),
         *("CG", "Chebyshev", "Direct", "Identity", "MINRES", "Neumann"),
     ],
 )

@@ -107,13 +107,13 @@ class TestNeumann:
             operator = hg.DenseMatrix(a)
             solution = hg.solve(operator, torch.randn(40, dtype=torch.float64), hg.Neumann(50))
             assert solution.status == "max_steps"
-            assert 0.5 < operator.lambda_max <= 1.0001
+            assert 0.5 < solution.alpha < 2
 
     def test_step_size_is_found_once_per_operator(self):
         operator = hg.DenseMatrix(spd(10, 5.0))
         b = torch.randn(10, dtype=torch.float64)
         spent = [hg.solve(operator, b, hg.Neumann(7), residual=False).hvps for _ in range(2)]
-        assert spent == [12, 7]
+        assert spent == [17, 7]
 
     def test_step_size_can_be_read_back_and_is_the_same_in_every_precision(self):
         a, b = spd(10, 5.0), torch.randn(10, dtype=torch.float64)

@@ -21,51 +21,50 @@ constexpr int64_t kGrainOps = 1 << 20;
 // Blocks summed before they are added to the total: keeps the rounding error of long sums down.
 constexpr int64_t kFlush = 64;
 
-// The block's products: rows of the vectors' own type, compiled once for all types of X, or narrower ones.
-template <class Real, class X = Real>
-struct OnBlock {
-  template <class Tiles>
-  struct Body {
-    static HG_INLINE void run(const GlmBlock<Real, X>& block) { GlmBlockBody<Tiles, Real, X>::run(block); }
-  };
-};
-
-// rows x d elements of X, `stride` from row to row, as rows of the vectors' type without gaps.
-template <class X, class Real>
-struct Widened {
-  template <class Tiles>
-  struct Body {
-    static HG_INLINE void run(const X* x, int64_t rows, int64_t d, int64_t stride, Real* out) {
-      using S = Simd<Real, Tiles::bytes>;
-      for (int64_t r = 0; r < rows; ++r, x += stride, out += d) {
-        int64_t j = 0;
-        for (; j + S::width <= d; j += S::width) S::store(out + j, S::load(x + j));
-        for (; j < d; ++j) out[j] = static_cast<Real>(widen(x[j]));
-      }
-    }
-  };
-};
-
 template <class X, class Real>
 struct Product {
   static constexpr bool kNarrow = !std::is_same_v<X, Real>;
   using Block = GlmBlock<Real, X>;
 
-  // `wide` is where several columns have a narrower X widened to, once for both of its uses.
-  static void multiply(const Block& block, Real* wide) {
-    static const auto as_it_is = ForTiles<OnBlock<Real, X>::template Body, const Block&>::get();
-    if constexpr (kNarrow) {
-      if (block.K > 1) {
-        static const auto widen_rows =
-            ForTiles<Widened<X, Real>::template Body, const X*, int64_t, int64_t, int64_t, Real*>::get();
-        widen_rows(block.x, block.rows, block.d, block.stride, wide);
-        return Product<Real, Real>::multiply(
-            {wide, block.weights, block.v, block.intercept, block.z, block.g, block.g_intercept, block.rows, block.d,
-             block.d, block.K, block.classes, block.next, block.next_stride, block.size},
-            nullptr);
+  template <class Tiles>
+  struct Single {
+    static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real, X>::run(block); }
+  };
+
+  struct Rows {
+    const X* from;
+    int64_t rows, d, stride;
+    Real* to;
+  };
+  template <class Tiles>
+  struct Widen {
+    static HG_INLINE void run(const Rows& m) {
+      using S = Simd<Real, Tiles::bytes>;
+      for (int64_t r = 0; r < m.rows; ++r) {
+        const X* from = m.from + r * m.stride;
+        Real* to = m.to + r * m.d;
+        int64_t j = 0;
+        for (; j + S::width <= m.d; j += S::width) S::store(to + j, S::load(from + j));
+        for (; j < m.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
       }
     }
-    as_it_is(block);
+  };
+
+  // `wide` is where several columns have a narrower X widened to, once for both of its uses.
+  static void multiply(const Block& block, Real* wide) {
+    static const auto single = ForTiles<Single, const Block&>::get();
+    if constexpr (!kNarrow) {
+      single(block);
+    } else if (block.K == 1) {
+      single(block);
+    } else {
+      static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
+      widen_rows({block.x, block.rows, block.d, block.stride, wide});
+      Product<Real, Real>::multiply(
+          {wide, block.weights, block.v, block.intercept, block.z, block.g, block.g_intercept, block.rows, block.d,
+           block.d, block.K, block.classes, block.next, block.next_stride, block.size},
+          nullptr);
+    }
   }
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {

@@ -97,8 +97,9 @@ def distil(data: Split, *, seed: int = 0, steps: int = 120, lr: float = 0.02, dr
         The images and what they are worth.
     """
     images = torch.zeros(CLASSES, PIXELS, dtype=torch.float64, requires_grad=True)
-    outer, w = torch.optim.Adam([images], lr=lr), classifier.zero_weights()
-    validation, retrained, hvps, x, start = [], [], 0, None, time.perf_counter()
+    w = classifier.zero_weights()
+    outer = hg.HyperOptimizer(torch.optim.Adam([images], lr=lr), w, hg.CG(tol=1e-3))
+    validation, retrained, hvps, start = [], [], 0, time.perf_counter()
     for step in tqdm(range(steps + 1), desc="distillation", unit="step", disable=None):
         classifier.fit(lambda: penalised(w, one_per_class(images.detach())), [w])
         retrained.append(retrained_accuracy(one_per_class(images.detach()), data.test))
@@ -106,13 +107,7 @@ def distil(data: Split, *, seed: int = 0, steps: int = 120, lr: float = 0.02, dr
         validation.append(float(val_loss.detach()))
         if step == steps:
             break
-        train_loss = penalised(w, one_per_class(images))
-        images.grad, solution = hg.hypergradient(
-            val_loss, train_loss, w, images, hg.CG(tol=1e-3), x0=x, return_solution=True
-        )
-        outer.step()
-        x = solution.value
-        hvps += solution.hvps
+        hvps += outer.step(val_loss, penalised(w, one_per_class(images))).solution.hvps
     seconds = time.perf_counter() - start
 
     generator, means = torch.Generator().manual_seed(seed), class_means(data.validation)

@@ -77,23 +77,12 @@ def tune(data: Split, *, steps: int = 25, lr: float = 0.1) -> Tuning:
     """
     log_penalty, w = best_single(data)
     lam = torch.full_like(w, log_penalty, requires_grad=True)
-    outer = torch.optim.Adam([lam], lr=lr)
+    outer = hg.HyperOptimizer(torch.optim.Adam([lam], lr=lr), w, hg.CG(tol=1e-3))
     validation, test = [classifier.score(w, data.validation)], [classifier.score(w, data.test)]
-    hvps, worst, x, start = 0, 0.0, None, time.perf_counter()
+    hvps, worst, start = 0, 0.0, time.perf_counter()
     for _ in tqdm(range(steps), desc="penalties", unit="step", disable=None):
         worst = max(worst, classifier.fit(lambda: penalised(w, data.train, lam.detach()), [w]))
-        lam.grad, solution = hg.hypergradient(
-            classifier.loss(w, data.validation),
-            penalised(w, data.train, lam),
-            w,
-            lam,
-            hg.CG(tol=1e-3),
-            x0=x,
-            return_solution=True,
-        )
-        outer.step()
-        x = solution.value
-        hvps += solution.hvps
+        hvps += outer.step(classifier.loss(w, data.validation), penalised(w, data.train, lam)).solution.hvps
         classifier.fit(lambda: penalised(w, data.train, lam.detach()), [w])
         validation.append(classifier.score(w, data.validation))
         test.append(classifier.score(w, data.test))

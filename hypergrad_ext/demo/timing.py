@@ -92,9 +92,10 @@ def exact_hypergradient(problem: Problem, solver: hg.Solver) -> tuple[Tensor, st
 def step_size(problem: Problem) -> float:
     """The step size that ``Neumann(alpha=None)`` would choose, to give the same one to both loops."""
     hessian = hg.Hessian(problem.train_loss(), problem.params)
-    hg.solve(hessian, [torch.ones_like(p) for p in problem.params], hg.Neumann(steps=0), residual=False)
-    assert hessian.lambda_max is not None
-    return 1 / (1.1 * hessian.lambda_max + DAMPING)
+    ones = [torch.ones_like(p) for p in problem.params]
+    alpha = hg.solve(hessian, ones, hg.Neumann(steps=STEPS), damping=DAMPING, residual=False).alpha
+    assert alpha is not None
+    return alpha
 
 
 def compare(problem: Problem, exact: hg.Solver, *, rounds: int) -> Comparison:

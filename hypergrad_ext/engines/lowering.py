@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines import lower_matrix, lower_pointwise
+from hypergrad_ext.engines import lower_convolution, lower_matrix, lower_pointwise
 from hypergrad_ext.engines.layout import COPY, Instruction
 from hypergrad_ext.engines.program import Program, names_in
 from hypergrad_ext.engines.record import Call, Name, Recording, Text
@@ -231,4 +231,4 @@ def _is_view(call: Call) -> bool:
     return call.op is aten._unsafe_view.default or (alias is not None and not alias.is_write)
 
 
-_OPS = {**lower_pointwise.OPS, **lower_matrix.OPS}
+_OPS = {**lower_pointwise.OPS, **lower_matrix.OPS, **lower_convolution.OPS}

@@ -21,14 +21,14 @@ class LinearOperator(ABC):
         space: Shapes, dtypes and device of the vectors.
         symmetric: Whether ``H = H^T`` is known to hold.
         used: For every parameter, whether ``H`` depends on it at all.
-        lambda_max: Estimate of the largest magnitude of an eigenvalue, kept for later solves.
-        ritz_range: What Lanczos steps have found of the spectrum, likewise.
+        lower: A number that no eigenvalue of ``H`` is below, if one is known; set it where you know one.
+        spectrum: What Lanczos steps of a solver saw, kept for later solves.
     """
 
     space: Space
     symmetric: bool = True
-    lambda_max: float | None = None
-    ritz_range: tuple[float, float, float, float] | None = None
+    lower: float | None = None
+    spectrum: tuple | None = None
 
     @property
     def engine(self) -> str | None:

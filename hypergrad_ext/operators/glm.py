@@ -112,6 +112,8 @@ class GLMHessian(LinearOperator):
             eta = eta if bias is None else eta + bias.reshape(1, -1)
             self.weights = _curvature(family, eta).contiguous()
             self.l2 = self._penalty(l2, weight)
+            if self.l2 is not None and not self.intercept:
+                self.lower = float(self.l2.min())
         self._gram: Tensor | None = None
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:

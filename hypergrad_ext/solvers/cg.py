@@ -36,7 +36,8 @@ class CG(Solver):
         tol: Stop once ``|b - (H + d I) x| <= tol |b|``.
         max_steps: Stop after so many steps at the latest.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
-            parameters (positive; applied by the fused step), or a function or operator that multiplies by M.
+            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
+            multiplies by M.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -63,7 +64,7 @@ class CG(Solver):
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``x = 0``; all scalars stay in ``state``, on the device."""
-        m = Preconditioner.of(self.preconditioner, system.operator.space)
+        m = Preconditioner.of(self.preconditioner, system)
         # Residual and threshold are squared norms; curvature and flag start at 0.
         squared = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).square()
         stop = (self.tol * b_norm).square()
@@ -72,7 +73,7 @@ class CG(Solver):
             columns.append(m.norm(b).square())
         state = torch.stack(columns, dim=-1)
         whole = None
-        if m is None:
+        if m is None and system.history is None:
             rows = b if b.dim() == 2 else b[None]
             whole = system.prepared.conjugate_gradients(
                 rows, system.damping, self.max_steps, state.view(-1, 4), system.backend
@@ -96,6 +97,8 @@ class CG(Solver):
         flags = state[..., 3]
 
         def over(_: int) -> bool:
+            if system.history is not None:
+                system.record(state.reshape(-1, state.shape[-1])[:, 0].tolist())
             return 0.0 not in flags.reshape(-1).tolist()
 
         if m is None:

@@ -12,11 +12,10 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
-from hypergrad_ext.solvers.lanczos import RitzRange, ritz_range
+from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
 
-_LANCZOS_STEPS = 8
 # Of the largest magnitude, added to the largest Ritz value with its error, so that the largest eigenvalue is inside.
 _MARGIN = 0.1
 # Of the smallest Ritz value, where its error is too large to tell.
@@ -37,18 +36,19 @@ class Chebyshev(Solver):
 
     The step sizes depend on the bounds alone, so that nothing waits for the device but the check for divergence.
 
-    Cost: K Hessian-vector products, and 8 more for ``bounds=None``, once per operator; with a preconditioner 8 more
+    Cost: K Hessian-vector products, and 10 more for ``bounds=None``, once per operator; with a preconditioner 10 more
     per solve.
 
     Args:
         steps: K, the number of products; K = 0 gives ``2 / (l + u) M b``.
-        bounds: Bounds of the eigenvalues, damping and preconditioner included. None takes them from 8 Lanczos steps:
+        bounds: Bounds of the eigenvalues, damping and preconditioner included. None takes them from 10 Lanczos steps:
             above the largest Ritz value by its error and a tenth, below the smallest likewise, by a factor of 5 at
             most. Without ``tol`` the lower one is lower still where K steps can divide residuals by a million there,
             and it is never below the damping or what K steps can resolve.
         tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
-            parameters (positive; applied by the fused step), or a function or operator that multiplies by M.
+            parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
+            multiplies by M.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -86,13 +86,13 @@ class Chebyshev(Solver):
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``x = 0``."""
         rows = b.shape[0] if b.dim() == 2 else 1
-        m = Preconditioner.of(self.preconditioner, system.operator.space)
+        m = Preconditioner.of(self.preconditioner, system)
         if self.bounds is None:
-            found = _spectrum(system, m)
+            found = spectrum_of(system, b, m)
             damping = system.damping if m is None else 0.0
             if not math.isfinite(found.high):
                 return Outcome(b, [Status.NON_FINITE_OPERATOR] * rows, 0)
-            size = max(abs(found.low), abs(found.high)) + damping
+            size = found.size + damping
             if size == 0:
                 return Outcome(b, [Status.SINGULAR] * rows, 0, "H v = 0 for a random v")
             if found.low + damping < -10 * torch.finfo(b.dtype).eps * size:
@@ -109,29 +109,17 @@ class Chebyshev(Solver):
         x, step = _iterate(system, b, self.steps, (low, high), m, watch)
         return Outcome(x, watch.statuses(), step, f"bounds {low:.3g} and {high:.3g}{watch.detail}")
 
-    def _bounds_from(self, found: RitzRange, damping: float) -> tuple[float, float]:
+    def _bounds_from(self, found: Spectrum, damping: float) -> tuple[float, float]:
         """Bounds from Ritz values, and from what so many steps can do: divide a residual by 7 to 10^6."""
-        margin = _MARGIN * max(abs(found.low), abs(found.high))
+        margin = _MARGIN * found.size
         high = found.high + found.high_error + margin + damping
         least = high / (self.steps + 1) ** 2
         if found.low < 0:
-            return max(found.low - found.low_error - margin + damping, least), high
+            return max((1 + _MARGIN) * (found.low - found.low_error) + damping, least), high
         low = max((found.low - found.low_error) / (1 + _MARGIN), _GUARD * found.low) + damping
         if self.tol is None:  # steps to spare go to smaller eigenvalues than Lanczos saw
             low = min(low, 7.25**2 * least)
         return max(low, least, damping), high
-
-
-def _spectrum(system: System, m: Preconditioner | None) -> RitzRange:
-    """The range of ``H``, kept on the operator, or that of ``M (H + d I)``."""
-    if m is not None:
-        return ritz_range(system, _LANCZOS_STEPS, m)
-    if system.operator.ritz_range is None:
-        found = ritz_range(system, _LANCZOS_STEPS)
-        if not math.isfinite(found.high):
-            return found
-        system.operator.ritz_range = found
-    return RitzRange(*system.operator.ritz_range)
 
 
 def step_sizes(bounds: tuple[float, float]) -> Iterator[tuple[float, float]]:
@@ -169,5 +157,10 @@ def _iterate(
         step_([x_old], [x], system.product(views), [b], argument, stats, alpha, momentum, system.damping)
         old, new = new, old
 
-    step = system.iterate(steps, advance, lambda step: watch.over(stats.view(-1, 3).tolist(), step))
+    def over(step: int) -> bool:
+        rows = stats.view(-1, 3).tolist()
+        system.record(row[0] for row in rows)
+        return watch.over(rows, step)
+
+    step = system.iterate(steps, advance, over)
     return new[0], step

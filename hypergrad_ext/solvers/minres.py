@@ -86,6 +86,8 @@ class MINRES(Solver):
             (new, old), (w, w_old) = (old, new), (w_old, w)
 
         def over(_: int) -> bool:
+            if system.history is not None:
+                system.record(state[..., 0].square().reshape(-1).tolist())
             return reference_minres.RUNNING not in flags.reshape(-1).tolist()
 
         step = system.iterate(self.max_steps, advance, over)

@@ -29,6 +29,7 @@ class Watch:
         tol: float | None,
         preconditioner: Preconditioner | None = None,
         regrowth: float = 1.0,
+        retries: int = 0,
     ) -> None:
         """Watch the rows that start from ``b``, with tolerances that refer to ``b_norm``.
 
@@ -40,6 +41,7 @@ class Watch:
             regrowth: How far above the smallest value yet ``sqrt(r.M r)`` has to be, and growing, to prove
                 divergence. The norms of a series' terms can only shrink: 1. Those of recomputed residuals end in
                 rounding noise: more. Infinity where theory does not say that they shrink from step to step.
+            retries: How many times a solve may go on with a smaller step size before growth is a failure.
         """
         self._stop = [tol * norm if tol is not None else -1.0 for norm in b_norm.reshape(-1).tolist()]
         norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
@@ -47,6 +49,7 @@ class Watch:
         self._first: list[float] = (norm if preconditioner is None else preconditioner.norm(b)).reshape(-1).tolist()
         self._last, self._least = self._first, list(self._first)
         self._regrowth = regrowth
+        self._retries, self._shrink = retries, 1.0
         self._grew = [0] * len(self._stop)
         self._failed: list[Status | None] = [None] * len(self._stop)
         self.detail = ""
@@ -58,7 +61,7 @@ class Watch:
 
     def over(self, stats: list[list[float]], step: int) -> bool:
         """Take in ``r.r``, a non-finite flag and, with a preconditioner, ``r.M r``; True when all rows are done."""
-        sizes = []
+        sizes: list[float] = []
         for row, (square, non_finite, *energy) in enumerate(stats):
             self._norm[row] = math.sqrt(square) if square < math.inf else math.inf
             size = math.sqrt(energy[0]) if energy and 0 <= energy[0] < math.inf else self._norm[row]
@@ -69,9 +72,32 @@ class Watch:
             if non_finite and step == 1:
                 self._fail(row, Status.NON_FINITE_OPERATOR, "at the first step")
             elif non_finite or not size < math.inf or grows or size > 1.01 * self._first[row]:
-                self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
+                if self._retries and not non_finite and size < math.inf:
+                    self._shrink = max(self._shrink, 2, 1 + size / self._last[row])
+                else:
+                    self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
         self._last = sizes
+        if self._shrink > 1:
+            self._retries -= 1
+            self._start = list(self._first)
+            self._first = [max(first, size) for first, size in zip(self._first, sizes, strict=True)]
+            self._least, self._grew = list(sizes), [0] * len(sizes)
+            return False
         return all(failed or self._converged(row) for row, failed in enumerate(self._failed))
+
+    def shrink(self) -> float:
+        """What to divide the step size by before the next step, once: 1 unless terms grew and a retry is left."""
+        shrink, self._shrink = self._shrink, 1.0
+        return shrink
+
+    def restart(self) -> None:
+        """Back to the right-hand side, after a `shrink`."""
+        self._first = self._start
+        self._last, self._least, self._grew = self._first, list(self._first), [0] * len(self._first)
+
+    def failures(self) -> list[int]:
+        """Rows that have failed."""
+        return [row for row, failed in enumerate(self._failed) if failed]
 
     def statuses(self) -> list[Status]:
         """One status per row."""

@@ -126,6 +126,8 @@ def figures(records: dict[str, Any]) -> dict[str, Figure]:
             values = [math.inf if value is None else value for value in record["valid"]]
             axis.plot(record[key], list(itertools.accumulate(values, min)), label=TITLES[method])
         axis.set(yscale="log", xlabel="time / s" if key == "seconds" else "inner steps", ylabel="validation perplexity")
+        for part in ("major", "minor"):  # perplexities as people write them, not as powers of ten
+            getattr(axis.yaxis, f"set_{part}_formatter")("{x:.0f}")
         axis.legend(fontsize=8)
     drawn = {"perplexity": drawing}
     if "seven" in records:

@@ -1,0 +1,82 @@
+// Matrix products of native plans, by torch's own BLAS.
+#include <algorithm>
+
+#include "plan_host.h"
+
+// Torch's own BLAS, called without the dispatcher. Weak: a torch that exports none is told by has_blas.
+extern "C" {
+__attribute__((weak)) void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
+                                  const float*, const int*, const float*, const int*, const float*, float*, const int*);
+__attribute__((weak)) void dgemm_(const char*, const char*, const int*, const int*, const int*, const double*,
+                                  const double*, const int*, const double*, const int*, const double*, double*,
+                                  const int*);
+__attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
+}
+
+namespace hg::plan {
+namespace {
+
+// Multiply-adds of one matrix product below which a second thread is not worth waiting for.
+constexpr double kGrainOps = 1 << 23;
+
+void blas(const char* ta, const char* tb, const int* m, const int* n, const int* k, const float* alpha, const float* a,
+          const int* lda, const float* b, const int* ldb, const float* beta, float* c, const int* ldc) {
+  sgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+void blas(const char* ta, const char* tb, const int* m, const int* n, const int* k, const double* alpha,
+          const double* a, const int* lda, const double* b, const int* ldb, const double* beta, double* c,
+          const int* ldc) {
+  dgemm_(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+// How BLAS sees rows of a matrix: distance between them, or that the matrix is transposed.
+struct Leading {
+  bool transposed;
+  int stride;
+};
+Leading leading(const View& x) {
+  const int64_t rows = x.sizes[1], columns = x.sizes[2], down = x.strides[1], along = x.strides[2];
+  if ((along == 1 || columns == 1) && (down >= columns || rows == 1))
+    return {false, static_cast<int>(rows == 1 ? std::max<int64_t>(columns, 1) : down)};
+  return {true, static_cast<int>(columns == 1 ? std::max<int64_t>(rows, 1) : along)};
+}
+
+class OneThread {
+ public:
+  explicit OneThread(bool active) : active_(active && MKL_Set_Num_Threads_Local != nullptr) {
+    if (active_) before_ = MKL_Set_Num_Threads_Local(1);
+  }
+  ~OneThread() {
+    if (active_) MKL_Set_Num_Threads_Local(before_);
+  }
+
+ private:
+  bool active_;
+  int before_ = 0;
+};
+
+double work(const Gemm& g) { return static_cast<double>(g.a.sizes[0]) * g.a.sizes[1] * g.a.sizes[2] * g.b.sizes[2]; }
+
+}  // namespace
+
+bool has_blas() { return sgemm_ != nullptr && dgemm_ != nullptr; }
+
+template <class Real>
+void multiply(const Gemm& g, Real* const* slots) {
+  const Leading a = leading(g.a), b = leading(g.b), out = leading(g.out);
+  const int m = g.out.sizes[1], n = g.out.sizes[2], k = g.a.sizes[2];
+  const Real one = 1, beta = g.accumulate ? 1 : 0;
+  const Real* pa = slots[g.a.slot] + g.a.offset;
+  const Real* pb = slots[g.b.slot] + g.b.offset;
+  Real* pc = slots[g.out.slot] + g.out.offset;
+  const OneThread alone(work(g) / g.out.sizes[0] < kGrainOps);
+  // BLAS thinks in columns: the transposed product, of the factors in the other order, is this one in rows.
+  for (int64_t i = 0; i < g.out.sizes[0]; ++i)
+    blas(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &n, &m, &k, &one, pb + i * g.b.strides[0], &b.stride,
+         pa + i * g.a.strides[0], &a.stride, &beta, pc + i * g.out.strides[0], &out.stride);
+}
+
+template void multiply<float>(const Gemm&, float* const*);
+template void multiply<double>(const Gemm&, double* const*);
+
+}  // namespace hg::plan

@@ -1,0 +1,101 @@
+"""The optimal weights as an autograd node: the implicit function theorem behind ``backward``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hypergrad_ext.bilevel import check_hparams
+from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
+from hypergrad_ext.operators import Hessian
+from hypergrad_ext.operators.hessian import Engine, Loss
+from hypergrad_ext.solvers import SolverState
+from hypergrad_ext.structure import Tree, take_apart
+
+
+def implicit(
+    train_loss: Loss,
+    params: Tree,
+    hparams: Tree,
+    solver: SolverChoice = "auto",
+    *,
+    damping: float | Literal["auto"] = 0.0,
+    state: SolverState | None = None,
+    throw: bool = True,
+    engine: Engine = "auto",
+    backend: str | None = None,
+) -> Tree:
+    r"""The optimal weights as a differentiable function of the hyperparameters: :math:`w^*(\lambda)`.
+
+    Returns the weights, unchanged, as the output of an autograd node. Any loss computed from them can
+    be called ``backward`` on, and adds :math:`-[(H + d I)^{-1} \partial L / \partial w]^\top \partial^2
+    L_T / \partial w\, \partial \lambda` to ``hparam.grad``.
+
+    Args:
+        train_loss: :math:`L_T`, a function of the parameters that closes over ``hparams`` and is called
+            in the backward pass, or a scalar tensor whose graph is kept until then.
+        params: The weights, at a minimum of the training loss. They must not change before the backward pass.
+        hparams: The hyperparameters; they must require grad.
+        solver: ``"auto"`` or a solver.
+        damping: d >= 0, or ``"auto"``; see `solve`.
+        state: What the last outer step's backward pass left; see `SolverState`. For one call of ``backward`` each.
+        throw: Raise `SolveError` in the backward pass if the solve failed. Otherwise failures only warn.
+        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
+        backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
+
+    Returns:
+        The weights in the structure of ``params``; for an ``nn.Module`` the dict for ``functional_call``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or value; the message names it.
+
+    Cost: nothing now; in the backward pass a training gradient, one solve per call of ``backward``, and
+    one product with the mixed derivative. It can be differentiated once.
+
+    References:
+        Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit
+        Differentiation", AISTATS 2020.
+
+    Example:
+        >>> w, lam = torch.tensor(1.5), torch.tensor(1.0, requires_grad=True)
+        >>> best = hg.implicit(lambda w: (w - 3) ** 2 + lam * w**2, w, lam)
+        >>> (best**2).backward()
+        >>> lam.grad
+        tensor(-2.2500)
+    """
+    hessian = Hessian(train_loss, params, engine=engine, name="train_loss")
+    outer = take_apart("hparams", hparams)
+    check_hparams(outer, hessian.params)
+
+    def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
+        # A fresh operator, so that two backward passes do not share a graph that was changed in between.
+        now = Hessian(train_loss, params, engine=engine, name="train_loss")
+        v = now.params.rebuild(grad_w)
+        solution = solve_for(
+            now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend, state=state
+        )
+        report(solution, throw)
+        mixed = now.mixed(take_apart("x", solution.value).tensors, outer.tensors)
+        return [None if m is None else -m for m in mixed]
+
+    weights = _OptimalWeights.apply(pull_back, hessian.params.tensors, *outer.tensors)
+    return hessian.params.rebuild(weights)
+
+
+class _OptimalWeights(torch.autograd.Function):
+    """Identity on the weights forward, the implicit function theorem backward."""
+
+    @staticmethod
+    def forward(ctx: Any, pull_back: Any, params: Sequence[Tensor], *hparams: Tensor) -> tuple[Tensor, ...]:
+        ctx.pull_back = pull_back
+        return tuple(p.detach() for p in params)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_w: Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.pull_back(grad_w)

@@ -1,0 +1,408 @@
+"""What decides by itself: auto, step sizes, damping, sketches, states; and what solves report beside the value."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import hypergrad_ext as hg
+from tests.cases import spd
+from tests.compare import assert_close, relative_error
+
+F64 = torch.float64
+OUTLIERS = torch.cat([torch.logspace(0, -1, 20, dtype=F64), torch.logspace(-3, -4, 180, dtype=F64)])
+
+
+def with_eigenvalues(eigenvalues: Tensor) -> Tensor:
+    q, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), dtype=F64))
+    a = (q * eigenvalues.double()) @ q.T
+    return (a + a.T) / 2
+
+
+def products(a: Tensor) -> hg.Callable:
+    """The matrix as a function, which nothing can factorise."""
+    return hg.Callable(lambda v: a @ v, torch.zeros(len(a), dtype=a.dtype))
+
+
+class TestBlockCG:
+    def test_solves_with_fewer_products_than_separate_recurrences(self):
+        a, b = with_eigenvalues(OUTLIERS), torch.randn(16, 200, dtype=F64)
+        block, separate = (hg.solve(hg.DenseMatrix(a), b, make(tol=1e-8)) for make in (hg.BlockCG, hg.CG))
+        assert block.converged and float(block.residual_norm.max()) <= 1e-8
+        assert_close(block.value, torch.linalg.solve(a, b.T).T, 1e-4)
+        assert block.hvps < separate.hvps / 2
+
+    def test_dependent_and_zero_right_hand_sides_leave_the_block(self):
+        a, b = spd(50, 20.0), torch.randn(8, 50, dtype=F64)
+        b[3], b[4], b[5] = b[0] + b[1], 0, 1e6 * b[2]
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.BlockCG(tol=1e-10), residual=False)
+        assert solution.converged and solution.statuses == ("converged",) * 8
+        assert solution.hvps <= 5 * solution.steps
+        for row, truth in zip(solution.value, torch.linalg.solve(a, b.T).T, strict=True):
+            assert torch.linalg.vector_norm(row - truth) <= 1e-8 * torch.linalg.vector_norm(truth)
+
+    def test_one_vector_is_cg(self):
+        a, b = spd(60, 50.0), torch.randn(60, dtype=F64)
+        block, cg = (hg.solve(hg.DenseMatrix(a), b, make(tol=1e-8)) for make in (hg.BlockCG, hg.CG))
+        assert block.steps - cg.steps in (0, 1)
+
+    def test_more_right_hand_sides_than_unknowns(self):
+        a, b = spd(5, 4.0), torch.randn(9, 5, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.BlockCG(tol=1e-10))
+        assert solution.steps == 1
+        assert_close(solution.value, torch.linalg.solve(a, b.T).T, 1e-10)
+
+    def test_damping_warm_start_and_limits(self):
+        a, b = spd(30, 20.0), torch.randn(3, 30, dtype=F64)
+        truth = torch.linalg.solve(a + 0.1 * torch.eye(30, dtype=F64), b.T).T
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.BlockCG(tol=1e-9), damping=0.1, x0=truth + 1e-3)
+        assert_close(solution.value, truth, 1e-7)
+        assert hg.solve(hg.DenseMatrix(a), b, hg.BlockCG(tol=1e-9, max_steps=2)).status == "max_steps"
+
+    def test_negative_curvature_and_nan_are_reported(self):
+        a, b = torch.diag(torch.tensor([1.0, -1.0, 2.0])), torch.ones(2, 3)
+        assert hg.solve(hg.DenseMatrix(a), b, hg.BlockCG()).status == "negative_curvature"
+        nan = hg.Callable(lambda v: v * math.nan, torch.zeros(3))
+        assert hg.solve(nan, b, hg.BlockCG()).status == "non_finite_operator"
+
+
+class TestNystrom:
+    def test_is_exact_on_a_matrix_of_its_rank(self):
+        a = with_eigenvalues(torch.cat([torch.logspace(1, 0, 6, dtype=F64), torch.zeros(34, dtype=F64)]))
+        b = torch.randn(4, 40, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.Nystrom(rank=10), damping=0.1)
+        assert_close(solution.value, torch.linalg.solve(a + 0.1 * torch.eye(40, dtype=F64), b.T).T, 1e-9)
+        assert solution.hvps == 10 + 4
+
+    def test_what_the_sketch_leaves_out_is_seen_in_the_residual(self):
+        a, b = with_eigenvalues(torch.linspace(1, 2, 40, dtype=F64)), torch.randn(40, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.Nystrom(rank=5), damping=0.1)
+        assert solution.status == "max_steps" and solution.residual_norm > 0.5
+
+    def test_cg_needs_half_of_the_products_with_it(self):
+        """Without the sketch's own 30 products, which a single solve hardly earns back."""
+        a, b = with_eigenvalues(OUTLIERS), torch.randn(200, dtype=F64)
+        truth = torch.linalg.solve(a, b)
+
+        def products_to(error: float, preconditioner: hg.Nystrom | None) -> tuple[int, int]:
+            for steps in range(1, 200):
+                solver = hg.CG(tol=1e-14, max_steps=steps, preconditioner=preconditioner)
+                solution = hg.solve(hg.DenseMatrix(a), b, solver, residual=False)
+                if relative_error(solution.value, truth) <= error:
+                    return solution.steps, solution.hvps
+            raise AssertionError("not reached")
+
+        plain, _ = products_to(1e-3, None)
+        steps, spent = products_to(1e-3, hg.Nystrom(30))
+        assert steps <= plain / 2
+        assert spent == steps + 30 and spent < plain
+
+
+class TestLiSSA:
+    def problem(self) -> tuple[hg.Hessian, Tensor, Tensor]:
+        x = torch.randn(64, 6, dtype=F64)
+        w = torch.zeros(6, dtype=F64, requires_grad=True)
+        batches = list(x.split(8))
+        operator = hg.Hessian(
+            lambda w, rows: ((rows @ w) ** 2).mean() / 2 + 0.25 * (w**2).sum(), w, batches=batches, stochastic=True
+        )
+        b = torch.randn(6, dtype=F64)
+        return operator, b, torch.linalg.solve(x.T @ x / 64 + 0.5 * torch.eye(6, dtype=F64), b)
+
+    def test_more_repeats_come_nearer_and_the_standard_error_says_how_near(self):
+        operator, b, truth = self.problem()
+        solutions = [hg.solve(operator, b, hg.LiSSA(150, repeats, alpha=0.1)) for repeats in (2, 64)]
+        errors = [relative_error(s.value, truth) for s in solutions]
+        assert errors[1] < errors[0] and errors[1] < 0.1
+        claimed = float(solutions[1].detail.split()[-1])
+        assert claimed / 4 < errors[1] < 4 * claimed
+        assert solutions[1].hvps == 150 * 64 + 1 and solutions[1].steps == 150 * 64
+
+    def test_on_a_fixed_matrix_it_is_neumann(self):
+        a, b = spd(9, 4.0), torch.randn(9, dtype=F64)
+        lissa, neumann = hg.LiSSA(20, 2, alpha=0.7), hg.Neumann(20, alpha=0.7)
+        assert_close(*(hg.solve(hg.DenseMatrix(a), b, s).value for s in (lissa, neumann)), 1e-12)
+
+    def test_too_large_a_step_is_reported(self):
+        operator, b, _ = self.problem()
+        assert hg.solve(operator, b, hg.LiSSA(200, 2, alpha=5.0)).status == "diverged"
+
+
+class TestStepSize:
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(
+        seed=st.integers(0, 10**6),
+        n=st.integers(1, 50),
+        exponent=st.floats(0, 4),
+        scale=st.integers(-12, 12),
+        negative=st.sampled_from([0.0, 0.0, 0.02, 0.3, 1.0]),
+    )
+    def test_never_diverges(self, seed, n, exponent, scale, negative):
+        """Also on indefinite problems, with automatic damping."""
+        torch.manual_seed(seed)
+        values = torch.logspace(0, -exponent, n, dtype=F64)
+        values = torch.where(torch.rand(n) < 0.3, -negative * values, values) if negative else values
+        a, b = 10.0**scale * with_eigenvalues(values), torch.randn(n, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.Neumann(40), damping="auto" if negative else 0.0)
+        assert not solution.useless and solution.residual_norm <= 1.01
+        assert solution.damping == 0 or negative
+
+    @pytest.mark.parametrize("steps", [3, 20, 100])
+    @pytest.mark.parametrize("condition", [10.0, 1e3])
+    def test_error_is_near_that_of_the_best_fixed_one(self, condition, steps):
+        worst = 0.0
+        for seed in range(6):
+            torch.manual_seed(seed)
+            a, b = with_eigenvalues(torch.logspace(0, -math.log10(condition), 60)), torch.randn(60, dtype=F64)
+            truth = torch.linalg.solve(a, b)
+            error = lambda alpha: relative_error(  # noqa: E731
+                hg.solve(hg.DenseMatrix(a), b, hg.Neumann(steps, alpha), residual=False).value,  # noqa: B023
+                truth,  # noqa: B023
+            )
+            best = min(error(float(alpha)) for alpha in torch.linspace(0.4, 1.999, 60))
+            worst = max(worst, error(None) / best)
+        assert worst <= 1.3
+
+    @pytest.mark.parametrize("form", ["series", "richardson"])
+    def test_too_large_a_step_is_reported_or_decreased(self, form):
+        a, b = spd(40, 10.0), torch.randn(40, dtype=F64)
+        given = hg.solve(hg.DenseMatrix(a), b, hg.Neumann(200, alpha=5.0, form=form))
+        assert given.status == "diverged" and given.steps <= 12
+        mended = hg.solve(hg.DenseMatrix(a), b, hg.Neumann(200, alpha=5.0, form=form, adaptive=True))
+        assert mended.status == "max_steps" and mended.alpha <= 2.5 and mended.residual_norm < 1e-6
+        assert "decreased from 5" in mended.detail
+
+
+class TestAutomaticDamping:
+    def test_none_is_taken_where_none_is_needed(self):
+        a, b = spd(30, 100.0), torch.randn(30, dtype=F64)
+        assert hg.solve(hg.DenseMatrix(a), b, hg.CG(), damping="auto").damping == 0
+
+    @pytest.mark.parametrize(
+        "solver", [hg.CG(), hg.Chebyshev(40, tol=1e-2), hg.Neumann(40), hg.BlockCG(), "auto"], ids=str
+    )
+    def test_lifts_the_most_negative_eigenvalue(self, solver):
+        a, b = with_eigenvalues(torch.linspace(-0.4, 1, 50, dtype=F64)), torch.randn(50, dtype=F64)
+        solution = hg.solve(products(a), b, solver, damping="auto")
+        assert 0.4 < solution.damping < 1 and not solution.useless and not solution.indefinite
+        assert torch.linalg.vector_norm(b - a @ solution.value - solution.damping * solution.value) < b.norm() / 10
+
+    def test_is_increased_where_lanczos_saw_too_little(self):
+        a = torch.diag(torch.cat([torch.tensor([-1e-4], dtype=F64), torch.linspace(1, 2, 400, dtype=F64)]))
+        b = torch.zeros(401, dtype=F64)
+        b[0] = 1.0
+        solution = hg.solve(products(a), b, hg.CG(), damping="auto")
+        assert solution.converged and solution.damping > 1e-4
+
+    def test_other_words_are_refused(self):
+        with pytest.raises(ValueError, match="damping: expected a number or 'auto', got 'much'"):
+            hg.solve(hg.DenseMatrix(torch.eye(2)), torch.ones(2), damping="much")
+
+
+class TestReport:
+    def test_error_bound_holds_and_is_tight_for_the_worst_direction(self):
+        a = with_eigenvalues(torch.logspace(0, -2, 30, dtype=F64))
+        operator = hg.DenseMatrix(a)
+        operator.lower = 1e-2
+        b = torch.randn(3, 30, dtype=F64)
+        truth = torch.linalg.solve(a + 0.1 * torch.eye(30, dtype=F64), b.T).T
+        for steps in (1, 5, 20):
+            solution = hg.solve(operator, b, hg.CG(max_steps=steps), damping=0.1)
+            errors = torch.linalg.vector_norm(solution.value - truth, dim=1)
+            assert bool((errors <= solution.error_bound * (1 + 1e-9)).all())
+        worst = torch.linalg.eigh(a).eigenvectors[:, 0]
+        solution = hg.solve(operator, worst, hg.Neumann(0, alpha=1.0))
+        error = float(torch.linalg.vector_norm(solution.value - worst / 1e-2))
+        assert solution.error_bound == pytest.approx(error, rel=1e-6)
+
+    def test_error_bound_is_none_where_nothing_is_known(self):
+        assert hg.solve(hg.DenseMatrix(torch.eye(2)), torch.ones(2)).error_bound is None
+
+    def test_penalised_glm_knows_its_lower_bound(self):
+        x, w = torch.randn(20, 3, dtype=F64), torch.zeros(3, dtype=F64)
+        assert hg.GLMHessian(x, w, "logistic", l2=0.5).lower == pytest.approx(
+            float(torch.linalg.eigvalsh(hg.GLMHessian(x, w, "logistic", l2=0.5).dense())[0])
+            - float(torch.linalg.eigvalsh(hg.GLMHessian(x, w, "logistic").dense())[0])
+        )
+
+    @pytest.mark.parametrize(
+        "solver",
+        [
+            hg.CG(tol=1e-9, max_steps=9),
+            hg.CG(tol=1e-9, max_steps=9, preconditioner=torch.ones(25, dtype=F64)),
+            hg.MINRES(tol=1e-9, max_steps=9),
+            hg.BlockCG(tol=1e-9, max_steps=9),
+            hg.Chebyshev(9, bounds=(0.1, 1.0)),
+            hg.Neumann(9, alpha=1.0),
+            hg.Neumann(9, alpha=1.0, form="richardson"),
+        ],
+        ids=lambda s: type(s).__name__,
+    )
+    @pytest.mark.parametrize("rows", [None, 3])
+    def test_history_is_the_residual_of_every_step(self, solver, rows):
+        a, b = spd(25, 10.0), torch.randn(*(() if rows is None else (rows,)), 25, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(a), b, solver, history=True)
+        assert hg.solve(hg.DenseMatrix(a), b, solver).history is None
+        norms = torch.tensor(solution.history[-1], dtype=F64)
+        assert solution.steps <= len(solution.history) <= solution.steps + 1
+        assert len(norms) == (rows or 1)
+        if isinstance(solver, hg.BlockCG):  # without what it has dropped
+            assert bool(((norms - torch.as_tensor(solution.residual_norm).reshape(-1)).abs() <= solver.tol).all())
+        elif isinstance(solver, (hg.CG, hg.MINRES)):
+            assert_close(norms, torch.as_tensor(solution.residual_norm).reshape(-1), 1e-6)
+        else:  # the step knows the residual that it started from
+            last = torch.as_tensor(solution.residual_norm).reshape(-1)
+            assert bool((norms >= last).all() and (norms <= 2 * last).all())
+
+
+class TestScales:
+    SOLVERS = {
+        "CG": hg.CG(tol=1e-6),
+        "MINRES": hg.MINRES(tol=1e-6),
+        "BlockCG": hg.BlockCG(tol=1e-6),
+        "Chebyshev": hg.Chebyshev(30),
+        "Neumann": hg.Neumann(30),
+        "Nystrom": hg.Nystrom(10),
+        "CG with Nystrom": hg.CG(tol=1e-6, preconditioner=hg.Nystrom(10)),
+        "CG with Jacobi": hg.CG(tol=1e-6, preconditioner=hg.Jacobi()),
+        "auto": "auto",
+        "Direct": hg.Direct(),
+    }
+
+    @pytest.mark.parametrize("name", SOLVERS)
+    @pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6, 1e12])
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    def test_of_operator_and_right_hand_side(self, name, scale, dtype):
+        a, b = spd(40, 20.0).to(dtype), torch.randn(2, 40, dtype=F64).to(dtype)
+        solve = lambda h, g: hg.solve(products(a * h), b * g, self.SOLVERS[name], damping=0.01 * h)  # noqa: E731
+        plain = solve(1.0, 1.0)
+        for h, g in ((scale, 1.0), (1.0, scale), (scale, scale)):
+            scaled = solve(h, g)
+            assert scaled.status == plain.status and abs(scaled.steps - plain.steps) <= 1
+            assert_close(scaled.value.double() * (h / g), plain.value.double(), 1e-4 if dtype != F64 else 1e-8)
+
+
+class TestEdges:
+    ALL = [hg.CG(), hg.MINRES(), hg.BlockCG(), hg.Chebyshev(9), hg.Neumann(9), hg.Nystrom(3), hg.Direct(), "auto"]
+
+    @pytest.mark.parametrize("solver", ALL, ids=str)
+    @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+    def test_one_unknown(self, solver, shape):
+        operator = hg.Callable(lambda v: 4 * v, torch.zeros(shape))
+        value = hg.solve(operator, torch.full(shape, 2.0), solver).value
+        assert value.shape == shape
+        assert_close(value, torch.full(shape, 0.5), 1e-5)
+
+    @pytest.mark.parametrize("solver", [*ALL, hg.LiSSA(5, 2, alpha=0.1)], ids=str)
+    @pytest.mark.parametrize("rows", [None, 2])
+    def test_zero_right_hand_side(self, solver, rows):
+        b = torch.zeros(*(() if rows is None else (rows,)), 7, dtype=F64)
+        solution = hg.solve(products(spd(7, 3.0)), b, solver)
+        assert not solution.useless and torch.equal(solution.value, b)
+
+    @pytest.mark.parametrize("solver", [*ALL, hg.LiSSA(5, 2, alpha=0.1)], ids=str)
+    def test_nan_in_one_right_hand_side_stays_there(self, solver):
+        a, b = spd(7, 3.0), torch.randn(2, 7, dtype=F64)
+        alone = hg.solve(products(a), b[:1], solver)
+        b[1, 3] = math.nan
+        solution = hg.solve(products(a), b, solver)
+        assert solution.statuses[1] == "non_finite_input" and solution.useless
+        assert bool(solution.value[1].isnan().all())
+        tolerance = 1e-3 if isinstance(solver, (hg.Neumann, hg.Chebyshev)) else 1e-4
+        if not isinstance(solver, (hg.Neumann, hg.Chebyshev)):  # whose spectrum is seen from all right-hand sides
+            assert_close(solution.value[0], alone.value[0], tolerance)
+
+    @pytest.mark.parametrize("solver", [hg.CG(tol=1e-8), hg.BlockCG(tol=1e-8), hg.Chebyshev(60), "auto"], ids=str)
+    def test_singular_with_damping(self, solver):
+        a = with_eigenvalues(torch.cat([torch.zeros(20, dtype=F64), torch.linspace(0.5, 1, 20, dtype=F64)]))
+        b = torch.randn(40, dtype=F64)
+        truth = torch.linalg.solve(a + 0.1 * torch.eye(40, dtype=F64), b)
+        assert_close(hg.solve(products(a), b, solver, damping=0.1).value, truth, 1e-3)
+
+    @pytest.mark.parametrize("solver", [s for s in ALL if not isinstance(s, hg.Direct)], ids=str)
+    def test_unsymmetric_operators_are_refused(self, solver):
+        operator = hg.Callable(lambda v: v, torch.zeros(3), symmetric=False)
+        with pytest.raises(ValueError, match="expected a symmetric operator for"):
+            hg.solve(operator, torch.ones(3), solver)
+
+
+class TestAuto:
+    def test_small_matrices_are_factorised(self):
+        a, b = spd(20, 1e6), torch.randn(20, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(a), b)
+        assert isinstance(solution.solver, hg.Direct) and "Cholesky" in solution.detail
+        assert_close(solution.value, torch.linalg.solve(a, b), 1e-9)
+
+    def test_indefinite_systems_go_to_minres_and_are_warned_of(self):
+        a, b = with_eigenvalues(torch.linspace(-0.5, 1, 30, dtype=F64)), torch.randn(30, dtype=F64)
+        solution = hg.solve(products(a), b)
+        assert solution.indefinite and isinstance(solution.solver, hg.MINRES) and "so MINRES" in solution.detail
+        assert solution.converged
+        w = torch.zeros(30, dtype=F64, requires_grad=True)
+        with pytest.warns(hg.SolveWarning):
+            hg.inverse_hvp(w @ a @ w / 2, w, b)
+        stopped = hg.solve(products(a), b, hg.Auto(on_negative_curvature="stop"))
+        assert stopped.status == "negative_curvature"
+
+    def test_nothing_is_warned_of_on_a_good_problem(self):
+        a, b = spd(30, 10.0), torch.randn(30, dtype=F64)
+        w = torch.zeros(30, dtype=F64, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_close(hg.inverse_hvp(w @ a @ w / 2, w, b), torch.linalg.solve(a, b), 1e-3)
+
+
+class TestState:
+    """30 drifting outer steps of a logistic regression whose penalty is small: condition 2e4."""
+
+    def problem(self, step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        n, d = 512, 200
+        x = 6 * torch.randn(n, d, generator=generator, dtype=F64) / torch.arange(1, d + 1)
+        w = 0.3 * torch.randn(d, generator=generator, dtype=F64)
+        drift = torch.randn(d, generator=generator, dtype=F64)
+        b = torch.randn(d, generator=generator, dtype=F64)
+        b_drift = torch.randn(d, generator=generator, dtype=F64)
+        p = torch.sigmoid(x @ (w + 0.01 * step * drift))
+        a = x.T @ ((p * (1 - p))[:, None] * x) / n + 1e-4 * torch.eye(d, dtype=F64)
+        return a, b + 0.01 * step * b_drift
+
+    def test_a_quarter_of_the_products_of_cold_cg(self):
+        state, cold = hg.SolverState(), 0
+        for step in range(30):
+            a, b = self.problem(step)
+            solution = hg.solve(products(a), b, hg.Auto(tol=1e-2), state=state, residual=False)
+            assert solution.converged
+            assert torch.linalg.vector_norm(b - a @ solution.value) <= 1.1e-2 * torch.linalg.vector_norm(b)
+            cold += hg.solve(products(a), b, hg.CG(tol=1e-2), residual=False).hvps
+        assert state.solves == 30
+        assert state.hvps <= cold / 4
+
+    def test_goes_on_bit_for_bit_from_a_state_dict(self):
+        state = hg.SolverState(refresh=3)
+        for step in range(4):
+            hg.solve(products(self.problem(step)[0]), self.problem(step)[1], hg.Auto(tol=1e-6), state=state)
+        assert state.sketch is not None
+        other = hg.SolverState()
+        other.load_state_dict(copy.deepcopy(state.state_dict()))
+        for step in range(4, 9):
+            a, b = self.problem(step)
+            values = [hg.solve(products(a), b, hg.Auto(tol=1e-6), state=s).value for s in (state, other)]
+            assert torch.equal(*values)
+
+    def test_other_parameters_and_unknown_keys_are_refused(self):
+        state = hg.SolverState()
+        hg.solve(products(spd(4, 2.0)), torch.ones(4, dtype=F64), hg.CG(), state=state)
+        with pytest.raises(ValueError, match="state: expected one of 5 weights"):
+            hg.solve(products(spd(5, 2.0)), torch.ones(5, dtype=F64), hg.CG(), state=state)
+        with pytest.raises(ValueError, match="state: expected the keys"):
+            state.load_state_dict({"x": None})
+        with pytest.raises(TypeError, match="state: expected a SolverState, got dict"):
+            hg.solve(products(spd(4, 2.0)), torch.ones(4, dtype=F64), hg.CG(), state={})

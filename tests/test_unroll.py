@@ -1,0 +1,228 @@
+"""Unrolled training: equal to torch's optimisers, to loops written by hand, and to the Neumann series at an optimum."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from tests.cases import logistic, mlp
+from tests.compare import assert_close
+
+RULES = [
+    {"optimizer": "sgd"},
+    {"optimizer": "sgd", "momentum": 0.9},
+    {"optimizer": "adam", "betas": (0.8, 0.95), "eps": 1e-6},
+]
+IDS = ["sgd", "momentum", "adam"]
+
+
+def torch_optimiser(rule: dict, params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    options = {key: value for key, value in rule.items() if key != "optimizer"}
+    return (torch.optim.SGD if rule["optimizer"] == "sgd" else torch.optim.Adam)(params, lr=lr, **options)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_trains_as_torch_does(rule, dtype):
+    problem = mlp(dtype)
+    trained = hg.unroll(problem.train, problem.params, problem.hparams, steps=7, lr=0.05, **rule)
+    params = [p.detach().clone().requires_grad_() for p in problem.params]
+    optimiser = torch_optimiser(rule, params, 0.05)
+    for _ in range(7):
+        optimiser.zero_grad()
+        problem.train(params).backward()
+        optimiser.step()
+    assert_close(trained, params, 1e-13 if dtype == torch.float64 else 1e-5)
+    assert [t.dtype for t in trained] == [dtype] * len(params)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_gradcheck_by_hyperparameters_and_learning_rates(rule, checkpoint):
+    """The whole map from hyperparameters and rates to the validation loss, by finite differences."""
+    problem = mlp()
+
+    def trained(lr: Tensor, *hparams: Tensor) -> Tensor:
+        def loss(w: list[Tensor]) -> Tensor:
+            penalty = sum((a.exp() * t.square()).sum() for a, t in zip(hparams, w, strict=True))
+            return problem.train(w) + penalty
+
+        return problem.val(hg.unroll(loss, problem.params, hparams, steps=4, lr=lr, checkpoint=checkpoint, **rule))
+
+    for shape in ((), (4,)):
+        lr = torch.full(shape, 0.05, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(trained, (lr, *problem.hparams), fast_mode=True)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10, 50])
+def test_i_steps_at_the_optimum_are_neumann_with_i_terms(steps):
+    """The paper's theorem: equal to rounding, K = i - 1."""
+    problem, alpha = logistic(), 0.5
+    path = hg.unroll(problem.train, problem.params, problem.hparams, steps=steps, lr=alpha)
+    unrolled = torch.autograd.grad(problem.val(path), problem.hparams)
+    arguments = (problem.val, problem.train, problem.params, problem.hparams)
+    assert_close(hg.hypergradient(*arguments, hg.Neumann(steps - 1, alpha=alpha)), unrolled, 1e-12)
+
+
+@pytest.mark.parametrize("last", [0, 1, 3, 6, 9])
+def test_truncated_is_the_graph_of_the_last_steps(last):
+    problem = mlp()
+    options = {"lr": 0.05, "momentum": 0.5}
+    trained = hg.unroll(problem.train, problem.params, problem.hparams, steps=6, last=last, **options)
+    assert_close(
+        [t.detach() for t in trained],
+        hg.unroll(problem.train, problem.params, problem.hparams, steps=6, **options),
+        1e-15,
+    )
+    if last == 0:
+        assert not any(t.requires_grad for t in trained)
+        return
+    # By hand: momentum goes on from where the graph begins.
+    w, v = [p.detach() for p in problem.params], [torch.zeros_like(p) for p in problem.params]
+    for step in range(6):
+        if step < 6 - last:
+            w, v = [t.detach() for t in w], [t.detach() for t in v]
+        w = [t if t.requires_grad else t.requires_grad_() for t in w]
+        grads = torch.autograd.grad(problem.train(w), w, create_graph=True)
+        if step < 6 - last:
+            grads = [g.detach() for g in grads]
+        v = [0.5 * m + g for m, g in zip(v, grads, strict=True)]
+        w = [t - 0.05 * m for t, m in zip(w, v, strict=True)]
+        if step < 6 - last:
+            w = [t.detach() for t in w]
+    ours = torch.autograd.grad(problem.val(trained), problem.hparams)
+    assert_close(ours, torch.autograd.grad(problem.val(w), problem.hparams), 1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_checkpoints_change_nothing_even_with_random_masks_and_batches(rule):
+    """Dropout draws the same numbers when a step runs again, and the caller's generator does not notice."""
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Dropout(0.4), nn.Linear(9, 3)).double()
+    batches = [(torch.randn(8, 6).double(), torch.randint(3, (8,))) for _ in range(3)]
+    log_l2 = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    weight = (log_l2 * 2).exp()  # a hyperparameter that was computed
+
+    def loss(w: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(torch.func.functional_call(net, w, (x,)), y) + weight * w["0.weight"].square().sum()
+
+    def run(checkpoint: bool) -> tuple:
+        torch.manual_seed(3)
+        w = hg.unroll(loss, net, weight, steps=5, lr=0.1, batches=batches, checkpoint=checkpoint, **rule)
+        value = sum(t.square().sum() for t in w.values())
+        after = torch.rand(())
+        (grad,) = torch.autograd.grad(value, log_l2, retain_graph=True)
+        return value.detach(), grad, after, torch.rand(())
+
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+
+
+def test_nothing_of_the_module_is_changed_and_buffers_stay():
+    net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    x, lam = torch.randn(10, 4), torch.tensor(0.1, requires_grad=True)
+    loss = lambda w: torch.func.functional_call(net, w, (x,)).square().mean() + lam * w["0.weight"].square().sum()  # noqa: E731
+    trained = hg.unroll(loss, net, lam, steps=3, lr=0.1)
+    assert list(trained) == [name for name, _ in net.named_parameters()]
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+    assert not torch.equal(trained["0.weight"], before["0.weight"])
+
+
+def test_a_weight_without_gradient_is_no_nan_under_adam():
+    """The square root has no derivative at zero; torch.optim.Adam unrolled as it is gives NaN here."""
+    w, lam = torch.tensor([1.0, 2.0]), torch.tensor(1.0, requires_grad=True)
+    trained = hg.unroll(lambda w: lam * w[0] ** 2, w, lam, steps=3, lr=0.1, optimizer="adam")
+    trained.sum().backward()
+    assert lam.grad.isfinite() and trained[1] == 2
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"train_loss": torch.tensor(1.0)}, TypeError, "train_loss: expected a function of the parameters, got Tensor"),
+        ({"train_loss": lambda w: w * torch.ones(3)}, ValueError, "train_loss: expected a scalar"),
+        ({"train_loss": lambda w: w.detach()}, ValueError, "train_loss"),
+        ({"steps": 0}, ValueError, "steps: expected at least 1, got 0"),
+        ({"last": -1}, ValueError, "last: expected at least 0, got -1"),
+        ({"lr": -0.1}, ValueError, "lr: expected a finite number > 0"),
+        ({"lr": torch.ones(2)}, ValueError, r"lr: expected shape \(\) or \(3,\), one rate per step, got \(2,\)"),
+        ({"lr": torch.tensor(1)}, TypeError, "lr: expected a real floating point tensor"),
+        ({"optimizer": "lion"}, ValueError, "optimizer: expected 'sgd' or 'adam', got 'lion'"),
+        ({"optimizer": "adam", "momentum": 0.9}, ValueError, "momentum: expected none beside optimizer='adam'"),
+        ({"optimizer": "adam", "betas": (0.9, 1.0)}, ValueError, "betas: expected two numbers"),
+        ({"hparams": torch.tensor(1.0)}, ValueError, "hparams: expected a hyperparameter that requires grad"),
+        ({"batches": [], "train_loss": lambda w, b: w}, ValueError, "batches: expected a batch for every step"),
+        ({"lr": 1e30}, FloatingPointError, "training diverged within 3 steps: lower lr"),
+    ],
+)
+def test_what_is_wrong_is_named(change, error, message):
+    lam = torch.tensor(1.0, requires_grad=True)
+    arguments = {
+        "train_loss": lambda w: lam * w**2,
+        "params": torch.tensor(1.0),
+        "hparams": lam,
+        "steps": 3,
+        "lr": 0.1,
+    }
+    with pytest.raises(error, match=message):
+        hg.unroll(**{**arguments, **change})
+
+
+MEMORY = """
+import resource, sys, torch
+from torch import nn
+import hypergrad_ext as hg
+torch.manual_seed(0)
+torch.set_num_threads(1)
+net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 16, 3, padding=1), nn.Tanh(),
+                    nn.AvgPool2d(7), nn.Flatten(), nn.Linear(256, 10))
+x, y = torch.randn(64, 1, 28, 28), torch.randint(10, (64,))
+lam = {n: torch.full_like(p, -6.0).requires_grad_() for n, p in net.named_parameters()}
+call = lambda w: nn.functional.cross_entropy(torch.func.functional_call(net, w, (x,)), y)
+train = lambda w: call(w) + sum((lam[n].exp() * t**2).sum() for n, t in w.items())
+hparams = list(lam.values())
+def unrolled(**options):
+    w = hg.unroll(train, net, hparams, steps=10, lr=0.01, **options)
+    return torch.autograd.grad(call(w), hparams)
+run = {
+    "implicit": lambda: hg.hypergradient(call, train, net, hparams, hg.Neumann(9, alpha=0.01), engine="eager"),
+    "unrolled": unrolled,
+    "checkpointed": lambda: unrolled(checkpoint=True),
+    "truncated": lambda: unrolled(last=1),
+}[sys.argv[1]]
+many = x, y
+x, y = x[:2], y[:2]
+run()  # what is imported and mapped on first use does not count
+x, y = many
+call(dict(net.named_parameters())).backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak(kind: str) -> int:
+    """Peak resident kB on top of those of a training gradient, in a process of its own."""
+    command = [sys.executable, "-c", MEMORY, kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak resident memory is in kB on Linux only")
+def test_memory_of_ten_steps_against_the_implicit_hypergradient():
+    """A CNN: what is kept for ten steps is at least three times what Neumann with nine products holds."""
+    kilobytes = {kind: peak(kind) for kind in ("implicit", "unrolled", "checkpointed", "truncated")}
+    print(kilobytes)
+    assert kilobytes["unrolled"] >= 3 * kilobytes["implicit"], kilobytes
+    assert kilobytes["checkpointed"] < kilobytes["unrolled"] / 3, kilobytes
+    assert kilobytes["truncated"] < kilobytes["unrolled"] / 3, kilobytes
