@@ -23,12 +23,17 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture
-def report(benchmark) -> Callable[[str, dict[str, object]], None]:
-    """Put a row into the table of that name, and into pytest-benchmark's own record."""
+def report(benchmark, request: pytest.FixtureRequest) -> Callable[[str, dict[str, object]], None]:
+    """Put a row into the table of that name, and into pytest-benchmark's own record.
+
+    Results are saved after every row: a run that is cut short keeps those that it has.
+    """
 
     def add(name: str, row: dict[str, object]) -> None:
         _rows.setdefault(name, []).append(row)
         benchmark.extra_info.update(row)
+        if request.config.getoption("--save-results"):
+            measure.save(name, _rows[name])
 
     return add
 
@@ -40,5 +45,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line("  ".join(f"{key}={value}" for key, value in measure.environment().items()))
     for name, rows in _rows.items():
         terminalreporter.write_line(f"\n{name}\n{measure.table(rows)}")
-        if terminalreporter.config.getoption("--save-results"):
-            terminalreporter.write_line(f"saved {measure.save(name, rows).relative_to(measure.RESULTS.parent.parent)}")

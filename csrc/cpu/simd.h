@@ -11,8 +11,8 @@
 
 // Registers of 32 bytes and more are used by functions compiled for AVX2 at least, and some of its instructions by
 // name: g++ makes several of a conversion, and an intrinsic cannot be in a function that is inlined into those of all
-// sets.
-#if defined(__x86_64__) && defined(__GNUC__)
+// sets. Under the sanitizers nothing is inlined, and they would be in a function for all sets.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
 #define HG_HAVE_AVX2
 #endif
 
