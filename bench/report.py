@@ -143,7 +143,11 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
     split = products_and_rest(rows)
     if split:
         out += ["", "### Milliseconds per product, and of all that is done once", ""]
-        out += ["From solves with 20 and 100 products; once: the loss, its gradient, recording and plans, calls.", ""]
+        out += [
+            "From solves with 20 and 100 products; once: the loss, its gradient, recording and plans, calls;",
+            "`-` where that is lost in the noise of the long solve.",
+            "",
+        ]
         out += markdown(["problem", "package", "a product", "once"], split)
     closed = [row for row in timed(rows) if row["peer"] == CLOSED_FORM]
     if closed:
@@ -171,7 +175,8 @@ def products_and_rest(rows: Iterable[Row]) -> list[list[str]]:
             short, long = (ms.get((problem, peer, f"neumann{k}")) for k in (20, 100))
             if short and long:
                 product = (long - short) / 80
-                found.append([problem, peer, f"{product:.3g}", f"{short - 20 * product:.2g}"])
+                once = short - 20 * product
+                found.append([problem, peer, f"{product:.3g}", f"{once:.2g}" if once > 0 else "-"])
     return found
 
 

@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from bench import compare, report, scaling
-from bench.measure import peak
-from bench.peers import CLOSED_FORM, OURS, PEERS, adapter, run
-from bench.peers.problems import Problem
-from bench.peers.tasks import TARGET, TASKS, concrete, exact, flat, steps_to_target
 from hypergrad_ext import ops
 from hypergrad_ext.engines import choose
+
+pytest.importorskip("bench", reason="runs in a checkout, where bench/ is")
+
+from bench import compare, report, scaling  # noqa: E402
+from bench.measure import peak  # noqa: E402
+from bench.peers import CLOSED_FORM, OURS, PEERS, adapter, run  # noqa: E402
+from bench.peers.problems import Problem  # noqa: E402
+from bench.peers.tasks import TARGET, TASKS, concrete, exact, flat, steps_to_target  # noqa: E402
 
 BY_HAND = "by hand, _foreach"
 
@@ -143,18 +146,18 @@ def test_two_commits_slower_faster_level():
 
 @pytest.mark.slow
 def test_a_slow_commit_is_caught(tmp_path):
-    """Processes of two copies of the package, of which one sleeps in every solve."""
+    """Processes of two copies of the package, of which one does something else first in every solve."""
     root = Path(compare.__file__).parent.parent
     copy = tmp_path / "copy"
     for part in ("hypergrad_ext", "kernels"):
         shutil.copytree(root / part, copy / part)
     with (copy / "hypergrad_ext" / "inverse_hvp.py").open("a") as file:
-        file.write("\n_quick = inverse_hvp\n\n\ndef inverse_hvp(*a, **k):\n    import time\n\n    time.sleep(0.5)\n")
+        file.write("\n_quick = inverse_hvp\n\n\ndef inverse_hvp(*a, **k):\n    sum(range(10**7))\n")
         file.write("    return _quick(*a, **k)\n")
     base, head = compare.overlay(root, tmp_path / "base"), compare.overlay(copy, tmp_path / "head")
     arguments = ["--quick", "--problem", "logistic", "--task", "neumann20"]
     (verdict,) = compare.in_turn(base, head, 2, arguments)
-    assert verdict.judgement == "slower" and verdict.times < 0.9
+    assert verdict.judgement == "slower" and verdict.times < 0.7
 
 
 def made_up(peer: str, problem: str, task: str, times: float | None, status: str = run.OK) -> report.Row:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 
-QUICK_TASKS = ("neumann20", "cg20", "hypergradient")
+QUICK_TASKS = ("neumann20", "hypergradient")
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     from bench.peers import PEERS
 
     parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="three tasks, three rounds, without torch.compile")
+    parser.add_argument("--quick", action="store_true", help="two tasks, three rounds, without torch.compile")
     parser.add_argument("--problem", action="append", help="default: all")
     parser.add_argument("--task", action="append", help="default: all")
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="default: all")
