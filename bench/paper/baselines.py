@@ -44,7 +44,7 @@ class Protocol:
     lr: float = 0.5
     inner_steps: int = 5
     cold_steps: int = 200
-    judged_by: int = 2000
+    judged_by: int = 1000
     outer_lr: float = 0.05
     terms: int = 20
     per_axis: int = 10
@@ -54,7 +54,7 @@ def protocol(settings: Settings) -> Protocol:
     arms = ["Neumann, many", "identity, many", "truncated unrolling, many", "unrolling, many", "Neumann, 1"]
     arms += ["grid, 1", "random, 1", "Bayesian, 1", "random, 10", "Bayesian, 10", MEMORY]
     if settings.quick:
-        return Protocol(tuple(arms), max_steps=3000, max_seconds=1.5)
+        return Protocol(tuple(arms), max_steps=2000, max_seconds=1.5)
     return Protocol(tuple(arms), max_steps=20_000, max_seconds=20.0)
 
 
