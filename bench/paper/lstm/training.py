@@ -100,7 +100,7 @@ class Run:
         corpus: The text.
         setting: How.
         method: ``"none"`` trains without regularisation, ``"fixed"`` with the hyperparameters as they start,
-            ``"seven"`` and ``"many"`` tune them.
+            ``"seven"`` and ``"many"`` tune them, ``"identity"`` tunes the seven and the caller takes no products.
         seed: Of weights and masks.
     """
 
@@ -137,7 +137,7 @@ class Run:
     @property
     def tuned(self) -> bool:
         """Whether there are hyper-steps."""
-        return self.method in ("seven", "many")
+        return self.method in ("seven", "many", "identity")
 
     @property
     def finished(self) -> bool:
