@@ -127,8 +127,8 @@ def training_figure(results: Results) -> figures.Figure:
         1,
         f"{results.data}, an MLP in training, {results.settings.seeds} seeds (line: median, band: range). Residual of "
         "20 steps of every solver against the Hessian of that moment, whose number of negative eigenvalues is written "
-        "above. Below the dotted line something is gained: most by MINRES. Plain CG meets negative curvature and hands back "
-        "the start, on the line.",
+        "above. Below the dotted line something is gained: most by MINRES. Plain CG meets negative curvature and hands "
+        "back the start, on the line.",
         width=7.0,
     )
     axis = figure.subplots()
