@@ -200,20 +200,19 @@ class _CellBackwardInAllModes(_CellBackward):
 
 
 class _Layer(Function):
-    """``lstm_layer``, with the activations as a third output."""
+    """``lstm_layer``, with the activations as a third output.
+
+    Without ``setup_context``, for which torch would look up the signature of ``forward`` in every call.
+    """
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, h0, c0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, w_ih, bias, w_hh, h0, c0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
         rows = _rows(x) @ w_ih.T if bias is None else torch.addmm(bias, _rows(x), w_ih.T)
-        return ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        h, c, activations = output
-        x, w_ih, bias, *rest = inputs
+        h, c, activations = ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(activations, h, c, x, w_ih, *rest)
+        ctx.save_for_backward(activations, h, c, x, w_ih, w_hh, h0, c0)
         ctx.set_materialize_grads(False)
+        return h, c, activations
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
@@ -229,18 +228,14 @@ class _LayerBackward(Function):
     """
 
     @staticmethod
-    def forward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations) -> Any:  # type: ignore[no-untyped-def]
-        grads = ops.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
-        gates, grad_c0, dh, dc = grads
-        return *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0, gates, dh, dc
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        gates, dh, dc = output[6:]
+    def forward(ctx: Any, wanted, *inputs: Any) -> Any:  # type: ignore[no-untyped-def]
+        activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations = inputs
+        gates, grad_c0, dh, dc = ops.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
         ctx.mark_non_differentiable(gates, dh, dc)
-        ctx.wanted = inputs[0]
-        ctx.save_for_backward(*inputs[1:], gates, dh, dc)
+        ctx.wanted = wanted
+        ctx.save_for_backward(*inputs, gates, dh, dc)
         ctx.set_materialize_grads(False)
+        return *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0, gates, dh, dc
 
     @staticmethod
     def backward(ctx: Any, v_x, v_ih, v_bias, v_hh, v_h0, v_c0, *_: None) -> Any:  # type: ignore[no-untyped-def]

@@ -47,6 +47,7 @@ SMALL = Protocol(
     optimiser="adam",
     rate=3e-3,
     clip=1.0,
+    drop_after=None,
     stop_after=None,
     evaluate_every=100,
     dropout=0.2,
