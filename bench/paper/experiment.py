@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -229,6 +230,8 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
+    # Else the profiler writes two lines to the terminal every time.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as trace:
         work()
     now = peak = 0
