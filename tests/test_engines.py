@@ -436,7 +436,7 @@ class TestAuto:
     def test_short_solves_are_never_recorded(self):
         model = made("mlp_tanh")
         for _ in range(5):
-            assert self.solve(model, 9, hg.Neumann(choose.EXPLORE - 6)).engine == "eager"
+            assert self.solve(model, 9, hg.Neumann(choose.EXPLORE - 6, alpha=0.1)).engine == "eager"
         assert traced.counts.recorded == 0
 
     def test_measures_once_and_remembers(self, monkeypatch, caplog):

@@ -134,6 +134,9 @@ def _start(system: System, b: Tensor | None) -> Tensor:
         return torch.randn(n, generator=generator).to(space.device, space.dtype)
 
     r = noise(space.numel)
+    for part, used in zip(r.split(space.sizes), system.operator.used, strict=True):
+        if not used:  # its eigenvalue is known to be zero, and the right-hand side need not have a part in it
+            part.zero_()
     r /= torch.linalg.vector_norm(r)
     if b is None:
         return r
