@@ -151,7 +151,7 @@ void Recorder::write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* 
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   const at::Tensor target = arguments[0].toTensor();
   const bool named = depends(target);
-  if (!plain(target) || has_other_views(target)) {
+  if (!plain(target) || (named ? has_other_views(target) : dependent_.count(memory(target)) > 0)) {
     refuse(op.schema().name() + " writes to memory that has several views");
     return op.callBoxed(stack);
   }
@@ -241,7 +241,7 @@ Name Recorder::name_result(const at::Tensor& t) {
 
 bool Recorder::has_other_views(const at::Tensor& t) const {
   const auto seen = dependent_.find(memory(t));
-  if (seen == dependent_.end()) return false;
+  if (seen == dependent_.end()) return true;  // it got other memory
   const auto& views = seen->second.views;
   return std::any_of(views.begin(), views.end(), [&](const at::TensorImpl* view) {
     return view != t.unsafeGetTensorImpl() && !names_.at(view).shell.expired();

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
 from hypergrad_ext import _native
 from hypergrad_ext.engines import choose, traced
+from hypergrad_ext.engines.program import Program
+from hypergrad_ext.engines.record import record
 from tests.cases import mlp
 from tests.compare import assert_close, relative_error
 from tests.models import MODELS, batch, loss_of
@@ -326,6 +329,38 @@ class Hidden2(torch.autograd.Function):
         return torch.from_numpy(grad.detach().numpy() * 2)
 
 
+class Overlapping(torch.autograd.Function):
+    """Its backward pass writes the vector to one part of a buffer, and then to one that overlaps it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        buffer = torch.ones(len(grad) + 1, dtype=grad.dtype)
+        buffer[:-1].mul_(grad)
+        second = buffer[1:]
+        second.add_(grad)
+        return second
+
+
+class Transient(torch.autograd.Function):
+    """Notes the memory of what its backward pass computes on the way."""
+
+    seen: list[StorageWeakRef] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        return 6 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        half = grad * 2
+        Transient.seen.append(StorageWeakRef(half.untyped_storage()))
+        return half * 3
+
+
 class TestRefusals:
     @pytest.mark.parametrize("engine", REPLAYS)
     @pytest.mark.parametrize("function", [Rounded, Hidden])
@@ -340,6 +375,18 @@ class TestRefusals:
                     assert_close(operator @ v, hg.Hessian(loss, w, engine="eager") @ v, 1e-12)
                 assert operator.engine == "eager"
         assert len([r for r in caplog.records if "by backward passes" in r.message]) == 1
+
+    @pytest.mark.parametrize("engine", REPLAYS)
+    def test_writes_that_overlap(self, engine, caplog):
+        """What the second write finds depends on the vector, though nothing that is alive says so."""
+        w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+        loss = lambda w: Overlapping.apply(w).pow(2).sum()  # noqa: E731
+        operator = hg.Hessian(loss, w, engine=engine)
+        with caplog.at_level(logging.WARNING, "hypergrad_ext"):
+            for v in torch.randn(3, 5, dtype=torch.float64):
+                truth = hg.Hessian(loss, w, engine="eager") @ v
+                assert_close(operator @ v, truth, 1e-12)
+        assert "memory that has several views" in caplog.text
 
     @pytest.mark.parametrize("engine", REPLAYS)
     def test_checkpointed_models(self, engine):
@@ -418,6 +465,19 @@ class TestCache:
             assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) == before
         finally:
             gc.enable()
+
+
+@pytest.mark.skipif(_native._C is None, reason=f"only the C++ recorder lets go: {_native.MISSING}")
+def test_results_die_while_they_are_recorded():
+    w = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    gradient = hg.Hessian(lambda w: Transient.apply(w).pow(3).sum(), w).gradient
+    Transient.seen.clear()
+    recording, product = record(gradient.hvp, [torch.ones_like(w)])
+    assert len(Transient.seen) == 2 and all(storage.expired() for storage in Transient.seen)
+    run = Program(recording).run
+    v = [torch.randn_like(w)]
+    assert_close(run(v, recording.constants, recording.scalars), gradient.hvp(v), 1e-12)
+    assert_close(product, gradient.hvp([torch.ones_like(w)]), 1e-12)
 
 
 class TestAuto:
