@@ -402,7 +402,7 @@ class TestRefusals:
 
     def test_unknown_engine(self):
         with pytest.raises(
-            ValueError, match="engine: expected one of auto, eager, traced, native, compiled, got 'fast'"
+            ValueError, match="engine: expected one of auto, eager, traced, native, cuda_graph, compiled, got 'fast'"
         ):
             hg.Hessian(lambda w: w.sum(), torch.ones(2), engine="fast")
 
@@ -503,11 +503,11 @@ class TestAuto:
         """With clocks that say so: replaying is chosen, then refused, and the log says why."""
         model = made("mlp_tanh")
         with caplog.at_level(logging.INFO, "hypergrad_ext"):
-            monkeypatch.setattr(choose, "_seconds", lambda running, v: 1e-9)
+            monkeypatch.setattr(choose, "_seconds", lambda *_: 1e-9)
             engines = [self.solve(model, 9, hg.Neumann(5000, alpha=1e-4)).engine for _ in range(3)]
             assert engines[0] != "eager" and len(set(engines)) == 1
             choose.clear_histories()
-            monkeypatch.setattr(choose, "_seconds", lambda running, v: 1e9)
+            monkeypatch.setattr(choose, "_seconds", lambda *_: 1e9)
             recorded = traced.counts.recorded
             engines = [self.solve(model, 9, hg.Neumann(5000, alpha=1e-4)).engine for _ in range(3)]
         assert engines == ["eager"] * 3 and traced.counts.recorded == recorded + 1
@@ -517,7 +517,7 @@ class TestAuto:
         ]
 
     def test_a_function_that_is_never_the_same_is_left_alone(self, monkeypatch):
-        monkeypatch.setattr(choose, "_seconds", lambda running, v: 1e-9)
+        monkeypatch.setattr(choose, "_seconds", lambda *_: 1e-9)
         model = made("mlp_tanh")
         for n in range(5, 25):
             self.solve(model, n, hg.Neumann(2000, alpha=1e-4))

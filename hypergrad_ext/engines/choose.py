@@ -4,6 +4,7 @@
 second one, if `EXPLORE` products are to be expected (the solver's steps, or as many as the last solve took),
 records one product, compiles it and times it. What was found (seconds per product either way, seconds to
 start) is remembered, and from then on a solve is replayed exactly if that is expected to be faster.
+On a GPU the same with a CUDA graph, if launching a product takes the host as long as the GPU takes to run it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import _native, backends
-from hypergrad_ext.engines import native, traced
+from hypergrad_ext.engines import cuda_graph, native, traced
 from hypergrad_ext.engines.batches import BatchedGradient
 from hypergrad_ext.engines.eager import RetainedGradient
 from hypergrad_ext.engines.traced import TracedGradient
 
-ENGINES = ("auto", "eager", "traced", "native", "compiled")
+ENGINES = ("auto", "eager", "traced", "native", "cuda_graph", "compiled")
 
 # Products still to come that make it worth finding out whether replaying them is faster: recording and compiling
 # take about as long as ten to thirty of them.
@@ -97,8 +98,8 @@ class Products:
         self._device = gradient.leaves[0].device
         self._traced: TracedGradient | None = None
         self.reason = "asked for" if engine != "auto" else ""
-        if engine == "auto" and self._device.type != "cpu":
-            self.reason = "auto runs backward passes on a GPU"
+        if engine == "auto" and self._device.type != "cpu" and cuda_graph.unavailable(self._device):
+            self.reason = cuda_graph.unavailable(self._device)
         elif engine == "auto" and torch.are_deterministic_algorithms_enabled():
             # The engines round differently, and which one runs is for a clock to say.
             self.reason = "deterministic algorithms"
@@ -108,7 +109,7 @@ class Products:
 
     @property
     def engine(self) -> str:
-        """The engine in use: ``"eager"``, ``"traced"``, ``"native"`` or ``"compiled"``."""
+        """The engine in use: ``"eager"``, ``"traced"``, ``"native"``, ``"cuda_graph"`` or ``"compiled"``."""
         return "eager" if self._traced is None else self._traced.form
 
     def expect(self, products: int) -> None:
@@ -141,12 +142,15 @@ class Products:
             return self._traced.hvp(v)
         return self._gradient.hvp(v) if self._eager else self._start(v)
 
-    def bound(self, v: Sequence[Tensor], backend: str | None) -> native.Bound | None:
-        """The native plan with this solve's data, if products run on it; recorded with ``v`` if need be."""
-        if self._eager or torch._C._len_torch_dispatch_stack() > 0 or not _native_may_run(self._device, backend):
+    def bound(self, v: Sequence[Tensor], backend: str | None) -> native.Bound | cuda_graph.Bound | None:
+        """What runs whole solves with this solve's data, if products run on it; recorded with ``v`` if need be."""
+        if self._eager or torch._C._len_torch_dispatch_stack() > 0:
+            return None
+        form = _form(self._device, backend)
+        if form == "traced" or self._asked not in ("auto", form):
             return None
         if self._traced is None:
-            if self._asked == "compiled" or self._asked == "traced" or not self._worth_it():
+            if not self._worth_it():
                 return None
             self._start(v)
         return self._traced.bound_now() if self._traced is not None else None
@@ -184,16 +188,26 @@ class Products:
         return left * (history.eager - history.replay) > history.start
 
     def _start(self, v: Sequence[Tensor]) -> list[Tensor]:
+        assert isinstance(self._gradient, RetainedGradient)
         form = self._asked
         if form == "auto":
-            form = "native" if _native_may_run(self._device, None) else "traced"
-        compiled, begin = traced.counts.compiled, time.perf_counter()
-        assert isinstance(self._gradient, RetainedGradient)
+            form = _form(self._device, None)
+            if form == "cuda_graph" and self._history.replay is None and not self._launch_bound(v):
+                self._history.refusal = self.reason = "the GPU takes longer than launching does"
+                self._eager = True
+                return self._gradient.hvp(v)
+        made, begin = traced.counts.made, time.perf_counter()
         self._traced = TracedGradient(self._gradient, form)
         result = self._traced.start(v)
         if self._asked == "auto":
-            self._learn(v, time.perf_counter() - begin, traced.counts.compiled > compiled)
+            self._learn(v, time.perf_counter() - begin, traced.counts.made > made)
         return result
+
+    def _launch_bound(self, v: Sequence[Tensor]) -> bool:
+        bound, seconds = cuda_graph.launch_bound(lambda: self._gradient.hvp(v), self._device)
+        # What was known was the time to launch it.
+        self._history.eager = seconds
+        return bound
 
     def _learn(self, v: Sequence[Tensor], seconds: float, compiled: bool) -> None:
         history, running = self._history, self._traced
@@ -209,7 +223,7 @@ class Products:
             history.misses = 0
             history.start = seconds
         if running.form != "eager" and history.replay is None:
-            history.replay = min(_seconds(running, v) for _ in range(3))
+            history.replay = min(_seconds(running, v, self._device) for _ in range(3))
             ratio = (history.eager or 0.0) / history.replay
             if history.replay > GAIN * (history.eager or 0.0):
                 history.refusal = f"a replayed product takes {1 / max(ratio, 1e-9):.2f} of a backward pass"
@@ -228,10 +242,20 @@ class Products:
             self._traced, self._eager = None, True
 
 
-def _seconds(running: TracedGradient, v: Sequence[Tensor]) -> float:
+def _seconds(running: TracedGradient, v: Sequence[Tensor], device: torch.device) -> float:
+    if not cuda_graph.unavailable(device):
+        return cuda_graph.launch_bound(lambda: running.hvp(v), device)[1]
     begin = time.perf_counter()
     running.hvp(v)
     return time.perf_counter() - begin
+
+
+def _form(device: torch.device, backend: str | None) -> str:
+    """The fastest form of a replay on this device with this backend for the steps."""
+    if not cuda_graph.unavailable(device):
+        # A graph's steps are those of the default backend.
+        return "cuda_graph" if backend is None else "traced"
+    return "native" if _native_may_run(device, backend) else "traced"
 
 
 def _native_may_run(device: torch.device, backend: str | None) -> bool:
