@@ -473,7 +473,7 @@ def test_results_die_while_they_are_recorded():
     gradient = hg.Hessian(lambda w: Transient.apply(w).pow(3).sum(), w).gradient
     Transient.seen.clear()
     recording, product = record(gradient.hvp, [torch.ones_like(w)])
-    assert len(Transient.seen) == 2 and all(storage.expired() for storage in Transient.seen)
+    assert Transient.seen and all(storage.expired() for storage in Transient.seen)
     run = Program(recording).run
     v = [torch.randn_like(w)]
     assert_close(run(v, recording.constants, recording.scalars), gradient.hvp(v), 1e-12)
