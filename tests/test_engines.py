@@ -516,6 +516,19 @@ class TestAuto:
             "eager",
         ]
 
+    def test_one_slow_start_does_not_decide_for_ever(self):
+        model = made("mlp_tanh")
+        self.solve(model, 9, hg.Neumann(20))
+        (history,) = choose._histories.values()
+        history.eager, history.replay, history.start, history.starts = 1e3, 1e-9, 1e6, 1
+        assert self.solve(model, 9, hg.Neumann(20)).engine != "eager"
+        assert history.starts == 2 and history.start < 1e6
+        # Measured twice, it is believed, but a little less every time.
+        history.start = 1e6
+        for n in (1, 2):
+            assert self.solve(model, 9, hg.Neumann(20)).engine == "eager"
+            assert history.start == pytest.approx(choose.FADE**n * 1e6)
+
     def test_a_function_that_is_never_the_same_is_left_alone(self, monkeypatch):
         monkeypatch.setattr(choose, "_seconds", lambda *_: 1e-9)
         model = made("mlp_tanh")

@@ -35,6 +35,9 @@ LONG = 64
 GAIN = 0.9
 # Programs in a row that were compiled for one solve and not used by another: then the function is never the same.
 PATIENCE = 3
+# Every time that `start` is what speaks against replaying it is taken for this much less, so that one bad measurement
+# on a busy machine is not the last; and it is never taken for more than this much more than it was.
+FADE, RISE = 0.99, 1.02
 _HISTORY_SIZE = 256
 
 _logger = logging.getLogger("hypergrad_ext")
@@ -50,7 +53,8 @@ class History:
         products: Products of the last solve.
         eager: Seconds per product by a backward pass; None before the first.
         replay: Seconds per product replayed; None before the first.
-        start: Seconds to record and bind, without compilation.
+        start: Seconds to record and bind, without compilation; None before the first.
+        starts: How many times that was measured.
         misses: Solves in a row that had to compile.
         refusal: Why this function is left to backward passes.
     """
@@ -58,7 +62,8 @@ class History:
     products: int = 0
     eager: float | None = None
     replay: float | None = None
-    start: float = 0.0
+    start: float | None = None
+    starts: int = 0
     misses: int = 0
     refusal: str = ""
 
@@ -95,6 +100,7 @@ class Products:
         self._expected = self._history.products
         self._seen = self._history.products > 0
         self._made = 0
+        self._declined = False
         self._device = gradient.leaves[0].device
         self._traced: TracedGradient | None = None
         self.reason = "asked for" if engine != "auto" else ""
@@ -170,7 +176,7 @@ class Products:
         result = run(v)
         seconds = (time.perf_counter() - begin) / products
         known = self._history.eager
-        self._history.eager = seconds if known is None else min(known * 1.02, seconds)
+        self._history.eager = seconds if known is None else min(known * RISE, seconds)
         return result
 
     def _worth_it(self) -> bool:
@@ -180,12 +186,20 @@ class Products:
         if history.refusal:
             self._eager, self.reason = True, history.refusal
             return False
-        if history.eager is None or history.replay is None:
+        if history.eager is None or history.replay is None or history.start is None:
             # Without one backward pass there is nothing to compare with.
             return history.eager is not None and (left >= (EXPLORE if self._seen else LONG) or self._made > LONG)
         # A solve that goes on longer than expected is expected to go on.
         left = max(left, self._made - LONG)
-        return left * (history.eager - history.replay) > history.start
+        if left * (history.eager - history.replay) > history.start:
+            return True
+        if history.starts < 2 and left >= EXPLORE:
+            # The first recording of a process is not like the others.
+            return True
+        if not self._declined:
+            self._declined = True
+            history.start *= FADE
+        return False
 
     def _start(self, v: Sequence[Tensor]) -> list[Tensor]:
         assert isinstance(self._gradient, RetainedGradient)
@@ -216,12 +230,13 @@ class Products:
             history.refusal = running.reason
         elif compiled:
             history.misses += 1
-            history.start = running.seconds
+            seconds = running.seconds
             if history.misses > PATIENCE:
                 history.refusal = "every solve is another program"
         else:
             history.misses = 0
-            history.start = seconds
+        history.starts += 1
+        history.start = seconds if history.start is None else min(history.start * RISE, seconds)
         if running.form != "eager" and history.replay is None:
             history.replay = min(_seconds(running, v, self._device) for _ in range(3))
             ratio = (history.eager or 0.0) / history.replay
