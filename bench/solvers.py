@@ -6,6 +6,7 @@ Writes ``bench/results/solver_products_*``, ``solver_seconds_*`` and the plot of
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +59,12 @@ def network(damping: float) -> Tensor:
     return h + (damping + shift) * torch.eye(len(h), dtype=F64)
 
 
-def problems() -> dict[str, Tensor]:
-    """Spectra: spread, with outliers, real, and indefinite."""
+@functools.cache
+def problems() -> dict[str, tuple[Tensor, Tensor]]:
+    """Matrix and right-hand side of every spectrum, the same for the table and the plot."""
+    torch.manual_seed(0)
     signs = torch.where(torch.arange(300) % 3 == 0, -1.0, 1.0).double()
-    return {
+    matrices = {
         "log-spread": with_eigenvalues(torch.logspace(0, -2, 300, dtype=F64)),
         "log-spread, wide": with_eigenvalues(torch.logspace(0, -4, 300, dtype=F64)),
         "20 outliers": with_eigenvalues(
@@ -73,6 +76,7 @@ def problems() -> dict[str, Tensor]:
         "network, d 1e-3": network(1e-3),
         "indefinite": with_eigenvalues(signs * torch.logspace(0, -1, 300, dtype=F64)),
     }
+    return {name: (a, torch.randn(len(a), dtype=F64)) for name, a in matrices.items()}
 
 
 def error_of(a: Tensor, b: Tensor, truth: Tensor, solver: hg.Solver) -> tuple[float, int]:
@@ -99,9 +103,8 @@ def products_to(a: Tensor, b: Tensor, truth: Tensor, make: Callable[[int], hg.So
 def count_products() -> list[dict[str, object]]:
     """Products to errors of 1e-1, 1e-2 and 1e-3."""
     rows: list[dict[str, object]] = []
-    for name, a in problems().items():
+    for name, (a, b) in problems().items():
         magnitudes = torch.linalg.eigvalsh(a).abs()
-        b = torch.randn(len(a), dtype=F64)
         truth = torch.linalg.solve(a, b)
         row: dict[str, object] = {"problem": name, "condition": f"{float(magnitudes.max() / magnitudes.min()):.1e}"}
         for solver, make in SOLVERS.items():
@@ -121,10 +124,8 @@ def plot() -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharey=True, layout="constrained")
     chosen = ("log-spread", "20 outliers", "network, d 1e-3", "indefinite")
-    every = problems()
     for axis, name in zip(axes.flat, chosen, strict=True):
-        a = every[name]
-        b = torch.randn(len(a), dtype=F64)
+        a, b = problems()[name]
         truth = torch.linalg.solve(a, b)
         for colour, (solver, make) in enumerate(SOLVERS.items()):
             points = [error_of(a, b, truth, make(k)) for k in sorted({round(10 ** (i / 8)) for i in range(21)})]

@@ -11,13 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hypergrad_ext.engines import RetainedGradient
+from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.linear_solve import SolverChoice, solve_for
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.solvers.base import check_number
-from hypergrad_ext.structure import Leaves, Tree, check_real, take_apart
+from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart
 
 Unused = Literal["warn", "zeros", "error"]
 """What to do with hyperparameters that no loss depends on: zeros with a warning, zeros, or an error."""
@@ -75,14 +77,36 @@ class Bilevel:
         backend: str | None,
         operator: LinearOperator | None,
         state: SolverState | None,
+        lower: float | None = None,
     ) -> Solution:
         """``(H + d I) x = dL_V/dw``, with H the Hessian or the ``operator`` given in its place."""
         if operator is None:
             operator = self.hessian if self._as_it_is else _Plain(self.hessian, self._scale)
         v = self.hessian.params.rebuild(self._v)
         return solve_for(
-            operator, v, "params", solver, damping=damping, x0=x0, residual=residual, backend=backend, state=state
+            operator,
+            v,
+            "params",
+            solver,
+            damping=damping,
+            x0=x0,
+            residual=residual,
+            backend=backend,
+            state=state,
+            lower=lower,
         )
+
+    def bounded(self, solution: Solution) -> Solution:
+        """The solution with what its error may do to the hypergradient, where that is known."""
+        gradient = self.hessian.gradient
+        if solution.error_bound is None or not isinstance(gradient, RetainedGradient):
+            return solution
+        norms = mixed_norms(gradient, self.hparams.tensors)
+        if norms is None:
+            return solution
+        factor = float(solution.error_bound) / self._scale
+        bound = self.hparams.rebuild([norm * factor for norm in norms])
+        return dataclasses.replace(solution, hypergradient_bound=tuple(bound) if isinstance(bound, list) else bound)
 
     def hypergradient(self, solution: Solution) -> tuple[list[Tensor], Solution]:
         """The hypergradient, one tensor per hyperparameter, and the solution it came from.
@@ -168,10 +192,11 @@ class Bilevel:
         return v, self._unscaled(outer) if direct else [None] * len(self.hparams.tensors)
 
     def _unscaled(self, derivatives: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Derivatives of a loss from those of its multiple."""
+        """Derivatives of a loss, dense, from those of its multiple."""
+        whole = [None if t is None else dense(t) for t in derivatives]
         if self._scale == 1:
-            return list(derivatives)
-        return [None if t is None else _at_least_float32(t) / self._scale for t in derivatives]
+            return whole
+        return [None if t is None else _at_least_float32(t) / self._scale for t in whole]
 
 
 class _Plain(LinearOperator):

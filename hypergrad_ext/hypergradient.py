@@ -23,6 +23,7 @@ def hypergradient(
     damping: float | Literal["auto"] = 0.0,
     x0: Tree | None = None,
     state: SolverState | None = None,
+    lower: float | None = None,
     direct: bool = True,
     batches: Iterable[Any] | None = None,
     stochastic: bool = False,
@@ -54,6 +55,9 @@ def hypergradient(
         damping: d >= 0, or ``"auto"``; see `solve`.
         x0: Start of the solve, such as ``solution.value`` of the last outer step.
         state: What the last outer step's solve left, its solution included; see `SolverState`.
+        lower: A number that no eigenvalue of H (without damping) is below, if you know one; see `solve`. With
+            ``return_solution``, `Solution.error_bound` bounds the error of the solve, and
+            `Solution.hypergradient_bound` what of it gets into every element of the hypergradient.
         direct: Whether the direct gradient, :math:`\partial L_V / \partial \lambda`, counts.
         batches: An iterable of what ``train_loss``, then a function, takes as second argument (a list or a
             ``DataLoader``): both of its derivatives are those of the mean over them, see `Hessian`. For several
@@ -80,7 +84,8 @@ def hypergradient(
         SolveError: If the solve failed or the result is not finite, and ``throw``.
 
     Cost: a training gradient, a validation gradient, the solve, one product with the mixed derivative, and
-    with ``return_solution`` one Hessian-vector product for the true residual.
+    with ``return_solution`` one Hessian-vector product for the true residual, and with ``lower`` too one backward pass
+    for every element of ``hparams``, if there are 64 at most.
 
     The cheaper approximations in use are choices of the solver:
 
@@ -122,6 +127,7 @@ def hypergradient(
         backend=backend,
         operator=operator,
         state=state,
+        lower=lower,
     )
     report(solution, throw)
     grads, judged = problem.hypergradient(solution)
@@ -129,4 +135,4 @@ def hypergradient(
         report(judged, throw)
     result = problem.hparams.rebuild(grads)
     result = tuple(result) if isinstance(result, list) else result
-    return (result, judged) if return_solution else result
+    return (result, problem.bounded(judged)) if return_solution else result

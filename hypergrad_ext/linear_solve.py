@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hypergrad_ext.error_bound import check_lower, solution_bound
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
 from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
@@ -21,6 +22,8 @@ SolverChoice = Solver | Literal["auto"]
 
 # A true residual this far above the tolerance means that rounding, not the stopping test, decided.
 _STAGNATION = 2.0
+# Steps in low precision after which that is looked into, asked or not.
+_CHECKED = 20
 # For automatic damping: steps that look for the most negative eigenvalue, what is not rounding, and the first increase.
 _DAMPING_STEPS = 20
 _NEGATIVE = 1e-6
@@ -35,6 +38,7 @@ def solve(
     damping: float | Literal["auto"] = 0.0,
     x0: Tree | None = None,
     state: SolverState | None = None,
+    lower: float | None = None,
     throw: bool = False,
     residual: bool = True,
     history: bool = False,
@@ -51,9 +55,13 @@ def solve(
             curvature or diverges all the same. `Solution.damping` is what was taken.
         x0: Start from this instead of zero.
         state: What the last solve of a slowly changing system left; see `SolverState`.
+        lower: A number that no eigenvalue of H (without damping) is below, if you know one: the least L2 penalty of a
+            convex loss, 0 for a Gauss-Newton matrix. With it `Solution.error_bound` is certain. By default the
+            operator's own ``lower``. Refused where the solution shows it to be wrong.
         throw: Raise `SolveError` on failure instead of returning it as a status.
         history: Keep the residual's norm at every step in `Solution.history`.
-        residual: Spend one more product per right-hand side on the true residual.
+        residual: Spend one more product per right-hand side on the true residual. Below float64 that is done in any
+            case after 20 steps to a tolerance, where rounding may have hidden what the recurrence knows.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:
@@ -61,8 +69,8 @@ def solve(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape, device or value, or the solver needs a
-            symmetric operator and this one is not.
+        ValueError: If an argument has the wrong shape, device or value, the solver needs a
+            symmetric operator and this one is not, or an eigenvalue is below ``lower``.
         SolveError: If the solve failed and ``throw``.
 
     Cost: the solver's products, one for ``residual``, one for ``x0`` and 20 for ``damping="auto"``.
@@ -88,6 +96,7 @@ def solve(
         backend=backend,
         state=state,
         history=history,
+        lower=lower,
     )
     if throw and solution.useless:
         raise SolveError(solution)
@@ -125,6 +134,7 @@ def solve_for(
     backend: str | None,
     state: SolverState | None = None,
     history: bool = False,
+    lower: float | None = None,
 ) -> Solution:
     """Check the arguments, one of which is called ``argument`` by its user, and solve."""
     solver = choose(solver, operator)
@@ -133,6 +143,7 @@ def solve_for(
             raise ValueError(f"damping: expected a number or 'auto', got {damping!r}")
     else:
         check_number("damping", damping, positive=False)
+    lower = check_lower(operator.lower if lower is None else lower)
     packed = operator.space.pack(argument, b)
     start = None if x0 is None else operator.space.pack("x0", x0, rows=packed.rows or 0).flat
     if state is None:
@@ -142,10 +153,10 @@ def solve_for(
     state.check(operator.space)
     with torch.no_grad():
         if isinstance(damping, str):
-            return _solve_damped(operator, backend, state, packed, start, solver, residual, history)
+            return _solve_damped(operator, backend, state, packed, start, solver, residual, history, lower)
         system = System(operator, damping, backend, state)
         system.history = [] if history else None
-        return _solve_packed(system, packed, start, solver, residual)
+        return _solve_packed(system, packed, start, solver, residual, lower)
 
 
 def _solve_damped(
@@ -157,6 +168,7 @@ def _solve_damped(
     solver: Solver,
     residual: bool,
     history: bool,
+    lower: float | None,
 ) -> Solution:
     """Solve with damping from the most negative Ritz value, and more if that was not enough."""
     system = System(operator, 0.0, backend, state)
@@ -170,7 +182,7 @@ def _solve_damped(
         system = System(operator, damping, backend, state)
         system.hvps, system.history = spent, [] if history else None
         kept = replace(packed, flat=packed.flat.clone())
-        solution = _solve_packed(system, kept, None if start is None else start.clone(), solver, residual)
+        solution = _solve_packed(system, kept, None if start is None else start.clone(), solver, residual, lower)
         negative = solution.indefinite or solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED)
         if not negative or not math.isfinite(found.size) or attempt == 3:
             break
@@ -179,7 +191,9 @@ def _solve_damped(
     return solution
 
 
-def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool) -> Solution:
+def _solve_packed(
+    system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool, lower: float | None
+) -> Solution:
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
     b, operator = packed.flat, system.operator
     if not system.damping:
@@ -206,28 +220,55 @@ def _solve_packed(system: System, packed: Packed, x0: Tensor | None, solver: Sol
         x0, rhs = _warm(system, b, b_norm)
     _begin(system)
     scale = power_of_two_scale(rhs)
+    start = b_norm if x0 is None else torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+    start = start * scale
     outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
+    _drop_worse_than_start(outcome, start)
     x = outcome.x / scale[..., None]
     if x0 is not None:
         x += x0
 
-    relative = None
-    if residual:
-        norms = torch.linalg.vector_norm(b - system.apply(x), dim=-1, dtype=torch.float64)
+    relative, bound, tol = None, None, getattr(solver, "tol", None)
+    # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
+    doubtful = tol is not None and b.dtype is not torch.float64 and outcome.steps >= _CHECKED
+    if residual or doubtful and not isinstance(solver, Auto):
+        ax = system.apply(x)
+        r = b - ax
+        norms = torch.linalg.vector_norm(r, dim=-1, dtype=torch.float64)
         relative = torch.where(b_norm > 0, norms / b_norm, norms)
-        tol = getattr(solver, "tol", None)
+        if lower is not None:
+            bound = solution_bound(system, x, r, ax, lower)
         for row, value in enumerate(relative.reshape(-1).tolist()):
             if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
                 outcome.statuses[row] = Status.STAGNATED
+        lost = torch.tensor([s is Status.STAGNATED for s in outcome.statuses], device=b.device).view_as(norms)
+        lost &= ~(norms * scale < start)
+        if bool(lost.any()):
+            x = torch.where(lost[..., None], 0 if x0 is None else x0, x)
+            relative = torch.where(lost, start / scale / b_norm, relative)
+            if bound is not None:
+                bound = torch.where(lost, start / scale / (norms / bound), bound)
     if any(bad):
         x = torch.where(finite[..., None], x, torch.nan)
         outcome.statuses = [
             Status.NON_FINITE_INPUT if row_bad else status
             for row_bad, status in zip(bad, outcome.statuses, strict=True)
         ]
-    solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale, b_norm)
+    solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale, bound)
     _finish(system, x, solution)
     return solution
+
+
+def _drop_worse_than_start(outcome: Outcome, start: Tensor) -> None:
+    """Set failed rows to zero, the start, unless their residual is known to be below it."""
+    failed = [row for row, s in enumerate(outcome.statuses) if s.failed or s is Status.NEGATIVE_CURVATURE]
+    if not failed:
+        return
+    norms, x = start.reshape(-1).tolist(), outcome.x if outcome.x.dim() == 2 else outcome.x[None]
+    residuals = outcome.residuals or [math.inf] * len(norms)
+    for row in failed:
+        if not residuals[row] < norms[row]:
+            x[row].zero_()
 
 
 def _warm(system: System, b: Tensor, b_norm: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -272,14 +313,15 @@ def _solution(
     solver: Solver,
     relative: Tensor | None,
     b_norm: Tensor | None,
-    true_norm: Tensor | None = None,
+    bound: Tensor | None = None,
 ) -> Solution:
     status, history = worst(outcome.statuses), system.history
     useless = status.failed
-    lower = system.operator.lower
-    bound = None
-    if relative is not None and lower is not None and lower + system.damping > 0 and true_norm is not None:
-        bound = relative * torch.where(true_norm > 0, true_norm, 1) / (lower + system.damping)
+    if relative is not None:
+        values = relative.reshape(-1).tolist()
+        useless |= any(
+            s is Status.STAGNATED and not value < 1 for s, value in zip(outcome.statuses, values, strict=True)
+        )
     if outcome.residuals is not None and b_norm is not None:
         # On an indefinite operator the iterate before the bad direction can be worse than zero.
         useless |= any(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -85,17 +85,20 @@ class Solution:
     r"""Result of solving :math:`(H + d I) x = b`.
 
     Attributes:
-        value: ``x`` in the structure, shapes and dtypes of ``b``.
+        value: ``x`` in the structure, shapes and dtypes of ``b``. Where the solve failed or met negative curvature: the
+            iterate before that, if its residual is below that of the start, else the start (``x0`` or zero). NaN where
+            ``b`` is not finite.
         status: How the solve ended; for a batch, the worst of its members.
         steps: Steps taken; for a batch, by the member that took most.
         hvps: Hessian-vector products spent, those for the step size and the residual included; a
             product with a batch of k vectors counts k.
         residual_norm: True relative residual ``|b - (H + d I) x| / |b|``: a float, or a ``(k,)`` tensor
-            for a batch; None if it was not asked for.
-        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where the
-            operator knows its ``lower`` bound of the eigenvalues and the residual was asked for: a float or a ``(k,)``
-            tensor.
-            Times the norm of the mixed derivative it bounds the error of a hypergradient.
+            for a batch; None if it was not measured.
+        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where ``lower``
+            is known (given, or by the operator) and the residual was asked for: a float or a ``(k,)`` tensor.
+        hypergradient_bound: For every element of the hyperparameters, what a hypergradient may be off by because of
+            ``error_bound``: the norm of its column of the mixed derivative times that. In the structure of the
+            hyperparameters, float64; None unless `hypergradient` had ``lower``, and for more than 64 elements.
         history: If asked for, relative norms of the residual as the solver saw them: one list per step, of one number
             per right-hand side.
         solver: The solver that ran, after any automatic choice.
@@ -103,21 +106,22 @@ class Solution:
         alpha: The step size of a series, given or found.
         damping: The damping d that was used, given or found.
         indefinite: Whether the operator was found to have negative eigenvalues, though the solve went on.
-        useless: Whether the value is no better than none: the solve failed, or met negative curvature
-            while the residual was not below that of ``x = 0``.
+        useless: Whether the value is no better than none: the solve failed, or met negative curvature or
+            stagnated while the residual was not below that of ``x = 0``.
         statuses: For a batch, the status of every member.
         engine: What ran the products of a loss at the end of the solve: ``"eager"``, ``"traced"``, ``"native"``,
             ``"cuda_graph"`` or ``"compiled"``; None for other operators.
     """
 
-    value: Tree
+    value: Tree = field(repr=False)  # or print(solution) would be pages of weights
     status: Status
     steps: int
     hvps: int
     residual_norm: float | Tensor | None
     solver: Solver
     error_bound: float | Tensor | None = None
-    history: list[list[float]] | None = None
+    hypergradient_bound: Tree | None = None
+    history: list[list[float]] | None = field(default=None, repr=False)
     detail: str = ""
     alpha: float | None = None
     damping: float = 0.0

@@ -85,7 +85,7 @@ def _rebuild(tree: Tree, leaves: Iterator[Any]) -> Tree:
 
 
 def check_real(leaves: Leaves) -> None:
-    """Refuse integer and complex tensors.
+    """Refuse integer, complex and sparse tensors.
 
     Raises:
         TypeError: Naming the first such tensor.
@@ -93,6 +93,13 @@ def check_real(leaves: Leaves) -> None:
     for name, t in zip(leaves.names, leaves.tensors, strict=True):
         if not t.is_floating_point():
             raise TypeError(f"{name}: expected a real floating point tensor, got {t.dtype}")
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got one of layout {t.layout}")
+
+
+def dense(t: Tensor) -> Tensor:
+    """A derivative as the solvers take it: that of ``nn.Embedding(sparse=True)`` is sparse."""
+    return t.to_dense() if t.is_sparse else t
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ class Space:
         """
         leaves = take_apart(argument, tree)
         order = self._order(argument, leaves)
-        tensors = [leaves.tensors[i] for i in order]
+        tensors = [dense(leaves.tensors[i]) for i in order]
         batch = self._batch(argument, leaves, order) if rows is None else rows or None
         for i, t, shape, dtype in zip(order, tensors, self.shapes, self.dtypes, strict=True):
             expected = shape if batch is None else (batch, *shape)
@@ -178,6 +185,11 @@ class Space:
                 raise TypeError(f"{leaves.names[i]}: expected {dtype} or {self.dtype}, got {t.dtype}")
             if t.device != self.device:
                 raise ValueError(f"{leaves.names[i]}: expected device {self.device}, got {t.device}")
+            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+                raise TypeError(
+                    f"{leaves.names[i]}: expected a plain tensor, got one inside a transform of torch.func; "
+                    "in the place of vmap give it a leading dimension"
+                )
         lead = () if batch is None else (batch,)
         if graph:
             flat = torch.cat([t.reshape(*lead, -1).to(self.dtype) for t in tensors], dim=-1)

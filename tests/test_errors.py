@@ -36,6 +36,11 @@ PARAMS_CASES = {
         "params: expected a real floating point tensor, got torch.int64",
     ),
     "complex": (torch.ones(3, dtype=torch.complex64), TypeError, "params: .* got torch.complex64"),
+    "sparse": (
+        torch.eye(3).to_sparse(),
+        TypeError,
+        "params: expected a dense tensor, got one of layout torch.sparse_coo",
+    ),
     "empty list": ([], ValueError, "params: expected at least one tensor, got an empty list"),
     "no elements": (torch.ones(0, requires_grad=True), ValueError, "params: expected at least one element"),
     "not a tensor": ([W, 1.0], TypeError, r"params\[1\]: expected a tensor, got float"),
@@ -86,6 +91,13 @@ def test_params(value, error, message):
 def test_vector(value, error, message):
     with pytest.raises(error, match=message):
         hg.inverse_hvp(quadratic, W, value)
+
+
+def test_vmap_is_referred_to_batches():
+    with pytest.raises(
+        TypeError, match=r"v: expected a plain tensor.*in the place of vmap give it a leading dimension"
+    ):
+        torch.func.vmap(lambda v: hg.inverse_hvp(quadratic, W, v))(torch.ones(2, 3))
 
 
 def test_members_of_a_batch_must_agree():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -148,6 +151,17 @@ def test_compiled_module(backend, engine):
         for key in v:
             torch.testing.assert_close(product[f"_orig_mod.{key}"], truth[key], rtol=1e-12, atol=1e-14)
     assert operator.engine == engine or engine == "auto"
+
+
+def test_the_compiler_is_not_imported_where_nobody_compiles():
+    """It takes as long to import as torch does."""
+    lines = (
+        "import sys, torch, hypergrad_ext as hg",
+        "hg.inverse_hvp(lambda w: (w**4).sum(), torch.ones(3), torch.ones(3))",
+        "assert 'torch._dynamo' not in sys.modules",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_autocast():

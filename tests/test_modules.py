@@ -136,6 +136,26 @@ class TestBatchNorm:
         assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
+@pytest.mark.parametrize("engine", ["auto", "eager", "traced", "native"])
+def test_an_embedding_with_sparse_gradients(engine):
+    """Its derivatives reach the solvers dense, whether a penalty made them so or not."""
+    dense, sparse = (nn.Embedding(7, 3, sparse=s, dtype=torch.double) for s in (False, True))
+    sparse.load_state_dict(dense.state_dict())
+    lam = torch.zeros(7, 3, dtype=torch.double, requires_grad=True)
+
+    def run(model: nn.Embedding) -> list:
+        train = F.cross_entropy(model(Y) * lam[Y].exp(), Y)
+        val = F.cross_entropy(model(Y[:5]) + lam[Y[:5]], Y[:5])
+        w = model.weight
+        (v,) = torch.autograd.grad(val, w, retain_graph=True)
+        return [
+            hg.inverse_hvp(train, w, v, CG, damping=0.1, engine=engine),
+            hg.hypergradient(val, train, w, lam, CG, damping=0.1, engine=engine),
+        ]
+
+    assert_close(run(sparse), run(dense), 1e-10)
+
+
 def test_dropout_uses_one_mask_per_solve():
     """With a new mask per product CG would see another matrix each time and could not reach 1e-12."""
     model = nn.Sequential(nn.Linear(6, 40), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 3)).double()

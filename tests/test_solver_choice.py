@@ -210,20 +210,77 @@ class TestReport:
     def test_error_bound_holds_and_is_tight_for_the_worst_direction(self):
         a = with_eigenvalues(torch.logspace(0, -2, 30, dtype=F64))
         operator = hg.DenseMatrix(a)
-        operator.lower = 1e-2
         b = torch.randn(3, 30, dtype=F64)
         truth = torch.linalg.solve(a + 0.1 * torch.eye(30, dtype=F64), b.T).T
         for steps in (1, 5, 20):
-            solution = hg.solve(operator, b, hg.CG(max_steps=steps), damping=0.1)
+            solution = hg.solve(operator, b, hg.CG(max_steps=steps), damping=0.1, lower=1e-2)
             errors = torch.linalg.vector_norm(solution.value - truth, dim=1)
             assert bool((errors <= solution.error_bound * (1 + 1e-9)).all())
         worst = torch.linalg.eigh(a).eigenvectors[:, 0]
+        operator.lower = 1e-2
         solution = hg.solve(operator, worst, hg.Neumann(0, alpha=1.0))
         error = float(torch.linalg.vector_norm(solution.value - worst / 1e-2))
         assert solution.error_bound == pytest.approx(error, rel=1e-6)
 
     def test_error_bound_is_none_where_nothing_is_known(self):
         assert hg.solve(hg.DenseMatrix(torch.eye(2)), torch.ones(2)).error_bound is None
+
+    def test_lower_bound_that_is_wrong_is_refused(self):
+        a = torch.diag(torch.tensor([2.0, 0.5], dtype=F64))
+        with pytest.raises(
+            ValueError, match=r"lower: expected a number that no eigenvalue .* got 1, but v.H v .* 0\.\d"
+        ):
+            hg.solve(hg.DenseMatrix(a), torch.ones(2, dtype=F64), lower=1.0, damping=0.3)
+        assert hg.solve(hg.DenseMatrix(-a), torch.ones(2, dtype=F64), hg.MINRES(), lower=-2.0).error_bound is None
+        exact = hg.solve(hg.DenseMatrix(a), torch.tensor([0.0, 1.0], dtype=F64), hg.Direct(), lower=0.5)
+        assert exact.error_bound == 0
+
+    @pytest.mark.parametrize(
+        ("lower", "error", "message"),
+        [
+            ("0", TypeError, "lower: expected a number or None, got '0'"),
+            (True, TypeError, "lower: expected a number or None, got True"),
+            (math.nan, ValueError, "lower: expected a finite number, got nan"),
+        ],
+    )
+    def test_lower_bound_is_checked(self, lower, error, message):
+        with pytest.raises(error, match=message):
+            hg.solve(hg.DenseMatrix(torch.eye(2)), torch.ones(2), lower=lower)
+
+    @pytest.mark.parametrize("loss_scale", [1.0, 256.0])
+    def test_bound_of_the_hypergradient_holds(self, loss_scale):
+        x, y = torch.randn(60, 8, dtype=F64), torch.rand(60, dtype=F64).round()
+        xv, yv = torch.randn(30, 8, dtype=F64), torch.rand(30, dtype=F64).round()
+        log_l2 = torch.linspace(-3, -1, 8, dtype=F64).requires_grad_()
+        shift = torch.zeros((), dtype=F64, requires_grad=True)
+        w = torch.randn(8, dtype=F64)
+        entropy = torch.nn.functional.binary_cross_entropy_with_logits
+        train = lambda w: entropy(x @ w + shift, y) + (log_l2.exp() * w * w).sum()  # noqa: E731
+        val = lambda w: entropy(xv @ w + shift, yv)  # noqa: E731
+
+        def run(solver):
+            return hg.hypergradient(
+                *(val, train, w, [log_l2, shift], solver),
+                lower=2 * math.exp(-3),
+                loss_scale=loss_scale,
+                return_solution=True,
+            )
+
+        truth, exact = run(hg.Direct())
+        assert all(float(t.max()) < 1e-12 for t in exact.hypergradient_bound)
+        for steps in (1, 3):
+            grads, solution = run(hg.Neumann(steps))
+            assert isinstance(solution.hypergradient_bound, tuple)
+            for grad, true, bound in zip(grads, truth, solution.hypergradient_bound, strict=True):
+                error = (grad - true).abs()
+                assert bound.shape == grad.shape and bool((error <= bound).all())
+                assert float(bound.max()) < 1e3 * float(error.max())
+
+    def test_no_bound_of_the_hypergradient_where_it_costs_too_much(self):
+        w, lam = torch.ones(65), torch.ones(65, requires_grad=True)
+        train, val = (lambda w: (lam * (w - 1) ** 2).sum() + (w * lam).sum()), (lambda w: (w**2).sum())
+        _, solution = hg.hypergradient(val, train, w, lam, lower=2.0, return_solution=True)
+        assert solution.error_bound is not None and solution.hypergradient_bound is None
 
     def test_penalised_glm_knows_its_lower_bound(self):
         x, w = torch.randn(20, 3, dtype=F64), torch.zeros(3, dtype=F64)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext.engines.forward import raise_explained
+from hypergrad_ext.structure import dense
 
 # What torch.autograd.grad calls once it has compared shapes that we know to agree: with 44 tensors the
 # comparison takes a tenth of a product.
@@ -41,6 +42,11 @@ class RetainedGradient:
         self._outputs = [g for g in grads if g is not None and g.requires_grad]
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The parts of the gradient that have a graph."""
+        return self._outputs
 
     @property
     def curved(self) -> bool:
@@ -94,7 +100,7 @@ class RetainedGradient:
         )
         k = v[0].shape[0]
         zeros = (self._zero(i).expand(k, *t.shape) for i, t in enumerate(self.leaves))
-        return [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
+        return [zero if part is None else dense(part) for part, zero in zip(parts, zeros, strict=True)]
 
     def _batch_is_faster(self, v: Sequence[Tensor]) -> bool:
         try:
@@ -124,9 +130,10 @@ class RetainedGradient:
     def _pull(self, inputs: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         vectors = [v[i] for i in self._curved]
         try:
-            return self._backward(inputs, vectors)
+            parts = self._backward(inputs, vectors)
         except RuntimeError as error:
             raise_explained(error)
+        return tuple(part if part is None else dense(part) for part in parts)
 
     def _backward(self, inputs: Sequence[Tensor], vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
         if _run_backward is None:

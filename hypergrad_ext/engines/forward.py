@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 from unittest import mock
@@ -43,10 +44,12 @@ def twice_differentiable() -> Iterator[None]:
     Attention takes the math kernel; recurrent layers leave cuDNN; compiled modules run as they were
     before ``torch.compile``; reentrant checkpoints become non-reentrant ones. Everything else runs as always.
     """
+    # Importing the compiler takes as long as importing torch; where nobody did, nothing is compiled.
+    compiler = "torch._dynamo" in sys.modules
     with (
         sdpa_kernel(SDPBackend.MATH),
         _PlainRecurrence(),
-        torch.compiler.set_stance("force_eager"),
+        torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext(),
         mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpoint),
     ):
         yield

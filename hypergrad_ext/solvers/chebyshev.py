@@ -107,7 +107,8 @@ class Chebyshev(Solver):
         watch = Watch(b, b_norm, self.tol, m, regrowth=math.inf)
         system.prepare(self.steps, b)
         x, step = _iterate(system, b, self.steps, (low, high), m, watch)
-        return Outcome(x, watch.statuses(), step, f"bounds {low:.3g} and {high:.3g}{watch.detail}")
+        detail = f"bounds {low:.3g} and {high:.3g}{watch.detail}"
+        return Outcome(x, watch.statuses(), step, detail, residuals=watch.residuals())
 
     def _bounds_from(self, found: Spectrum, damping: float) -> tuple[float, float]:
         """Bounds from Ritz values, and from what so many steps can do: divide a residual by 7 to 10^6."""

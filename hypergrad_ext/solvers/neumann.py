@@ -113,7 +113,8 @@ class Neumann(Solver):
             watch = Watch(b, b_norm, self.tol, m, regrowth=10, retries=retries)
             x, step, last = richardson(system, b, self.steps, alpha, m, watch)
         found_alpha = f"alpha {last:.3g}" if last == alpha else f"alpha {last:.3g}, decreased from {alpha:.3g}"
-        return Outcome(x, watch.statuses(), step, found_alpha + watch.detail, alpha=last)
+        detail = found_alpha + watch.detail
+        return Outcome(x, watch.statuses(), step, detail, residuals=watch.residuals(), alpha=last)
 
 
 def best_alpha(found: Spectrum, steps: int, damping: float) -> float:

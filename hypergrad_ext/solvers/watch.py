@@ -52,6 +52,7 @@ class Watch:
         self._retries, self._shrink = retries, 1.0
         self._grew = [0] * len(self._stop)
         self._failed: list[Status | None] = [None] * len(self._stop)
+        self._ended: dict[int, float] = {}
         self.detail = ""
 
     def stop(self, b: Tensor) -> Tensor:
@@ -106,10 +107,15 @@ class Watch:
             for row, failed in enumerate(self._failed)
         ]
 
+    def residuals(self) -> list[float]:
+        """Norm of the last residual of every row, for those that failed as it was when that was noticed."""
+        return [self._ended.get(row, norm) for row, norm in enumerate(self._norm)]
+
     def _converged(self, row: int) -> bool:
         return self._norm[row] <= self._stop[row]
 
     def _fail(self, row: int, status: Status, detail: str) -> None:
         if self._failed[row] is None:
             self._failed[row] = status
+            self._ended[row] = self._norm[row]
             self.detail = f", {detail}"

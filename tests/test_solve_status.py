@@ -1,0 +1,198 @@
+"""Every status of a solve, provoked one by one: its cause, its remedy, and what is left of the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypergrad_ext as hg
+from hypergrad_ext import Status
+from tests.cases import spd
+
+F64 = torch.float64
+
+
+def diagonal(*values: float) -> hg.Callable:
+    d = torch.tensor(values, dtype=F64)
+    return hg.Callable(lambda v: d * v, torch.zeros(len(values), dtype=F64))
+
+
+def ones(n: int) -> Tensor:
+    return torch.ones(n, dtype=F64)
+
+
+def stagnated(solver: hg.Solver, **options: object) -> hg.Solution:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.diag(torch.logspace(0, -6, 40))
+    q = torch.linalg.qr(torch.randn(40, 40, generator=generator)).Q
+    a = q @ a @ q.T
+    return hg.solve(hg.DenseMatrix((a + a.T) / 2), torch.randn(40, generator=generator), solver, **options)
+
+
+nan = hg.Callable(lambda v: v * math.nan, torch.zeros(3, dtype=F64))
+# Status, solve, and words of its message that name the cause, the remedy and the numbers.
+CASES: dict[str, tuple[Status, Callable[[], hg.Solution], list[str]]] = {
+    "converged": (Status.CONVERGED, lambda: hg.solve(diagonal(1, 2), ones(2), hg.CG()), ["within the tolerance"]),
+    "converged, exact": (Status.CONVERGED, lambda: hg.solve(diagonal(1, 2), ones(2), hg.Direct()), ["is exact"]),
+    "max_steps": (
+        Status.MAX_STEPS,
+        lambda: hg.solve(diagonal(1, 2, 3), ones(3), hg.CG(max_steps=1)),
+        ["All steps were taken", "raise the number of steps", "damping", "loosen tol"],
+    ),
+    "max_steps, series": (
+        Status.MAX_STEPS,
+        lambda: hg.solve(diagonal(1, 2), ones(2), hg.Neumann(3, alpha=0.25)),
+        ["alpha 0.25", "raise the number of steps"],
+    ),
+    "stagnated": (
+        Status.STAGNATED,
+        lambda: stagnated(hg.MINRES(tol=1e-6, max_steps=5000)),
+        ["the true residual is larger", "precision of the dtype", "Use float64", "damping", "loosen tol"],
+    ),
+    "negative_curvature": (
+        Status.NEGATIVE_CURVATURE,
+        lambda: hg.solve(diagonal(3, 2, -1), torch.tensor([1, 1, 0.1], dtype=F64), hg.CG()),
+        ["not positive definite", "curvature -", "Add damping", "Gauss-Newton", "MINRES"],
+    ),
+    "negative_curvature, at once": (
+        Status.NEGATIVE_CURVATURE,
+        lambda: hg.solve(diagonal(-1, -1), ones(2), hg.CG()),
+        ["step 1, curvature -1", "Add damping"],
+    ),
+    "negative_curvature, bounds": (
+        Status.NEGATIVE_CURVATURE,
+        lambda: hg.solve(diagonal(1, -1), ones(2), hg.Chebyshev()),
+        ["Ritz value -1", "Add damping"],
+    ),
+    "negative_curvature, block": (
+        Status.NEGATIVE_CURVATURE,
+        lambda: hg.solve(diagonal(1, -1, 2), ones(3), hg.BlockCG()),
+        ["curvature -", "MINRES"],
+    ),
+    "singular": (
+        Status.SINGULAR,
+        lambda: hg.solve(diagonal(1, 0), ones(2), hg.MINRES()),
+        ["singular to working precision", "Add damping"],
+    ),
+    "singular, factorised": (
+        Status.SINGULAR,
+        lambda: hg.solve(diagonal(1, 0), ones(2), hg.Direct()),
+        ["singular to working precision", "Add damping"],
+    ),
+    "singular, zeros": (
+        Status.SINGULAR,
+        lambda: hg.solve(diagonal(0, 0), ones(2), hg.Neumann()),
+        ["H v = 0", "Add damping"],
+    ),
+    "diverged, series": (
+        Status.DIVERGED,
+        lambda: hg.solve(diagonal(1, 2), ones(2), hg.Neumann(200, alpha=1.5)),
+        ["alpha 1.5", "alpha is above 2 / lambda_max", "Decrease alpha", "None finds one", "CG or MINRES"],
+    ),
+    "diverged, late": (
+        Status.DIVERGED,
+        lambda: hg.solve(diagonal(1, 0.5, -0.2), torch.tensor([1, 1, 0.01], dtype=F64), hg.Neumann(200, alpha=0.9)),
+        ["negative eigenvalues", "add damping"],
+    ),
+    "diverged, richardson": (
+        Status.DIVERGED,
+        lambda: hg.solve(diagonal(1, 2), ones(2), hg.Neumann(200, alpha=1.5, form="richardson")),
+        ["alpha is above 2 / lambda_max", "Decrease alpha"],
+    ),
+    "diverged, bounds": (
+        Status.DIVERGED,
+        lambda: hg.solve(diagonal(1, 20), ones(2), hg.Chebyshev(200, bounds=(1, 2))),
+        ["Chebyshev's upper bound is below lambda_max", "raise the bound"],
+    ),
+    "diverged, stochastic": (
+        Status.DIVERGED,
+        lambda: hg.solve(diagonal(1, 2), ones(2), hg.LiSSA(200, 2, alpha=5.0)),
+        ["alpha 5", "Decrease alpha"],
+    ),
+    "non_finite_input": (
+        Status.NON_FINITE_INPUT,
+        lambda: hg.solve(diagonal(1, 2), ones(2) * math.nan, hg.CG()),
+        ["right-hand side or x0 holds NaN", "validation loss and its gradient"],
+    ),
+    "non_finite_input, x0": (
+        Status.NON_FINITE_INPUT,
+        lambda: hg.solve(diagonal(1, 2), ones(2), hg.CG(), x0=ones(2) * math.inf),
+        ["right-hand side or x0 holds NaN"],
+    ),
+    **{
+        f"non_finite_operator, {type(solver).__name__}": (
+            Status.NON_FINITE_OPERATOR,
+            lambda solver=solver: hg.solve(nan, ones(3), solver),
+            ["A product H v holds NaN", "training loss and the parameters", "second derivative"],
+        )
+        for solver in (
+            *(hg.CG(), hg.MINRES(), hg.BlockCG(), hg.Neumann(), hg.Chebyshev(), hg.Nystrom(2), hg.Direct()),
+            *(hg.LiSSA(), hg.Auto()),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_status_names_cause_and_remedy(case):
+    status, provoke, words = CASES[case]
+    solution = provoke()
+    assert solution.status is status, solution.message
+    assert solution.converged == (status is Status.CONVERGED)
+    assert type(solution.solver).__name__ in solution.message and f": {status}" in solution.message
+    for word in words:
+        assert word in solution.message
+
+
+def test_every_status_is_provoked():
+    assert {status for status, _, _ in CASES.values()} == set(Status)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_is_never_worse_than_the_start(case):
+    """A failed solve ends with what it had if that is better than zero, else with zero; useless says which."""
+    status, provoke, _ = CASES[case]
+    solution = provoke()
+    if status is Status.NON_FINITE_INPUT:
+        assert bool(solution.value.isnan().all()) and solution.useless
+        return
+    assert bool(solution.value.isfinite().all())
+    if status is not Status.NON_FINITE_OPERATOR:
+        assert solution.residual_norm <= 1.0
+    assert solution.useless or not status.failed
+
+
+def test_best_of_a_series_that_diverges_late_is_kept():
+    _, provoke, _ = CASES["diverged, late"]
+    solution = provoke()
+    assert solution.useless and solution.steps > 3 and solution.residual_norm < 0.05
+
+
+@pytest.mark.parametrize("solver", [hg.Neumann(50, alpha=3.0), hg.CG(), hg.Chebyshev(50, bounds=(0.1, 0.2))], ids=str)
+def test_failure_gives_back_x0(solver):
+    start = torch.tensor([0.9, 0.4], dtype=F64)
+    operator = diagonal(1, 2) if not isinstance(solver, hg.CG) else diagonal(-1, -2)
+    solution = hg.solve(operator, operator @ ones(2), solver, x0=start)
+    assert solution.status in ("diverged", "negative_curvature")
+    assert torch.equal(solution.value, start)
+
+
+def test_rounding_that_left_nothing_is_found_out_unasked():
+    """MINRES in float32 at a condition of 1e6: by its recurrence converged, in truth worse than zero."""
+    solution = stagnated(hg.MINRES(tol=1e-6, max_steps=5000), residual=False)
+    assert solution.status == "stagnated" and solution.useless and not bool(solution.value.any())
+    again = stagnated(hg.MINRES(tol=1e-6, max_steps=5000), x0=torch.full((40,), 1e-3))
+    assert again.status == "stagnated" and bool((again.value == 1e-3).all())
+
+
+def test_only_failed_rows_are_given_up():
+    a = spd(6, 10.0)
+    b = torch.randn(3, 6, dtype=F64)
+    b[1] = 0
+    solution = hg.solve(hg.DenseMatrix(-a), b, hg.CG())
+    assert solution.statuses == ("negative_curvature", "converged", "negative_curvature")
+    assert not bool(solution.value.any())
