@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -299,18 +300,29 @@ def evaluate(
         TypeError: If it takes no argument, or does not return a real floating point tensor.
         ValueError: If what it returns is not a scalar, or has no graph.
     """
-    try:
-        inspect.signature(loss).bind(None)
-    except TypeError:
-        raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one") from None
-    except ValueError:
-        pass  # a builtin without a signature
+    if not _takes_one_argument(loss):
+        raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one")
     with twice_differentiable() if twice else contextlib.nullcontext():
         value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")
     check_loss(argument, value)
     return value
+
+
+def _takes_one_argument(function: Callable) -> bool:
+    if isinstance(function, FunctionType):
+        # To build a signature takes longer than a small loss.
+        code, defaults = function.__code__, len(function.__defaults__ or ())
+        if code.co_argcount - defaults <= 1 <= code.co_argcount and not code.co_kwonlyargcount:
+            return True
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # a builtin without a signature
+    return True
 
 
 def check_loss(argument: str, loss: Tensor) -> None:
