@@ -56,7 +56,7 @@ class Hessian(LinearOperator):
     compiled once. Recording costs one to three products, which no count shows, and none of it has been run on a GPU
     yet. Peak memory, as a multiple of that of a training step (seven models from MLP to LSTM; bench/results): backward
     passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4, ``"native"`` 4.1 to 8.8; a CUDA graph keeps a copy of what its program
-    saved, and its intermediates, for the next solve. Where that is too much, checkpoint the model, or give the batch in
+    saved, and its intermediates, for the next solve. Where that is too much, give the batch in
     parts (``batches``): no more than one part's graph is held.
 
     With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
