@@ -233,8 +233,7 @@ void Recorder::name(const at::Tensor& t, Name name) {
 
 Name Recorder::name_result(const at::Tensor& t) {
   const Name next{'n', static_cast<int64_t>(results_.size())};
-  results_.push_back(
-      {t.scalar_type(), at::DimVector(t.sizes()), at::DimVector(t.strides()), t.storage_offset()});
+  results_.push_back({t.scalar_type(), at::DimVector(t.sizes()), at::DimVector(t.strides()), t.storage_offset()});
   name(t, next);
   return next;
 }

@@ -24,7 +24,7 @@ struct Name {
 struct Recorded {
   c10::OperatorHandle op;
   std::vector<c10::IValue> arguments;  // undefined tensors stand for tensors
-  std::vector<Name> names;  // of the tensors and floats in the arguments, in order
+  std::vector<Name> names;             // of the tensors and floats in the arguments, in order
   std::vector<Name> outputs;
   bool single, in_place;
 };
