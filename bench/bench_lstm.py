@@ -3,13 +3,14 @@
 torch.nn.LSTM runs oneDNN's LSTM in float32 on the CPU, which has no double backward; "own cells" is the same module
 with oneDNN switched off, and "loop" the explicit loop over the steps that users write, with one product for the
 inputs of all steps. Every product is a backward pass through a gradient's graph that is built once and kept, as in
-any solver. Times of one thread are by its own clock: foreign load does not count.
+any solver. "GEMM floor" is a product's matrix products alone, those of the recurrence for all steps at once: no
+fused product that keeps their number can take less. Times of one thread are by its own clock: foreign load does not
+count.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import interleave, median, ratio
+from bench.measure import clock_for, interleave, median, ratio
 from hypergrad_ext import nn
 
 # Steps, batch, units (of the input, too), layers.
@@ -69,6 +70,25 @@ class Problem:
         gradient = self.gradient(forward, create_graph=True)
         return lambda: torch.autograd.grad(gradient, params, self.v, retain_graph=True)
 
+    def matrix_products(self) -> Callable[[], None]:
+        """As many as one product needs, of the same shapes: forward in time, backward, and by the weights."""
+        steps, batch, units = self.x.shape
+        rows, gates, weight = torch.randn(steps * batch, units), torch.randn(steps * batch, 4 * units), self.v[1]
+        layers = self.theirs.num_layers
+        # The second derivative: gates from v_ih, v_hh and the recurrence, sums by w_hh and h. The first: the recurrence
+        # and sums by both weights. A layer above the first also passes tangents and gradients through its input.
+        counts = {"forward": 4 * layers - 1, "backward": 4 * layers - 2, "weights": 4 * layers - 1}
+
+        def run() -> None:
+            for _ in range(counts["forward"]):
+                torch.mm(rows, weight.T)
+            for _ in range(counts["backward"]):
+                torch.mm(gates, weight)
+            for _ in range(counts["weights"]):
+                torch.mm(gates.T, rows)
+
+        return run
+
     def exact(self) -> Problem:
         """The same in float64."""
         other = copy.copy(self)
@@ -88,8 +108,7 @@ def error(value: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
 def measured(variants: dict[str, Callable], truth: tuple[Tensor, ...], threads: int, rounds: int) -> dict[str, object]:
     errors = {name: error(f(), truth) for name, f in variants.items()}
     assert errors["fused"] <= 2 * errors["loop"] + 1e-7, errors
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    seconds = interleave(variants, rounds, warmup=2, clock=clock)
+    seconds = interleave(variants, rounds, warmup=2, clock=clock_for(threads))
     row: dict[str, object] = {"rel. error": errors["fused"], "fused ms": median(seconds["fused"]) * 1e3}
     others = {name: "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, name, "fused")) for name in [*variants][1:]}
     return row | {f"x {name}": others.get(name, "no double backward") for name in ("oneDNN", "own cells", "loop")}
@@ -109,7 +128,10 @@ def test_lstm(problem, threads, benchmark, report, quick):
         gradients = {name: lambda f=f: at.gradient(f) for name, f in forwards.items()}
         report("lstm_gradient", row | measured(gradients, exact.gradient(exact.loop), threads, rounds))
         products = {name: at.product(f) for name, f in forwards.items() if name != "oneDNN"}
-        report("lstm_hvp", row | measured(products, exact.product(exact.loop)(), threads, rounds))
+        row |= measured(products, exact.product(exact.loop)(), threads, rounds)
+        pair = {"floor": at.matrix_products(), "fused": products["fused"]}
+        share, *_ = ratio(interleave(pair, rounds, warmup=2, clock=clock_for(threads)), "floor", "fused")
+        report("lstm_hvp", row | {"GEMM floor / fused": share})
         benchmark.pedantic(products["fused"], rounds=3)
     finally:
         torch.set_num_threads(before)

@@ -137,19 +137,32 @@ def environment() -> dict[str, object]:
     }
 
 
-def save(name: str, rows: list[dict[str, object]]) -> Path:
+def save(name: str, rows: list[dict[str, object]], key: int | None = None, **facts: object) -> Path:
     """Write rows of the CPU with their environment to ``bench/results``; one pair of files per instruction set.
 
     Rows kept from runs in the same environment stay, unless a new one is about the same case: a benchmark may be
-    run in parts.
+    run in parts. The first ``key`` columns say what a row is about, or else `case`; ``facts`` belong to the
+    environment.
     """
     RESULTS.mkdir(exist_ok=True)
-    machine = environment()
+    machine = environment() | facts
     path = RESULTS / f"{name}_{machine['isa']}.json"
     if path.exists() and (kept := json.loads(path.read_text()))["environment"] == machine:
-        new = {case(row) for row in rows}
-        rows = [row for row in kept["rows"] if case(row) not in new and list(row) == list(rows[0])] + rows
+        new = {case(row, key) for row in rows}
+        rows = [row for row in kept["rows"] if case(row, key) not in new and list(row) == list(rows[0])] + rows
     return write(path, machine, {"rows": rows})
+
+
+def peak(run: Callable[[], object]) -> float:
+    """Bytes of tensors that ``run`` held at the most, as torch's profiler sees the CPU's allocator."""
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    now = highest = 0
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
 
 
 def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[str, object]]]) -> Path:
@@ -167,15 +180,20 @@ def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[st
     return path
 
 
-def case(row: dict[str, object]) -> str:
+def case(row: dict[str, object], key: int | None = None) -> str:
     """What a row is about: its words and whole numbers before the first number that was measured."""
-    first = next((i for i, value in enumerate(row.values()) if isinstance(value, float)), len(row))
-    return json.dumps(list(row.values())[:first])
+    if key is None:
+        key = next((i for i, value in enumerate(row.values()) if isinstance(value, float)), len(row))
+    return json.dumps(list(row.values())[:key])
 
 
 def cells(rows: list[dict[str, object]]) -> list[list[str]]:
     """Rows of equal keys as text, the keys first."""
-    return [list(rows[0]), *([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows)]
+
+    def text(x: object) -> str:
+        return "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+
+    return [list(rows[0]), *([text(x) for x in row.values()] for row in rows)]
 
 
 def table(rows: list[dict[str, object]]) -> str:

@@ -6,28 +6,14 @@ step: the forward and backward pass of the same loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 import hypergrad_ext as hg
 from bench.bench_engines import MODELS
-from bench.measure import save, table
+from bench.measure import peak, save, table
 from tests.models import loss_of
 
 KINDS = ("eager", "traced", "native")
-
-
-def peak(run: Callable[[], object]) -> float:
-    """Bytes that ``run`` had allocated at the most."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    now = highest = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import hypergrad_ext as hg
 from bench.measure import interleave, median, ratio, save, table
+from bench.peers import by_hand
 
 F64 = torch.float64
 PLOT = Path(__file__).parent.parent / "docs" / "which_solver.png"
@@ -228,7 +229,8 @@ def _auto(
         return hg.inverse_hvp(loss(), params, v, hg.Auto(tol=2e-3), damping=damping)
 
     def neumann() -> list[Tensor]:
-        return _double_backward(loss(), params, v, alpha, steps, damping)
+        gradient = torch.autograd.grad(loss(), params, create_graph=True)
+        return by_hand.neumann(gradient, params, v, alpha, steps, damping)
 
     for way in (auto, neumann):
         x = torch.cat([t.reshape(-1) for t in way()]).double()
@@ -254,20 +256,6 @@ def _neumann_error(a: Tensor, b: Tensor, truth: Tensor, alpha: float, steps: int
     for _ in range(steps):
         x = x + alpha * (b - a @ x)
     return float((x - truth).norm() / truth.norm())
-
-
-def _double_backward(
-    loss: Tensor, params: list[Tensor], v: list[Tensor], alpha: float, steps: int, damping: float
-) -> list[Tensor]:
-    """The paper's Algorithm 3 as people write it, with the graph of the gradient kept."""
-    grads = torch.autograd.grad(loss, params, create_graph=True)
-    v, total = [t.clone() for t in v], [t.clone() for t in v]
-    for _ in range(steps):
-        hv = torch.autograd.grad(grads, params, v, retain_graph=True)
-        with torch.no_grad():
-            torch._foreach_add_(v, torch._foreach_add(hv, v, alpha=damping), alpha=-alpha)
-            torch._foreach_add_(total, v)
-    return [alpha * t for t in total]
 
 
 def main() -> None:

@@ -295,7 +295,7 @@ class HyperOptimizer:
             )
 
     def _not_taken(self, solution: Solution, norm: float, error: Exception) -> OuterStep:
-        self.state.x = self.state.spectrum = self.state.sketch = None
+        self.state.forget()
         overflow = solution.status in (Status.NON_FINITE_INPUT, Status.NON_FINITE_OPERATOR)
         if overflow and self._loss_scale() > 1:
             with _all_or_nothing(self.optimizer, self.hparams, keep=False):

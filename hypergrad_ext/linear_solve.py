@@ -28,6 +28,8 @@ _CHECKED = 20
 _DAMPING_STEPS = 20
 _NEGATIVE = 1e-6
 _DAMPING_LEAST = 1e-3
+# Times the tolerance: from there on a better start is worth a product.
+_FAR = 5.0
 
 
 def solve(
@@ -217,7 +219,7 @@ def _solve_packed(
     if x0 is not None:
         rhs = b - system.apply(x0)
     else:
-        x0, rhs = _warm(system, b, b_norm)
+        x0, rhs = _warm(system, b, b_norm, getattr(solver, "tol", None))
     _begin(system)
     scale = power_of_two_scale(rhs)
     start = b_norm if x0 is None else torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
@@ -271,13 +273,26 @@ def _drop_worse_than_start(outcome: Outcome, start: Tensor) -> None:
             x[row].zero_()
 
 
-def _warm(system: System, b: Tensor, b_norm: Tensor) -> tuple[Tensor | None, Tensor]:
+def _warm(system: System, b: Tensor, b_norm: Tensor, tol: float | None) -> tuple[Tensor | None, Tensor]:
     """The last solution and its residual, or none and ``b``, for every row to which it is worse than zero."""
-    x = system.state.x
+    x, change = system.state.x, system.state.change
     if x is None or x.shape != b.shape:
         return None, b
     rhs = b - system.apply(x)
-    better = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64) < b_norm
+    norm = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+    if change is not None and tol is not None and bool((norm > _FAR * tol * b_norm).any()):
+        along = system.apply(change)
+        # The least error in the energy norm; nothing where there is no such norm.
+        curvature = (change * along).sum(-1, dtype=torch.float64)
+        far = (
+            torch.where(curvature > 0, (change * rhs).sum(-1, dtype=torch.float64) / curvature, 0)
+            .nan_to_num(0, 0, 0)
+            .to(x.dtype)
+        )
+        x = x + far[..., None] * change
+        rhs -= far[..., None] * along
+        norm = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+    better = norm < b_norm
     if not bool(better.any()):
         return None, b
     return torch.where(better[..., None], x, 0), torch.where(better[..., None], rhs, b)
@@ -299,9 +314,11 @@ def _finish(system: System, x: Tensor, solution: Solution) -> None:
     state.sketch_age += 1
     state.spectrum_age = state.spectrum_age + 1 if spectrum == state.spectrum else 1
     state.spectrum = None if spectrum is None else Spectrum(*spectrum)
+    state.preconditioned_age += 1
     if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
-        state.x = state.spectrum = state.sketch = None
+        state.forget()
     else:
+        state.change = None if state.x is None or state.x.shape != x.shape else x - state.x
         state.x = x
 
 

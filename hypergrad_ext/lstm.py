@@ -200,20 +200,19 @@ class _CellBackwardInAllModes(_CellBackward):
 
 
 class _Layer(Function):
-    """``lstm_layer``, with the activations as a third output."""
+    """``lstm_layer``, with the activations as a third output.
+
+    Without ``setup_context``, for which torch would look up the signature of ``forward`` in every call.
+    """
 
     @staticmethod
-    def forward(x, w_ih, bias, w_hh, h0, c0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, w_ih, bias, w_hh, h0, c0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
         rows = _rows(x) @ w_ih.T if bias is None else torch.addmm(bias, _rows(x), w_ih.T)
-        return ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        h, c, activations = output
-        x, w_ih, bias, *rest = inputs
+        h, c, activations = ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
         ctx.has_bias = bias is not None
-        ctx.save_for_backward(activations, h, c, x, w_ih, *rest)
+        ctx.save_for_backward(activations, h, c, x, w_ih, w_hh, h0, c0)
         ctx.set_materialize_grads(False)
+        return h, c, activations
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
@@ -229,18 +228,14 @@ class _LayerBackward(Function):
     """
 
     @staticmethod
-    def forward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations) -> Any:  # type: ignore[no-untyped-def]
-        grads = ops.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
-        gates, grad_c0, dh, dc = grads
-        return *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0, gates, dh, dc
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        gates, dh, dc = output[6:]
+    def forward(ctx: Any, wanted, *inputs: Any) -> Any:  # type: ignore[no-untyped-def]
+        activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations = inputs
+        gates, grad_c0, dh, dc = ops.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
         ctx.mark_non_differentiable(gates, dh, dc)
-        ctx.wanted = inputs[0]
-        ctx.save_for_backward(*inputs[1:], gates, dh, dc)
+        ctx.wanted = wanted
+        ctx.save_for_backward(*inputs, gates, dh, dc)
         ctx.set_materialize_grads(False)
+        return *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0, gates, dh, dc
 
     @staticmethod
     def backward(ctx: Any, v_x, v_ih, v_bias, v_hh, v_h0, v_c0, *_: None) -> Any:  # type: ignore[no-untyped-def]
@@ -254,14 +249,13 @@ class _LayerBackward(Function):
             return None, *_by_torch(functools.partial(_layer_backward, ctx.wanted), inputs, v)
         v_h0, v_c0 = _or_zeros(v_h0, h0), _or_zeros(v_c0, c0)
         # What the gradients by the gates meet: the tangent of the gates.
-        factors = [(v_x, w_ih), (x, v_ih), (None if v_hh is None else _before(h0, h), v_hh)]
-        v_gates = _sum_of_products(factors, v_bias, activations)
+        v_gates = _tangent_of_gates([(v_x, w_ih), (x, v_ih)], (h0, h, v_hh), v_bias, activations)
         by_activations, by_c, by_c0, by_grad_h, by_grad_c = ops.lstm_layer_double_backward(
             activations, c, c0, w_hh, dh, dc, v_gates, v_h0, v_c0
         )
         rows = _rows(gates)
         by_ih = None if v_x is None else rows.T @ _rows(v_x)
-        by_hh = rows.T @ _rows(_before(v_h0, by_grad_h))
+        by_hh = _by_recurrent_weights(gates, v_h0, by_grad_h)
         by_x = (rows @ v_ih).view_as(x) if v_ih is not None and ctx.needs_input_grad[4] else None
         by_h = by_h0 = None
         if v_hh is not None:
@@ -282,7 +276,7 @@ def _through_gates(wanted: tuple, gates: Tensor, h: Tensor, x: Tensor, w_ih: Ten
         (rows @ w_ih).view_as(x) if of_x else None,
         rows.T @ _rows(x),
         rows.sum(0) if of_bias else None,
-        rows.T @ _rows(_before(h0, h)),
+        _by_recurrent_weights(gates, h0, h),
         gates[0] @ w_hh if of_h0 else None,
     )
 
@@ -294,21 +288,35 @@ def _layer_backward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, gr
     return tuple(grad for grad in grads if grad is not None)
 
 
-def _sum_of_products(factors: Any, bias: Tensor | None, like: Tensor) -> Tensor:
-    """``bias + sum_i a_i b_i^T`` over all steps, without the pairs of which one is None; of the shape of ``like``."""
-    total = None
-    for a, b in factors:
+def _tangent_of_gates(inputs: Any, recurrent: Any, v_bias: Tensor | None, like: Tensor) -> Tensor:
+    """What the gates change by; ``inputs`` are pairs of sequence and weights, ``recurrent`` is ``h0``, ``h``, ``v_hh``.
+
+    Returns:
+        ``v_bias + sum_i a_i b_i^T + h_before v_hh^T`` without the pairs that hold None, of the shape of ``like``.
+    """
+    total: Tensor | None = None
+    for a, b in inputs:
         if a is None or b is None:
             continue
         if total is not None:
             total.addmm_(_rows(a), b.T)
-        elif bias is not None:
-            total = torch.addmm(bias, _rows(a), b.T)
+        elif v_bias is not None:
+            total = torch.addmm(v_bias, _rows(a), b.T)
         else:
             total = _rows(a) @ b.T
-    if total is not None:
-        return total.view_as(like)
-    return torch.zeros_like(like) if bias is None else bias.expand_as(like)
+    if total is None:
+        total = torch.zeros_like(like) if v_bias is None else v_bias.expand_as(like).contiguous()
+    total = total.view_as(like)
+    h0, h, v_hh = recurrent
+    if v_hh is not None:
+        total[0].addmm_(h0, v_hh.T)
+        _rows(total[1:]).addmm_(_rows(h[:-1]), v_hh.T)
+    return total
+
+
+def _by_recurrent_weights(gates: Tensor, h0: Tensor, h: Tensor) -> Tensor:
+    """Sum over the steps of ``gates[t]^T h[t - 1]``: h and h0 stay where they are, since memory for a copy is dear."""
+    return (_rows(gates[1:]).T @ _rows(h[:-1])).addmm_(gates[0].T, h0)
 
 
 def _by_torch(function: Any, inputs: Any, cotangents: Any) -> tuple[Tensor | None, ...]:
@@ -340,11 +348,6 @@ def _more_rows(function: Any, size: int, in_dims: tuple, args: tuple) -> tuple:
 
 def _or_zeros(t: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros_like(like) if t is None else t
-
-
-def _before(first: Tensor, sequence: Tensor) -> Tensor:
-    """What every step starts from: ``first``, then the sequence but for its last."""
-    return torch.cat([first[None], sequence[:-1]])
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ class Space:
                 raise TypeError(f"{leaves.names[i]}: expected {dtype} or {self.dtype}, got {t.dtype}")
             if t.device != self.device:
                 raise ValueError(f"{leaves.names[i]}: expected device {self.device}, got {t.device}")
-            if torch._C._functorch.is_functorch_wrapped_tensor(t):
+            if not graph and torch._C._functorch.is_functorch_wrapped_tensor(t):
                 raise TypeError(
                     f"{leaves.names[i]}: expected a plain tensor, got one inside a transform of torch.func; "
                     "in the place of vmap give it a leading dimension"

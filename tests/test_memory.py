@@ -99,3 +99,53 @@ def test_process_memory_is_flat_over_200_outer_steps(engine):
         once()
     grown = resident() - before
     assert grown < 20_000, f"resident memory grew by {grown} kB; one solve's vectors take 2000 kB each"
+
+
+VECTORS = {
+    "Neumann": (hg.Neumann(4, alpha=0.5), 4),
+    "Richardson": (hg.Neumann(4, alpha=0.5, form="richardson"), 4),
+    "Chebyshev": (hg.Chebyshev(4, bounds=(1.0, 2.0)), 4),
+    "CG": (hg.CG(max_steps=4), 4),
+    "MINRES": (hg.MINRES(max_steps=4), 6),
+    "auto": ("auto", 5),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_that_a_solve_holds(name):
+    """At the time of a product, beside what the operator and its user hold: what tells whether n = 1e8 fits."""
+    n, most = 1 << 16, 0
+    d, b = torch.linspace(1, 2, n), torch.ones(n)
+
+    def multiply(v: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        sizes = {s.data_ptr(): s.nbytes() for s in storages}
+        most = max(most, sum(sizes.values()) - outside)
+        return d * v
+
+    operator = hg.Callable(multiply, torch.zeros(n))
+    gc.collect()
+    outside, most = 0, 0
+    multiply(b)
+    outside, most = most, 0
+    solver, count = VECTORS[name]
+    solution = hg.solve(operator, b, solver)
+    assert not solution.useless
+    assert round(most / (4 * n)) == count
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", [hg.Neumann(4, alpha=0.5), hg.CG(tol=1e-3)], ids=lambda s: type(s).__name__)
+def test_a_hundred_million_unknowns(solver):
+    if memory_available() < 8 << 30:
+        pytest.skip("needs 8 GiB of free memory")
+    d, b = torch.linspace(1, 2, 10**8), torch.ones(10**8)
+    solution = hg.solve(hg.Callable(lambda v: d * v, b), b, solver)
+    assert not solution.useless and solution.residual_norm < 1e-2
+    assert float((solution.value * d - 1).abs().max()) < 0.05
+
+
+def memory_available() -> int:
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) << 10

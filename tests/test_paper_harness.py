@@ -282,6 +282,14 @@ def test_the_command_line_counts_on(tmp_path, capsys):
     assert (tmp_path / "toy_digits_quick.json").exists()
 
 
+def test_all_experiments_side_by_side(tmp_path, capsys):
+    assert cli.main(["all", "--quick", "--time-limit", "0", "--jobs", "2", "--out", str(tmp_path)]) == cli.UNFINISHED
+    said = capsys.readouterr().out
+    for name, known in cli.experiments().items():
+        assert f"== {name}: {known.about}" in said
+    assert "== Summary" in said
+
+
 def test_peak_bytes_sees_what_is_alive_at_one_time():
     megabyte = 2**18
 

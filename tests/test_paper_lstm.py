@@ -202,7 +202,8 @@ class TestRuns:
         assert stops == [False, False, False, True]
 
     def test_identity_takes_no_products(self, corpus):
-        run = Run(corpus, dataclasses.replace(TINY, neumann_steps=0), "seven")
+        run = protocol.make(corpus, TINY, "identity", 0)
+        assert run.setting == dataclasses.replace(TINY, neumann_steps=0)
         before = run.hyper.means()
         for _ in range(4):
             run.advance()

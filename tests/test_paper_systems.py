@@ -1,4 +1,4 @@
-"""The inverse Hessian and distillation: small cases, and claims as slow tests."""
+"""The inverse Hessian, overfitting and distillation: small cases, and claims as slow tests."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -15,8 +16,8 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import distillation, inverse_hessian
-from bench.paper.experiment import Experiment, Job, Settings
+from bench.paper import baselines, distillation, inverse_hessian, inverse_problems, models, overfit_validation
+from bench.paper.experiment import Experiment, Job, Paused, Settings
 
 
 def job(experiment: Experiment, arm: str, seed: int, folder: Path, **changes: object) -> Job:
@@ -76,23 +77,59 @@ class TestDistillation:
         assert statistics.fmean(lost) > 0.05
 
 
+def small(moved: int = 0, by: float = 0.0) -> inverse_problems.Problem:
+    """Logistic regression with 12 weights at its minimum; the penalty ``moved`` is larger ``by`` so much."""
+    generator = torch.Generator().manual_seed(0)
+    x, xv = torch.randn(2, 40, 12, generator=generator, dtype=torch.float64)
+    truth = torch.randn(12, generator=generator, dtype=torch.float64)
+    y, yv = (torch.sign(part @ truth) for part in (x, xv))
+    lam = torch.full((12,), -2.5, dtype=torch.float64)
+    lam[moved] += by
+    lam.requires_grad_()
+
+    def train(w):
+        return softplus(-y * (x @ w)).mean() + (lam.exp() * w.square()).sum()
+
+    w = inverse_problems.newton(train, torch.zeros(12, dtype=torch.float64))
+    return inverse_problems.Problem(train, lambda w: softplus(-yv * (xv @ w)).mean(), w.requires_grad_(), lam)
+
+
 class TestInverseHessian:
-    def test_the_identities(self, tmp_path):
+    def test_the_identities(self):
         """Unrolling i steps at the minimum is the series of i terms, and the series tends to the dense inverse."""
-        problem = inverse_hessian.ridge(job(inverse_hessian.EXPERIMENT, "diabetes ridge", 0, tmp_path))
+        problem = small()
         matrix, b = problem.dense(), problem.right_hand_side()
         alpha = 0.9 / float(torch.linalg.eigvalsh(matrix)[-1])
+        exact = problem.through(torch.linalg.solve(matrix, b))
+        errors = []
         for steps in (1, 3, 10, 50):
             series, _ = problem.hypergradient(hg.Neumann(steps=steps - 1, alpha=alpha))
-            unrolled = inverse_hessian.unrolled(problem, steps, alpha)
-            assert float((series - unrolled).norm()) <= 1e-6 * float(unrolled.norm())
-        exact = problem.through(torch.linalg.solve(matrix, b))
-        found, _ = problem.hypergradient(hg.CG(tol=1e-12))
-        torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(series, inverse_hessian.unrolled(problem, steps, alpha), rtol=0, atol=1e-12)
+            errors.append(inverse_hessian.distances(series, exact)[1])
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] <= 5e-3
+
+    def test_finite_differences_of_the_trained_weights(self):
+        problem = small()
+        exact, _ = problem.hypergradient(hg.CG(tol=1e-12))
+        for i in (0, 7):
+            at = []
+            for change in (1e-4, -1e-4):
+                moved = small(i, change)
+                at.append(float(moved.validation(moved.w.detach())))
+            assert (at[0] - at[1]) / 2e-4 == pytest.approx(float(exact[i]), rel=1e-5)
+
+    def test_cg_takes_as_many_steps_as_theory_says(self):
+        basis = torch.linalg.qr(torch.randn(50, 50, dtype=torch.float64))[0]
+        matrix, b = basis * torch.logspace(0, 2, 50, dtype=torch.float64) @ basis.T, torch.randn(50).double()
+        exact = torch.linalg.solve(matrix, b)
+        for steps, error in ((20, 3e-2), (50, 1e-5)):
+            x = hg.solve(hg.DenseMatrix(matrix), b, hg.CG(tol=1e-15, max_steps=steps)).value
+            assert float((x - exact).norm() / exact.norm()) <= error
 
     @pytest.mark.slow
     def test_the_order_of_the_methods_at_a_minimum(self, tmp_path):
-        problem = inverse_hessian.logistic(job(inverse_hessian.EXPERIMENT, "logistic regression", 0, tmp_path))
+        problem = inverse_problems.logistic(job(inverse_hessian.EXPERIMENT, "logistic regression", 0, tmp_path))
         matrix, b = problem.dense(), problem.right_hand_side()
         eigenvalues = torch.linalg.eigvalsh(matrix)
         low, high = float(eigenvalues[0]), float(eigenvalues[-1])
@@ -119,13 +156,76 @@ class TestInverseHessian:
 
     @pytest.mark.slow
     def test_an_indefinite_network(self, tmp_path):
-        problem = inverse_hessian.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 200)
+        problem = inverse_problems.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 200)
         _, solution = problem.hypergradient(hg.CG(tol=1e-15, max_steps=20))
         assert str(solution.status) == "negative_curvature"
         residuals = [problem.hypergradient(hg.MINRES(tol=1e-15, max_steps=k))[1].residual_norm for k in (1, 5, 20)]
         assert residuals == sorted(residuals, reverse=True)
         assert residuals[-1] <= 0.30
-        early = inverse_hessian.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 20)
+        early = inverse_problems.mlp_at(job(inverse_hessian.EXPERIMENT, "indefinite MLP", 0, tmp_path), 20)
         largest = float(torch.linalg.eigvalsh(early.dense()).abs().max())
         _, solution = early.hypergradient(hg.Neumann(steps=100, alpha=1 / largest))
         assert str(solution.status) == "diverged"
+
+
+class TestOverfitValidation:
+    def test_alexnet_has_the_papers_number_of_weights(self):
+        with torch.device("meta"):
+            assert models.size(models.alexnet((1, 28, 28))) == 20_125_386
+            assert models.size(models.alexnet((3, 32, 32))) == 23_272_266
+
+    def test_two_steps_of_every_kind(self, tmp_path):
+        for kind in ("K=2", "K=0", "unrolled", "none"):
+            (record,) = runs(overfit_validation.EXPERIMENT, f"mlp {kind}", 1, tmp_path, max_steps=2)
+            assert len(record["train"]) == (0 if kind == "none" else 2)
+            assert (record["largest_penalty"] > 0.0184) == (kind != "none"), "e^-4, unless tuned"
+
+    def test_an_interrupted_run_ends_as_one_that_was_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(overfit_validation, "_LOOK_EVERY", 2)
+        (whole,) = runs(overfit_validation.EXPERIMENT, "mlp K=2", 1, tmp_path, max_steps=5)
+        torch.manual_seed(0)
+        part = job(overfit_validation.EXPERIMENT, "mlp K=2", 0, tmp_path, max_steps=5)
+        ends = iter([False, True])
+        monkeypatch.setattr(Settings, "expired", property(lambda self: next(ends)))
+        with pytest.raises(Paused):
+            overfit_validation.run(part)
+        monkeypatch.setattr(Settings, "expired", False)
+        again = overfit_validation.run(part)
+        assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+
+    @pytest.mark.slow
+    def test_as_many_hyperparameters_as_weights_fit_the_validation_set(self, tmp_path):
+        steps = {}
+        for arm in ("mlp K=5", "cnn K=3", "cnn K=0"):
+            records = runs(overfit_validation.EXPERIMENT, arm, 4, tmp_path)
+            steps[arm] = statistics.median(float("inf") if r["steps"] is None else r["steps"] for r in records)
+            if arm != "cnn K=0":
+                assert all(r["final"][:2] == [1.0, 1.0] and r["steps"] <= 400 for r in records)
+                assert max(r["final"][2] for r in records) <= 0.95
+        assert steps["cnn K=3"] <= steps["cnn K=0"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["mlp", "cnn"])
+    def test_without_tuning_the_validation_set_is_not_fitted(self, name, tmp_path):
+        records = runs(overfit_validation.EXPERIMENT, f"{name} none", 4, tmp_path)
+        assert max(r["final"][1] for r in records) <= 0.9
+
+
+class TestBaselines:
+    def test_every_method_keeps_to_its_budget_and_none_to_less(self, tmp_path):
+        budget = {"max_steps": 60, "max_seconds": 0.05, "cold_steps": 20, "judged_by": 50}
+        for arm in baselines.protocol(Settings(quick=True)).arms:
+            if arm.startswith("Bayesian"):
+                pytest.importorskip("optuna")
+            (record,) = runs(baselines.EXPERIMENT, arm, 1, tmp_path, **budget)
+            if arm != baselines.MEMORY:
+                steps, seconds, loss = zip(*record["points"], strict=True)
+                assert list(steps) == sorted(steps) and list(seconds) == sorted(seconds)
+                assert list(loss) == sorted(loss, reverse=True)
+                assert steps[-1] >= 60 and (seconds[-1] >= 0.05 or arm.startswith("grid"))
+                assert all(0 < record[key][0] < 2.4 and record[key][1] > 0.5 for key in ("steps", "seconds"))
+
+    def test_memory_of_unrolling_grows_and_of_a_series_does_not(self, tmp_path):
+        (record,) = runs(baselines.EXPERIMENT, baselines.MEMORY, 1, tmp_path)
+        assert record["unrolling"][-1] >= 3 * record["Neumann"][-1]
+        assert record["Neumann"][-1] <= 1.1 * record["Neumann"][1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import hypergrad_ext as hg
 from hypergrad_ext import Status
+from hypergrad_ext.solvers import base
 from tests.cases import spd
 
 F64 = torch.float64
@@ -196,3 +197,37 @@ def test_only_failed_rows_are_given_up():
     solution = hg.solve(hg.DenseMatrix(-a), b, hg.CG())
     assert solution.statuses == ("negative_curvature", "converged", "negative_curvature")
     assert not bool(solution.value.any())
+
+
+class TestRareLooks:
+    """Where a look at the flags waits for the device there is one every 8 steps, and what is done stays as it is."""
+
+    SOLVERS = [
+        *(hg.CG(tol=1e-6), hg.MINRES(tol=1e-6), hg.Chebyshev(99, tol=1e-6), hg.Neumann(999, tol=1e-6)),
+        hg.Neumann(999, tol=1e-6, form="richardson"),
+        hg.CG(tol=1e-6, preconditioner=torch.linspace(1, 2, 40, dtype=torch.float64)),
+        hg.Neumann(5, alpha=1.0),
+    ]
+
+    @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+    @pytest.mark.parametrize("rows", [None, 3])
+    def test_value_and_status_are_the_same(self, solver, rows, monkeypatch):
+        a, b = spd(40, 20.0), torch.randn(*(() if rows is None else (rows,)), 40, dtype=torch.float64)
+        each = hg.solve(hg.Callable(lambda v: a @ v, b.new_zeros(40)), b, solver)
+        monkeypatch.setattr(base, "_look_every", lambda device: 8)
+        rare = hg.solve(hg.Callable(lambda v: a @ v, b.new_zeros(40)), b, solver)
+        assert rare.status == each.status
+        assert rare.steps == min(-(-each.steps // 8) * 8, getattr(solver, "max_steps", None) or solver.steps)
+        if isinstance(solver, (hg.CG, hg.MINRES)):  # frozen by their flags
+            assert torch.equal(rare.value, each.value)
+        else:
+            assert float(torch.as_tensor(rare.residual_norm).max()) <= float(torch.as_tensor(each.residual_norm).max())
+
+    def test_growth_is_still_found(self, monkeypatch):
+        monkeypatch.setattr(base, "_look_every", lambda device: 8)
+        a, b = spd(40, 20.0), torch.randn(40, dtype=torch.float64)
+        operator = hg.Callable(lambda v: a @ v, b)
+        assert hg.solve(operator, b, hg.Neumann(40, alpha=3.0)).status == "diverged"
+        for form in ("series", "richardson"):
+            solution = hg.solve(operator, b, hg.Neumann(400, alpha=3.0, adaptive=True, form=form))
+            assert solution.status == "max_steps" and solution.residual_norm < 1e-2

@@ -31,6 +31,12 @@ def products(a: Tensor) -> hg.Callable:
     return hg.Callable(lambda v: a @ v, torch.zeros(len(a), dtype=a.dtype))
 
 
+def energy_error(a: Tensor, b: Tensor, x: Tensor) -> float:
+    """Of the error, in the norm of ``a``, squared and relative."""
+    truth = torch.linalg.solve(a, b)
+    return float((x - truth) @ a @ (x - truth) / (truth @ a @ truth))
+
+
 class TestBlockCG:
     def test_solves_with_fewer_products_than_separate_recurrences(self):
         a, b = with_eigenvalues(OUTLIERS), torch.randn(16, 200, dtype=F64)
@@ -178,6 +184,43 @@ class TestStepSize:
         mended = hg.solve(hg.DenseMatrix(a), b, hg.Neumann(200, alpha=5.0, form=form, adaptive=True))
         assert mended.status == "max_steps" and mended.alpha <= 2.5 and mended.residual_norm < 1e-6
         assert "decreased from 5" in mended.detail
+
+
+class TestPenaltiesThatGrow:
+    """One penalty per weight, from 0.02 to 1e4 in 25 outer steps, beside a loss whose own curvature is up to 100."""
+
+    def problems(self):
+        n = 60
+        loss, b = 100 * spd(n, 1e4), torch.randn(n, dtype=F64)
+        grow = torch.rand(n, dtype=F64)
+        for step in range(25):
+            penalties = 2 * torch.exp(-4 + grow * 13 * step / 24)
+            yield loss + torch.diag(penalties), penalties + 1, b + 0.1 * torch.randn(n, dtype=F64)
+
+    @pytest.mark.parametrize("options", [{}, {"alpha": 1.0, "adaptive": True}], ids=["found", "adaptive"])
+    @pytest.mark.parametrize("held", [False, True], ids=["", "state"])
+    def test_three_preconditioned_steps_go_on(self, options, held):
+        state, hvps = hg.SolverState(), 0
+        for a, p, b in self.problems():
+            solver = hg.Neumann(3, preconditioner=p, **options)
+            solution = hg.solve(products(a), b, solver, state=state if held else None, residual=False)
+            assert solution.status == "max_steps"
+            hvps += solution.hvps
+            r = b - a @ solution.value
+            assert r @ (r / p) < 0.8 * b @ (b / p)
+            error = energy_error(a, b, solution.value)
+            assert error < 0.98
+        assert error < 0.6
+        assert hvps <= 25 * 8 if options else hvps == (25 * 4 - 1 + 3 * 10 if held else 25 * 13)
+
+    def test_a_step_size_that_forgets_the_loss_is_reported(self):
+        a, p, b = next(self.problems())
+        solution = hg.solve(products(a), b, hg.Neumann(3, alpha=1.0, preconditioner=p))
+        assert solution.status == "diverged" and solution.useless and solution.residual_norm == 1
+
+    def test_without_the_preconditioner_hardly_anything_is_solved(self):
+        *_, (a, _, b) = self.problems()
+        assert energy_error(a, b, hg.solve(products(a), b, hg.Neumann(3)).value) > 0.95
 
 
 class TestAutomaticDamping:
@@ -419,10 +462,10 @@ class TestAuto:
 class TestState:
     """30 drifting outer steps of a logistic regression whose penalty is small: condition 2e4."""
 
-    def problem(self, step: int) -> tuple[Tensor, Tensor]:
+    def problem(self, step: int, decay: float = 1.0) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1)
         n, d = 512, 200
-        x = 6 * torch.randn(n, d, generator=generator, dtype=F64) / torch.arange(1, d + 1)
+        x = 6 * torch.randn(n, d, generator=generator, dtype=F64) / torch.arange(1, d + 1) ** decay
         w = 0.3 * torch.randn(d, generator=generator, dtype=F64)
         drift = torch.randn(d, generator=generator, dtype=F64)
         b = torch.randn(d, generator=generator, dtype=F64)
@@ -431,16 +474,33 @@ class TestState:
         a = x.T @ ((p * (1 - p))[:, None] * x) / n + 1e-4 * torch.eye(d, dtype=F64)
         return a, b + 0.01 * step * b_drift
 
-    def test_a_quarter_of_the_products_of_cold_cg(self):
+    @pytest.mark.parametrize("decay", [1.0, 0.75])
+    def test_a_quarter_of_the_products_of_cold_cg(self, decay):
         state, cold = hg.SolverState(), 0
         for step in range(30):
-            a, b = self.problem(step)
+            a, b = self.problem(step, decay)
             solution = hg.solve(products(a), b, hg.Auto(tol=1e-2), state=state, residual=False)
             assert solution.converged
             assert torch.linalg.vector_norm(b - a @ solution.value) <= 1.1e-2 * torch.linalg.vector_norm(b)
             cold += hg.solve(products(a), b, hg.CG(tol=1e-2), residual=False).hvps
         assert state.solves == 30
         assert state.hvps <= cold / 4
+
+    @pytest.mark.parametrize("rows", [None, 2])
+    def test_a_steady_drift_is_followed(self, rows):
+        a, b = spd(40, 50.0), torch.randn(*(() if rows is None else (rows,)), 40, dtype=F64)
+        drift, state = torch.randn_like(b), hg.SolverState()
+        steps = [
+            hg.solve(products(a), b + t * drift, hg.CG(tol=1e-6), state=state, residual=False).steps for t in range(4)
+        ]
+        assert min(steps[:2]) > 20 and max(steps[2:]) <= 3  # what the tolerance left of the first solutions
+
+    def test_a_change_of_negative_curvature_is_not_followed(self):
+        a, state = torch.diag(torch.tensor([3.0, -1.0], dtype=F64)), hg.SolverState()
+        for b in (torch.tensor([1.0, 1.0]), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])):
+            solution = hg.solve(products(a), b.double(), hg.MINRES(tol=1e-9), state=state)
+            assert solution.converged and solution.steps == (2 if b[1] == 1 else 1)
+            assert_close(solution.value, b.double() / a.diagonal(), 1e-8)
 
     def test_goes_on_bit_for_bit_from_a_state_dict(self):
         state = hg.SolverState(refresh=3)

@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 import hypergrad_ext as hg
 from bench.paper import cli, figures
 from bench.paper.augmentation_nets import SCALED_WEIGHTS, WEIGHTS, ResNet18, UNet, small_cnn
-from bench.paper.data import Examples, Split
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import Examples, Split
 
 _SHOWN = 8
 
@@ -216,9 +216,10 @@ class Training:
         val_loss = cross_entropy(self.student(validation.x), validation.y)
         train_loss = cross_entropy(functional_call(self.student, self.weights, self.unet(train.x, noise)), train.y)
         alpha = self.p.alpha or self.inner.param_groups[0]["lr"]
-        solver = hg.Neumann(steps=self.neumann or 0, alpha=alpha)
+        solver = hg.Neumann(steps=self.neumann or 0, alpha=alpha, adaptive=True)
         with warnings.catch_warnings(record=True) as caught:
-            # A student in training has directions of negative curvature, along which the series grows: it ends there.
+            # A student in training has directions of negative curvature, along which a series grows in any step size:
+            # such a hyper-step is none.
             warnings.simplefilter("always", hg.SolveWarning)
             grads = hg.hypergradient(
                 val_loss, train_loss, self.weights, self.hparams, solver, damping=self.p.weight_decay, throw=False

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import io
+import multiprocessing
+import os
 import pkgutil
 import sys
 import time
@@ -16,13 +20,15 @@ import torch
 import bench.paper
 from bench import measure
 from bench.paper import data
-from bench.paper.experiment import Experiment, Paused, Report, Settings
+from bench.paper.experiment import Claim, Experiment, Paused, Report, Settings
 from bench.paper.store import ResumeError, Store, replace
 
 _EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
-# What `all` begins with; the others follow by name.
-_ORDER = ("inverse_hessian", "overfit_validation", "distillation", "baselines")
+# What `all` begins with: the longest, so that no process is left with one of them at the end; the others by name.
+_ORDER = ("lstm", "augmentation", "overfit_validation", "distillation", "baselines")
 UNFINISHED = 3
+Outcome = tuple[int, list[Claim]]
+"""The exit status, and what was claimed."""
 
 
 def experiments() -> dict[str, Experiment]:
@@ -54,41 +60,62 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         return _refuse(f"--device {options.device}: {str(error).splitlines()[0]}")
-    threads = torch.get_num_threads()
     deadline = None if options.time_limit is None else time.monotonic() + options.time_limit
-    summary: list[dict[str, object]] = []
-    status, start = 0, time.perf_counter()
-    for experiment in chosen:
-        name = options.data or experiment.bundled
-        if name not in experiment.datasets:
-            if len(chosen) == 1:
-                return _refuse(f"--data: {experiment.name} takes {', '.join(experiment.datasets)}, got {name}")
-            continue
-        # Models of a few thousand weights run several times faster on one thread than on two.
-        torch.set_num_threads(options.threads or (1 if name == experiment.bundled else threads))
-        seeds = options.seeds or (experiment.quick_seeds if options.quick else experiment.seeds)
-        settings = Settings(
-            name, options.data_dir, options.download, device, seeds, options.quick, options.out, deadline
-        )
-        try:
-            report = run(experiment, settings, fresh=options.fresh, save=options.save_results)
-        except (data.DataError, ResumeError) as error:
-            status = _refuse(str(error))
-        except OSError as error:
-            return _refuse(f"cannot write to --out {options.out}: {error}")
-        else:
-            if report is None:
-                status = status or UNFINISHED
-                continue
-            summary += [
-                {"system": experiment.name, "claim": c.paper, "ours": c.ours, "reproduced": _word(c.reproduced)}
-                for c in report.claims
-            ]
-    if len(chosen) > 1:
-        print(f"\n== Summary: {time.perf_counter() - start:.0f} s, data {options.data or 'at hand'}\n")
-        if summary:
-            print(left_table(summary))
-    return status
+    chosen = [e for e in chosen if len(chosen) == 1 or (options.data or e.bundled) in e.datasets]
+    if len(chosen) == 1:
+        return _one(chosen[0], options, device, deadline)[0]
+    start = time.perf_counter()
+    outcomes = _several(chosen, options, deadline)
+    print(f"\n== Summary: {time.perf_counter() - start:.0f} s, data {options.data or 'at hand'}\n")
+    summary = [
+        {"system": e.name, "claim": c.paper, "ours": c.ours, "reproduced": _word(c.reproduced)}
+        for e, (_, claims) in zip(chosen, outcomes, strict=True)
+        for c in claims
+    ]
+    if summary:
+        print(left_table(summary))
+    statuses = [status for status, _ in outcomes]
+    return 1 if 1 in statuses else max(statuses, default=0)
+
+
+def _several(chosen: list[Experiment], options: argparse.Namespace, deadline: float | None) -> list[Outcome]:
+    """Run experiments side by side, each in a process, and print what one says once it is done."""
+    jobs = min(options.jobs or os.cpu_count() or 1, len(chosen))
+    # The clock that a deadline is read from is the machine's, so that it holds in every process.
+    arguments = [(e.name, options, deadline) for e in chosen]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        outcomes = []
+        for outcome, text in pool.imap(_in_process, arguments, chunksize=1):
+            print(text, end="", flush=True)
+            outcomes.append(outcome)
+        return outcomes
+
+
+def _in_process(arguments: tuple[str, argparse.Namespace, float | None]) -> tuple[Outcome, str]:
+    name, options, deadline = arguments
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        outcome = _one(experiments()[name], options, torch.device(options.device), deadline)
+    return outcome, said.getvalue()
+
+
+def _one(experiment: Experiment, options: argparse.Namespace, device: torch.device, deadline: float | None) -> Outcome:
+    """Run one experiment: its exit status and its claims."""
+    name = options.data or experiment.bundled
+    if name not in experiment.datasets:
+        return _refuse(f"--data: {experiment.name} takes {', '.join(experiment.datasets)}, got {name}"), []
+    # Models of a few thousand weights run several times faster on one thread than on two.
+    if options.threads or name == experiment.bundled:
+        torch.set_num_threads(options.threads or 1)
+    seeds = options.seeds or (experiment.quick_seeds if options.quick else experiment.seeds)
+    settings = Settings(name, options.data_dir, options.download, device, seeds, options.quick, options.out, deadline)
+    try:
+        report = run(experiment, settings, fresh=options.fresh, save=options.save_results)
+    except (data.DataError, ResumeError) as error:
+        return _refuse(str(error)), []
+    except OSError as error:
+        return _refuse(f"cannot write to --out {options.out}: {error}"), []
+    return (UNFINISHED, []) if report is None else (0, report.claims)
 
 
 def run(experiment: Experiment, settings: Settings, *, fresh: bool = False, save: bool = False) -> Report | None:
@@ -159,7 +186,11 @@ def _write(store: Store, report: Report) -> list[Path]:
         path = out / f"{store.stem}_{name}.png"
         replace(path, lambda file, figure=figure: figure.savefig(file, dpi=100, format="png"))
         written.append(path)
-    environments = [", ".join(f"{k} {v}" for k, v in e.items()) for e in store.content["environments"]]
+    commits: dict[str, list[str]] = {}
+    for environment in store.content["environments"]:
+        where = ", ".join(f"{k} {v}" for k, v in environment.items() if k != "commit")
+        commits.setdefault(where, []).append(str(environment.get("commit")))
+    environments = [f"{where}, commit {' '.join(found)}" for where, found in commits.items()]
     head, *body = measure.cells(report.rows)
     lines = [f"# {store.experiment.name}, {store.content['data']}", "", store.experiment.about, ""]
     lines += [f"{store.settings.seeds} seeds. {'; '.join(environments)}.", ""]
@@ -200,6 +231,8 @@ def _parser(known: dict[str, Experiment], only: Experiment | None) -> argparse.A
     parser.add_argument("--fresh", action="store_true", help="forget what was run before, instead of going on")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="stop then; the same command goes on")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: 1 without files)")
+    if not only:
+        parser.add_argument("--jobs", type=_positive, metavar="N", help="processes for `all` (default: one per core)")
     parser.add_argument("--save-results", action="store_true", help="also write to bench/results/paper")
     return parser
 

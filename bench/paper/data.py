@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hypergrad_ext.demo.data import Examples, Split, all_digits
+
 NAMES = ("digits", "mnist", "fashion", "cifar10")
-CLASSES = 10
 
 _IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _TITLES = {"digits": "digits", "mnist": "MNIST", "fashion": "Fashion-MNIST", "cifar10": "CIFAR-10"}
@@ -28,44 +29,6 @@ _TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "cifar10": "CIFAR10
 
 class DataError(RuntimeError):
     """Data that are not there, or are not what their name says; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Images ``x``, ``(n, channels, height, width)`` in [0, 1], and their labels ``y``, ``(n,)``."""
-
-    x: Tensor
-    y: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def __add__(self, other: Examples) -> Examples:
-        return Examples(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]))
-
-    def __getitem__(self, index: Tensor | slice) -> Examples:
-        return Examples(self.x[index], self.y[index])
-
-    def to(self, target: torch.dtype | torch.device) -> Examples:
-        """The same examples with pixels of another dtype, or all of them on another device."""
-        return Examples(self.x.to(target), self.y.to(target) if isinstance(target, torch.device) else self.y)
-
-    def flat(self) -> Examples:
-        """The same examples as rows of pixels, ``(n, channels * height * width)``."""
-        return Examples(self.x.flatten(1), self.y)
-
-
-@dataclass(frozen=True)
-class Split:
-    """Three disjoint sets of examples."""
-
-    train: Examples
-    validation: Examples
-    test: Examples
-
-    def map(self, change: Callable[[Examples], Examples]) -> Split:
-        """The same change to all three, such as ``lambda part: part.flat()``."""
-        return Split(change(self.train), change(self.validation), change(self.test))
 
 
 @dataclass(frozen=True)
@@ -172,12 +135,11 @@ def load(name: str, folder: Path | None = None, *, download: bool = False) -> Im
 
 def _digits() -> Images:
     try:
-        from sklearn.datasets import load_digits
+        everything = all_digits()
     except ImportError as error:
         raise DataError("digits: scikit-learn is not installed: pip install scikit-learn") from error
-    bunch = load_digits()
-    x = torch.tensor(bunch.images / 16, dtype=torch.float32)[:, None]
-    return Images("digits", (1, 8, 8), Part(torch.tensor(bunch.target), lambda index: x[index]), None)
+    x = everything.x.float().view(-1, 1, 8, 8)
+    return Images("digits", (1, 8, 8), Part(everything.y, lambda index: x[index]), None)
 
 
 def _idx_images(name: str, folder: Path) -> Images | None:

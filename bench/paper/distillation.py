@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 import hypergrad_ext as hg
 from bench.paper import figures
 from bench.paper.cli import main
-from bench.paper.data import CLASSES, Examples
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings, Stopwatch, accuracy
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES, Examples
 
 _LOOK_EVERY = 50
 

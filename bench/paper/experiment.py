@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bench import measure
 from bench.paper import data
 
 if TYPE_CHECKING:
@@ -122,10 +123,11 @@ class Job:
 
 
 class Stopwatch:
-    """Wall-clock seconds of work on a device, the time between `stop` and `start` left out."""
+    """Seconds of work on a device, the time between `stop` and `start` left out: see `bench.measure.clock_for`."""
 
     def __init__(self, device: torch.device, seconds: float = 0.0) -> None:
         self._device = device
+        self._clock = time.perf_counter if device.type == "cuda" else measure.clock_for(torch.get_num_threads())
         self._seconds = seconds
         self.start()
 
@@ -147,7 +149,7 @@ class Stopwatch:
     def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        return time.perf_counter()
+        return self._clock()
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bench.paper.data import CLASSES, Examples
+from hypergrad_ext.demo.data import CLASSES, Examples
 
 Shape = tuple[int, int, int]
 """Channels, height, width."""
@@ -45,7 +45,7 @@ def cnn(shape: Shape) -> nn.Module:
 
 
 def alexnet(shape: Shape) -> nn.Module:
-    """An AlexNet for small images, as in the paper's code: about 20 million weights."""
+    """The paper's AlexNet for small images: 20,125,386 weights on MNIST, 23,272,266 on CIFAR-10."""
     channels, height, width = shape
     convolutions = nn.Sequential(
         nn.Conv2d(channels, 64, 3, stride=2, padding=1),
@@ -60,12 +60,12 @@ def alexnet(shape: Shape) -> nn.Module:
         nn.ReLU(),
         nn.Conv2d(256, 256, 3, padding=1),
         nn.ReLU(),
+        nn.MaxPool2d(2),
         nn.Flatten(),
     )
-    with torch.no_grad():
-        features = convolutions(torch.zeros(1, channels, height, width)).shape[1]
+    features = 256 * (height // 16) * (width // 16)
     return nn.Sequential(
-        *convolutions, nn.Linear(features, 4096), nn.ReLU(), nn.Linear(4096, 3400), nn.ReLU(), nn.Linear(3400, CLASSES)
+        *convolutions, nn.Linear(features, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, CLASSES)
     )
 
 
@@ -87,7 +87,7 @@ def penalties(model: nn.Module, log_penalty: float) -> list[Tensor]:
     return [torch.full_like(p, log_penalty).requires_grad_() for p in model.parameters()]
 
 
-def penalty(model: nn.Module, log_penalties: Sequence[Tensor]) -> Tensor:
+def penalty(weights: Iterable[Tensor], log_penalties: Iterable[Tensor]) -> Tensor:
     r""":math:`\sum_i e^{\lambda_i} w_i^2`; its Hessian is diagonal, :math:`2 e^{\lambda_i}`."""
-    terms = zip(log_penalties, model.parameters(), strict=True)
+    terms = zip(log_penalties, weights, strict=True)
     return torch.stack([(lam.exp() * w.square()).sum() for lam, w in terms]).sum()

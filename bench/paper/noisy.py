@@ -1,14 +1,18 @@
-"""Training sets in which many labels are wrong, and how well weights tell which."""
+"""Training sets in which many labels are wrong, how well weights of examples tell which, and the figure of that."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
-from bench.paper.data import CLASSES, Split
-from bench.paper.experiment import Job
+from bench.paper import figures
+from bench.paper.experiment import Claim, Job
+from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES, Examples, Split
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,9 @@ def corrupted(job: Job, *, train: int, validation: int, test: int | None, ratio:
     right = y == split.train.y
     mean, deviation = split.train.x.mean(0), split.train.x.std(0, correction=0)
     deviation[deviation == 0] = 1
-    split = split.map(lambda part: type(part)((part.x - mean) / deviation, part.y).to(job.device))
-    return Noisy(Split(type(split.train)(split.train.x, y.to(job.device)), *_rest(split)), right.to(job.device))
-
-
-def _rest(split: Split) -> tuple:
-    return split.validation, split.test
+    split = Split(Examples(split.train.x, y), split.validation, split.test)
+    split = split.map(lambda part: Examples((part.x - mean) / deviation, part.y).to(job.device))
+    return Noisy(split, right.to(job.device))
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
@@ -48,3 +49,27 @@ def auc(scores: Tensor, positive: Tensor) -> float:
     mean_rank = (count.cumsum(0) - (count - 1) / 2).double()[rank]
     p, n = int(positive.sum()), int((~positive).sum())
     return float((mean_rank[positive].sum() - p * (p + 1) / 2) / (p * n))
+
+
+def ranks(results: Results, arms: Sequence[str]) -> Claim:
+    """That the weights of these arms tell right from wrong labels."""
+    areas = {arm: results.last(arm, "auc") for arm in arms}
+    found = ", ".join(f"{arm} {area:.3f}" for arm, area in areas.items())
+    return Claim("learnt weights tell right from wrong labels", f"AUC {found}", min(areas.values()) >= 0.8)
+
+
+def curves(
+    error: Axes, ranking: Axes, results: Results, weighing: Sequence[str], across: Callable[[str], Sequence[float]]
+) -> None:
+    """Draw the test error of all arms over what ``across`` gives for them, and the AUC of those that weigh examples."""
+    greys = iter(("--", ":"))
+    for i, arm in enumerate(results.arms):
+        style = {"color": f"C{i}"} if arm in weighing else {"color": "C7", "linestyle": next(greys)}
+        figures.band(error, across(arm), results.values(arm, "error"), arm, **style)
+        if arm in weighing:
+            figures.band(ranking, across(arm), results.values(arm, "auc"), arm, **style)
+    error.set(title="test error", ylabel="share of test images misclassified")
+    ranking.set(title="ranking of the labels", ylabel="AUC, right against wrong labels")
+    for axis in (error, ranking):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")

@@ -16,10 +16,10 @@ from torch.nn.functional import cross_entropy, one_hot
 
 import hypergrad_ext as hg
 from bench.paper import cli, figures
-from bench.paper.data import CLASSES, Examples
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings, accuracy
-from bench.paper.noisy import auc, corrupted
+from bench.paper.noisy import auc, corrupted, curves, ranks
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES, Examples
 
 NETS = {"net of the loss": 1, "net of pixels and label": None}
 
@@ -67,7 +67,7 @@ def run(job: Job) -> Record:
         net = nn.Sequential(nn.Linear(width, p.net_hidden), nn.ReLU(), nn.Linear(p.net_hidden, 1)).to(job.device)
         outer = torch.optim.Adam(net.parameters(), lr=p.outer_lr)
     inner = torch.optim.SGD(student.parameters(), lr=p.lr, momentum=p.momentum, weight_decay=p.weight_decay)
-    solver = hg.Neumann(steps=p.terms, alpha=p.lr)
+    solver = hg.Neumann(steps=p.terms, alpha=p.lr, adaptive=True)
 
     def weights(losses: Tensor) -> Tensor:
         if net is None:
@@ -86,7 +86,7 @@ def run(job: Job) -> Record:
         if net is not None and step >= p.first and step % p.every == 0:
             losses = cross_entropy(student(train.x), train.y, reduction="none")
             with warnings.catch_warnings(record=True) as caught:
-                # Along a direction of negative curvature, which a student in training has, the series ends early.
+                # A student in training has negative curvature, along which a series may grow: no step then.
                 warnings.simplefilter("always", hg.SolveWarning)
                 grads = hg.hypergradient(
                     _loss(student, validation),
@@ -118,32 +118,24 @@ def report(results: Results) -> Report:
     """Test error, and how the weights separate."""
     rows = []
     for arm in results.arms:
-        row: dict[str, object] = {"arm": arm, "test error": f"{_last(results, arm, 'error'):.4f}"}
+        row: dict[str, object] = {"arm": arm, "test error": f"{results.last(arm, 'error'):.4f}"}
         keys = ("AUC right/wrong", "mean weight, right", "mean weight, wrong", "hyperparameters")
         if arm in NETS:
-            numbers = [_last(results, arm, "auc"), *(results.mean(arm, key) for key in ("right", "wrong"))]
+            numbers = [results.last(arm, "auc"), *(results.mean(arm, key) for key in ("right", "wrong"))]
             row |= dict(zip(keys, [*(f"{x:.3f}" for x in numbers), f"{results.mean(arm, keys[3]):.0f}"], strict=True))
         else:
             row |= dict.fromkeys(keys, "-")
         rows.append(row)
-    errors = {arm: _last(results, arm, "error") for arm in results.arms}
-    areas = {arm: _last(results, arm, "auc") for arm in NETS}
+    errors = {arm: results.last(arm, "error") for arm in results.arms}
     claims = [
         Claim(
             "a net of weights learns to reweight: better than equal weights at 50 % corrupted labels",
             f"test error {', '.join(f'{arm} {error:.3f}' for arm, error in errors.items())}",
             max(errors[arm] for arm in NETS) < errors["equal weights"],
         ),
-        *(
-            Claim(f"weights by a {arm} tell right from wrong labels", f"AUC {area:.3f}", area >= 0.8)
-            for arm, area in areas.items()
-        ),
+        *(ranks(results, [arm]) for arm in NETS),
     ]
     return Report(rows, claims, {"error": _figure(results)})
-
-
-def _last(results: Results, arm: str, key: str) -> float:
-    return float(results.values(arm, key)[:, -1].mean())
 
 
 def _figure(results: Results) -> object:
@@ -156,16 +148,9 @@ def _figure(results: Results) -> object:
     )
     left, right = figure.subplots(1, 2)
     steps = range(0, p.steps + 1, 20)
-    for i, arm in enumerate(results.arms):
-        style = {"color": f"C{i}" if arm in NETS else "C7"}
-        figures.band(left, steps, results.values(arm, "error"), arm, **style)
-        if arm in NETS:
-            figures.band(right, steps, results.values(arm, "auc"), arm, **style)
-    left.set(title="test error", xlabel="training step", ylabel="share of test images misclassified")
-    right.set(title="ranking of the labels", xlabel="training step", ylabel="AUC, right against wrong labels")
+    curves(left, right, results, list(NETS), lambda arm: steps)
     for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.set(xlabel="training step")
     return figure
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+
+from bench import measure
 
 Point = dict[str, float]
 Space = dict[str, tuple[float, float]]
@@ -22,7 +23,7 @@ class SearchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Budget:
-    """When to stop: after so many seconds, or before more inner steps than that; None for no limit."""
+    """When to stop: once all limits that are given are reached; steps also before they would be exceeded."""
 
     seconds: float | None = None
     steps: int | None = None
@@ -102,18 +103,16 @@ def bayesian_search(evaluate: Evaluate, space: Space, budget: Budget, *, seed: i
 def _try(evaluate: Evaluate, points: Iterator[Point], budget: Budget) -> History:
     if budget.seconds is None and budget.steps is None:
         raise ValueError("budget: expected seconds or steps, got neither")
-    history, start, taken = History(), time.perf_counter(), 0
+    clock = measure.clock_for(torch.get_num_threads())
+    history, start, taken = History(), clock(), 0
     for point in points:
         value, steps = evaluate(point)
         taken += steps
-        if budget.steps is not None and taken > budget.steps and history.values:
-            break
-        seconds = time.perf_counter() - start
         history.points.append(point)
         history.values.append(value)
-        history.seconds.append(seconds)
+        history.seconds.append(clock() - start)
         history.steps.append(taken)
-        over = budget.seconds is not None and seconds >= budget.seconds
-        if over or (budget.steps is not None and taken >= budget.steps):
+        late = budget.seconds is None or history.seconds[-1] >= budget.seconds
+        if late and (budget.steps is None or taken + steps > budget.steps):
             break
     return history

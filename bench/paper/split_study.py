@@ -17,9 +17,9 @@ from torch.nn.functional import one_hot
 
 import hypergrad_ext as hg
 from bench.paper import cli, figures
-from bench.paper.data import CLASSES
 from bench.paper.experiment import Claim, Experiment, Job, Record, Report, Settings
 from bench.paper.store import Results
+from hypergrad_ext.demo.data import CLASSES
 
 
 @dataclass(frozen=True)

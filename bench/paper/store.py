@@ -58,6 +58,10 @@ class Results:
         """Mean over seeds."""
         return float(self.values(arm, key).mean())
 
+    def last(self, arm: str, key: str) -> float:
+        """Mean over seeds of the last entry of a curve."""
+        return float(self.values(arm, key)[:, -1].mean())
+
 
 class Store:
     """The files of one experiment under one set of settings."""

@@ -80,8 +80,7 @@ struct LayerRows {
       const int64_t now = t * step + first * n;
       const Real* v_h = t ? at(data.by_grad_h, now - step) : at(data.v_h0, first * n);
       const Real* v_c = t ? at(data.by_grad_c, now - step) : at(data.v_c0, first * n);
-      multiply(w, {v_h, n, rows, nullptr, v_gates, 4 * n});
-      add(at(data.v_gates, 4 * now), v_gates, 4 * rows * n);
+      multiply(w, {v_h, n, rows, at(data.v_gates, 4 * now), v_gates, 4 * n});
       Cell::run({size.dtype, rows, n},
                 LstmDoubleBackward{at(data.activations, 4 * now), t ? at(data.c, now - step) : at(data.c0, first * n),
                                    at(data.c, now), at(data.dh, now), at(data.dc, now), v_gates, v_c,

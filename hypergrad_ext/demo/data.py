@@ -1,7 +1,8 @@
-"""scikit-learn's digits: 1797 labelled images of 8x8 pixels, shipped with the library."""
+"""Labelled images, and scikit-learn's digits: 1797 of them with 8x8 pixels, shipped with the library."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ PIXELS = 64
 
 @dataclass(frozen=True)
 class Examples:
-    """Images ``x``, shape ``(n, 64)`` in [0, 1], and their labels ``y``, shape ``(n,)``."""
+    """Images ``x`` in [0, 1], ``(n, pixels)`` or ``(n, channels, height, width)``, and their labels ``y``, ``(n,)``."""
 
     x: Tensor
     y: Tensor
@@ -22,13 +23,21 @@ class Examples:
         """The number of examples."""
         return len(self.y)
 
-    def to(self, dtype: torch.dtype) -> Examples:
-        """The same examples with pixels of another dtype."""
-        return Examples(self.x.to(dtype), self.y)
-
     def __add__(self, other: Examples) -> Examples:
         """These examples followed by others."""
         return Examples(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]))
+
+    def __getitem__(self, index: Tensor | slice) -> Examples:
+        """Some of the examples."""
+        return Examples(self.x[index], self.y[index])
+
+    def to(self, target: torch.dtype | torch.device) -> Examples:
+        """The same examples with pixels of another dtype, or all of them on another device."""
+        return Examples(self.x.to(target), self.y.to(target) if isinstance(target, torch.device) else self.y)
+
+    def flat(self) -> Examples:
+        """The same examples as rows of pixels, ``(n, channels * height * width)``."""
+        return Examples(self.x.flatten(1), self.y)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,25 @@ class Split:
     train: Examples
     validation: Examples
     test: Examples
+
+    def map(self, change: Callable[[Examples], Examples]) -> Split:
+        """The same change to all three, such as ``lambda part: part.flat()``."""
+        return Split(change(self.train), change(self.validation), change(self.test))
+
+
+def all_digits() -> Examples:
+    """All digits as rows of pixels.
+
+    Returns:
+        The examples, in float64.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return Examples(torch.tensor(bunch.data / 16), torch.tensor(bunch.target))
 
 
 def digits(seed: int, *, train: int, validation: int) -> Split:
@@ -51,11 +79,7 @@ def digits(seed: int, *, train: int, validation: int) -> Split:
     Returns:
         The split, in float64.
     """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    order = torch.randperm(len(bunch.target), generator=torch.Generator().manual_seed(seed))
-    x = torch.tensor(bunch.data / 16)[order]
-    y = torch.tensor(bunch.target)[order]
-    sizes = [train, validation, len(y) - train - validation]
-    return Split(*(Examples(*pair) for pair in zip(x.split(sizes), y.split(sizes), strict=True)))
+    everything = all_digits()
+    order = torch.randperm(len(everything), generator=torch.Generator().manual_seed(seed))
+    cuts = slice(train), slice(train, train + validation), slice(train + validation, None)
+    return Split(*(everything[order[cut]] for cut in cuts))

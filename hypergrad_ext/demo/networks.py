@@ -66,7 +66,7 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """A copy in another precision."""
-        data = Split(*(part.to(dtype) for part in (self.data.train, self.data.validation, self.data.test)))
+        data = self.data.map(lambda part: part.to(dtype))
         penalties = [lam.detach().to(dtype).requires_grad_() for lam in self.penalties]
         return Problem(self.name, copy.deepcopy(self.network).to(dtype), penalties, data)
 

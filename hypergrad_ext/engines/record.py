@@ -195,6 +195,8 @@ class _Recorder(TorchDispatchMode):
         functional, target = _functional(op), args[0] if args else None
         if functional is None or not isinstance(target, Tensor):
             raise Untraceable(f"{op} writes to its arguments")
+        if target.layout != torch.strided:
+            raise Untraceable(f"{op} writes to a sparse tensor")
         if self.dependent.get(_memory(target), 0) > (id(target) in self.names):
             raise Untraceable(f"{op} writes to memory that has several views")
         encoded_self = self.names.get(id(target)) or self._constant(target.clone(memory_format=torch.preserve_format))
@@ -230,7 +232,7 @@ class _Recorder(TorchDispatchMode):
         if name is not None:
             return name
         if isinstance(a, Tensor):
-            if a.numel() and _memory(a) in self.dependent:
+            if a.layout is torch.strided and a.numel() and _memory(a) in self.dependent:
                 raise Untraceable("a tensor shares memory with one that depends on the vector")
             return self._constant(a)
         if type(a) is float:

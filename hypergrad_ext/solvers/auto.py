@@ -65,7 +65,7 @@ class Auto(Solver):
     max_steps: int = 500
     on_negative_curvature: Literal["minres", "stop"] = "minres"
     rank: int = 30
-    long: int = 30
+    long: int = 20
 
     def __post_init__(self) -> None:
         """Check the settings."""

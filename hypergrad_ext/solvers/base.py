@@ -128,12 +128,16 @@ class System:
         Returns:
             Steps taken.
         """
-        waits = self._space.device.type != "cpu"
+        every = _look_every(self._space.device)
         for step in range(1, steps + 1):
             advance()
-            if over and (not waits or step % _LOOK_EVERY == 0 or step == steps) and over(step):
+            if over and (step % every == 0 or step == steps) and over(step):
                 return step
         return steps
+
+
+def _look_every(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else _LOOK_EVERY
 
 
 class Solver(ABC):

@@ -71,29 +71,35 @@ class BlockCG(Solver):
         system.prepare(self.max_steps, b)
         x = torch.zeros_like(rows)
         w, s = _orthonormal(rows * weight[:, None], None, drop)
-        p = w
+        p, views = w.clone(), list[Tensor]()
         status, detail, step = Status.MAX_STEPS, "", 0
         while step < self.max_steps and not _done(s):
-            product = system.product(system.views(p.contiguous()))
+            if not views or len(views[0]) != len(p):
+                views = system.views(p)
+            product = system.product(views)
             ap = torch.cat([t.reshape(len(p), -1).to(p.dtype) for t in product], dim=1)
-            ap.add_(p, alpha=system.damping)
+            if system.damping:
+                ap.add_(p, alpha=system.damping)
             step += 1
-            if not bool(ap.isfinite().all()):
+            curvature = p @ ap.mT
+            if not bool(curvature.isfinite().all()):
                 status = Status.NON_FINITE_OPERATOR
                 break
-            curvature = p @ ap.mT
             factor, info = torch.linalg.cholesky_ex((curvature + curvature.mT) / 2)
             if int(info):
                 least = torch.linalg.eigvalsh((curvature + curvature.mT).double() / 2)[0] / len(p)
                 status, detail = Status.NEGATIVE_CURVATURE, f"step {step}, curvature {float(least):.3g}"
                 break
-            x.addmm_(torch.cholesky_solve(s, factor).mT, p)
+            # A triangle's inverse and products are many times faster than solves with long rows.
+            inverse = torch.linalg.solve_triangular(factor, torch.eye(len(p)).to(factor), upper=False)
+            x.addmm_((inverse.mT @ (inverse @ s)).mT, p)
             # W - A P (P^T A P)^{-1}: what is left is the next block, times zeta.
-            w, zeta = _orthonormal(w - torch.cholesky_solve(ap, factor), s, drop)
+            w, zeta = _orthonormal(w.addmm_(inverse.mT, inverse @ ap, alpha=-1), s, drop)
             s = zeta @ s
             if system.history is not None:
                 system.record((s.double() * stop).square().sum(0).tolist())
-            p = w.addmm(zeta, p)
+            direction = w.addmm(zeta, p)
+            p = p.copy_(direction) if len(direction) == len(p) else direction
         residuals = torch.linalg.vector_norm(s.double(), dim=0) * stop
         done = (residuals <= stop).tolist()
         statuses = [Status.CONVERGED if row_done else status for row_done in done]
@@ -115,4 +121,4 @@ def _orthonormal(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, 
     # Left singular vectors of Z S are the principal directions of all residuals.
     u, sizes, _ = torch.linalg.svd(r if s is None else r @ s, full_matrices=False)
     u = u[:, sizes > drop]
-    return (q @ u).mT.contiguous(), u.mT @ r
+    return u.mT @ q.mT, u.mT @ r

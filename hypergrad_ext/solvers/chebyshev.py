@@ -36,8 +36,8 @@ class Chebyshev(Solver):
 
     The step sizes depend on the bounds alone, so that nothing waits for the device but the check for divergence.
 
-    Cost: K Hessian-vector products, and 10 more for ``bounds=None``, once per operator; with a preconditioner 10 more
-    per solve.
+    Cost: K Hessian-vector products, and 10 more for ``bounds=None``, once per operator (with a preconditioner, per
+    solve) or while a `SolverState` keeps what they showed.
 
     Args:
         steps: K, the number of products; K = 0 gives ``2 / (l + u) M b``.

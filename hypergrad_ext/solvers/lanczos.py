@@ -48,6 +48,8 @@ NOT_FINITE = Spectrum((math.nan,), (math.nan,), math.nan, math.nan)
 def spectrum_of(system: System, b: Tensor, preconditioner: Preconditioner | None = None) -> Spectrum:
     """The spectrum of ``H`` as a few Lanczos steps see it, kept on the operator; or that of ``M (H + d I)``.
 
+    The latter depends on M, so only a `SolverState` keeps it, in which M changes as slowly as H.
+
     Args:
         system: The operator; damping counts only with a preconditioner.
         b: Right-hand sides: the start vector is close to them.
@@ -59,7 +61,13 @@ def spectrum_of(system: System, b: Tensor, preconditioner: Preconditioner | None
     Cost: 10 Hessian-vector products, or none.
     """
     if preconditioner is not None:
-        return lanczos(system, STEPS, b, preconditioner)
+        state = system.state
+        if state.preconditioned is None or state.preconditioned_age >= state.refresh:
+            found = lanczos(system, STEPS, b, preconditioner)
+            if not math.isfinite(found.size):
+                return found
+            state.preconditioned, state.preconditioned_age = found, 0
+        return state.preconditioned
     if system.operator.spectrum is None:
         found = lanczos(system, STEPS, b)
         if not math.isfinite(found.size):

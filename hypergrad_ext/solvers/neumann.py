@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from hypergrad_ext.solvers.watch import Watch
 
 # Times that a step size may be decreased.
 _RETRIES = 6
+# Steps that follow a decrease at least, fewer if K is: one undoes what has grown, the others get on.
+_AFTER = 10
 # Of 2 / lambda_max, as far as Lanczos steps tell it: on 88 problems their bound was 0.93 of the truth at the least.
 _SAFE = 0.95
 # A Ritz value this far below zero, relative to the largest, is not rounding.
@@ -37,8 +40,11 @@ class Neumann(Solver):
     :math:`x = \alpha M b`, the same series for :math:`M (H + d I)`: one penalty per weight, say, can raise the
     largest eigenvalue to where any alpha is too small for the rest, and its diagonal undoes that.
 
-    Cost: K Hessian-vector products, and 10 more for ``alpha=None``, once per operator or while a `SolverState` keeps
-    what they showed; with a preconditioner 10 more per solve.
+    A diagonal that knows the penalties and not the loss leaves the loss's eigenvalues, divided by P: ``alpha=1`` is
+    right only where P is close to all of ``H + d I``.
+
+    Cost: K Hessian-vector products, and 10 more for ``alpha=None``, once per operator (with a preconditioner, per
+    solve) or while a `SolverState` keeps what they showed.
 
     Args:
         steps: K, the number of updates; K + 1 terms are summed. K = 0 gives ``alpha * b``.
@@ -49,10 +55,12 @@ class Neumann(Solver):
             parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
             multiplies by M.
         adaptive: Where terms grow, divide ``alpha`` by two, or by more if they grow faster, and go on from the sum so
-            far, up to 6 times. False only does so where alpha was found.
+            far, or anew where that is worse than nothing, up to 6 times; where that happens near the end, up to 10
+            more steps follow each time. False only does so where alpha was found.
         form: ``"series"`` sums terms; ``"richardson"`` iterates on the solution, which moves 16 bytes per float32
             weight instead of 20 and does not drift in long solves, but knows divergence from rounding less early. The
-            same iterates but for rounding. None takes ``"richardson"`` with a preconditioner, else ``"series"``.
+            same iterates but for rounding. None takes ``"richardson"`` with a preconditioner and to be adaptive, which
+            it can do from the start again, else ``"series"``.
 
     Raises:
         TypeError: If a setting has the wrong type.
@@ -106,7 +114,8 @@ class Neumann(Solver):
             retries = 0 if found.low + damping < -_NEGATIVE * found.size else _RETRIES
 
         system.prepare(self.steps, b)
-        if m is None and self.form != "richardson":
+        form = self.form or ("series" if m is None and not self.adaptive else "richardson")
+        if form == "series":
             watch = Watch(b, b_norm, self.tol, retries=retries)
             x, step, last = series(system, b, self.steps, alpha, watch)
         else:
@@ -171,8 +180,7 @@ def series(
 
     def over(step: int) -> bool:
         nonlocal alpha
-        if watch is None:
-            return False
+        assert watch is not None
         rows = stats.view(-1, 2).tolist()
         system.record(row[0] for row in rows)
         over = watch.over(rows, step)
@@ -183,13 +191,13 @@ def series(
             p.sub_(v)
             if step == 1:
                 v.copy_(p)  # back to b
-                watch.restart()
+                watch.restart(step)
             else:
                 p.mul_(shrink).add_(v)
             alpha /= shrink
         return over
 
-    step = system.iterate(steps, advance, over if watch else None)
+    step = _iterate(system, steps, advance, over, watch)
     return kept.restore(p.mul_(alpha)), step, alpha
 
 
@@ -217,13 +225,29 @@ def richardson(
         shrink = watch.shrink()
         if shrink > 1:
             alpha /= shrink
-            if step == 1:
+            if watch.worse:
                 x.copy_(b if m is None else m.times(b)).mul_(alpha)
-                watch.restart()
+                watch.restart(step)
         return over
 
-    step = system.iterate(steps, advance, over)
+    step = _iterate(system, steps, advance, over, watch)
     return kept.restore(x), step, alpha
+
+
+def _iterate(
+    system: System, steps: int, advance: Callable[[], None], over: Callable[[int], bool], watch: Watch | None
+) -> int:
+    """Take the steps, and more where alpha was decreased near the end: the number taken."""
+    if watch is None:
+        return system.iterate(steps, advance, None)
+    step = system.iterate(steps, advance, over)
+    while not watch.done and (more := watch.decreased + min(steps, _AFTER) - step) > 0:
+        step += system.iterate(more, advance, functools.partial(_shifted, over, step))
+    return step
+
+
+def _shifted(over: Callable[[int], bool], before: int, step: int) -> bool:
+    return over(before + step)
 
 
 class _Kept:

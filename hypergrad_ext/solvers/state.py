@@ -26,8 +26,9 @@ class SolverState:
             ...
             x = hg.inverse_hvp(train_loss, model, v, state=state)  # or hg.solve, hg.hypergradient
 
-    Every solver starts from the last solution, unless that is worse than zero or ``x0`` is given; `Neumann` and
-    `Chebyshev` reuse what Lanczos steps saw of the spectrum, and ``solver="auto"`` a Nystrom preconditioner once
+    Every solver starts from the last solution, unless that is worse than zero or ``x0`` is given. Where it is far from
+    the tolerance, one more product shows how far to follow its last change: a steady drift is nearly undone. `Neumann`
+    and `Chebyshev` reuse what Lanczos steps saw of the spectrum, and ``solver="auto"`` a Nystrom preconditioner once
     solves are long. What was measured on an earlier operator is measured again after ``refresh`` solves (a sketch
     once its age has cost what it did), and at once when a solve fails with it. A wrong start or an old sketch costs
     products, never accuracy: solvers with a tolerance still meet it.
@@ -41,8 +42,11 @@ class SolverState:
 
     Attributes:
         x: The last solution, flat ``(n,)`` or ``(k, n)``, in the dtype of the solver state.
+        change: The last solution less the one before.
         spectrum: What Lanczos steps saw.
         spectrum_age: Solves since then.
+        preconditioned: What they saw of the preconditioned operator.
+        preconditioned_age: Solves since then.
         sketch: The Nystrom sketch of the operator.
         sketch_age: Solves since then.
         sketch_steps: Steps that the first solve with the sketch took.
@@ -61,8 +65,11 @@ class SolverState:
 
     refresh: int = 10
     x: Tensor | None = None
+    change: Tensor | None = None
     spectrum: Spectrum | None = None
     spectrum_age: int = 0
+    preconditioned: Spectrum | None = None
+    preconditioned_age: int = 0
     sketch: Sketch | None = None
     sketch_age: int = 0
     sketch_steps: int = 0
@@ -78,8 +85,8 @@ class SolverState:
     def state_dict(self) -> dict[str, Any]:
         """Everything, for ``torch.save``: tensors, numbers and tuples; a solve goes on bit for bit."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
-        state["spectrum"] = None if self.spectrum is None else tuple(self.spectrum)
-        state["sketch"] = None if self.sketch is None else tuple(self.sketch)
+        for name in ("spectrum", "preconditioned", "sketch"):
+            state[name] = None if state[name] is None else tuple(state[name])
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -99,8 +106,14 @@ class SolverState:
             raise ValueError(f"state: expected the keys {', '.join(sorted(names))}, got {', '.join(sorted(state))}")
         for name, value in state.items():
             setattr(self, name, value)
-        self.spectrum = None if state["spectrum"] is None else Spectrum(*state["spectrum"])
+        self.spectrum, self.preconditioned = (
+            None if state[name] is None else Spectrum(*state[name]) for name in ("spectrum", "preconditioned")
+        )
         self.sketch = None if state["sketch"] is None else Sketch(*state["sketch"])
+
+    def forget(self) -> None:
+        """Drop what belongs to the last system, after a failure; the counts stay."""
+        self.x = self.change = self.spectrum = self.preconditioned = self.sketch = None
 
     def check(self, space: Space) -> None:
         """Refuse a state of other parameters.
@@ -108,7 +121,7 @@ class SolverState:
         Raises:
             ValueError: If it belongs to another number of weights, dtype or device.
         """
-        for t in (self.x, None if self.sketch is None else self.sketch.basis):
+        for t in (self.x, self.change, None if self.sketch is None else self.sketch.basis):
             if t is not None and (t.shape[-1], t.dtype, t.device) != (space.numel, space.dtype, space.device):
                 raise ValueError(
                     f"state: expected one of {space.numel} weights in {space.dtype} on {space.device}, got one of "

@@ -12,6 +12,8 @@ from hypergrad_ext.solvers.preconditioner import Preconditioner
 
 # A norm that grows by less than this is rounding, or too slow to matter within any sensible number of steps.
 _GROWTH = 1 + 1e-4
+# Of the first: above it a norm is not noise yet, and where there is a retry one that grew once is reason enough.
+_PLAIN = 0.1
 
 
 class Watch:
@@ -20,6 +22,11 @@ class Watch:
     What it watches are residuals r, or the terms of a Neumann series, which are residuals too: the term after K
     updates is that of the partial sum before it, so a tolerance costs nothing. For ``0 <= H + d I`` and a step size
     or bounds that fit the spectrum, no step takes ``r.M r`` above where it began.
+
+    Attributes:
+        decreased: The step after which the step size was last decreased.
+        worse: Whether some residual was then larger than at the start.
+        detail: What to say about a failure.
     """
 
     def __init__(
@@ -53,6 +60,8 @@ class Watch:
         self._grew = [0] * len(self._stop)
         self._failed: list[Status | None] = [None] * len(self._stop)
         self._ended: dict[int, float] = {}
+        self._start = self._first
+        self._step, self.decreased, self.worse = 0, 0, False
         self.detail = ""
 
     def stop(self, b: Tensor) -> Tensor:
@@ -70,20 +79,27 @@ class Watch:
             self._grew[row] = self._grew[row] + 1 if size > self._last[row] * _GROWTH else 0
             self._least[row] = min(self._least[row], size)
             grows = self._grew[row] >= 2 and size > self._regrowth * self._least[row]
+            grows |= self._retries > 0 and self._grew[row] > 0 and size > _PLAIN * self._first[row]
             if non_finite and step == 1:
                 self._fail(row, Status.NON_FINITE_OPERATOR, "at the first step")
             elif non_finite or not size < math.inf or grows or size > 1.01 * self._first[row]:
                 if self._retries and not non_finite and size < math.inf:
-                    self._shrink = max(self._shrink, 2, 1 + size / self._last[row])
+                    self._shrink = max(self._shrink, 2, 1 + (size / self._last[row]) ** (1 / (step - self._step)))
                 else:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
-        self._last = sizes
+        self._last, self._step = sizes, step
         if self._shrink > 1:
             self._retries -= 1
-            self._start = list(self._first)
+            self.decreased = step
+            self.worse = any(size > start for size, start in zip(sizes, self._start, strict=True))
             self._first = [max(first, size) for first, size in zip(self._first, sizes, strict=True)]
             self._least, self._grew = list(sizes), [0] * len(sizes)
             return False
+        return self.done
+
+    @property
+    def done(self) -> bool:
+        """Whether all rows have converged or failed."""
         return all(failed or self._converged(row) for row, failed in enumerate(self._failed))
 
     def shrink(self) -> float:
@@ -91,9 +107,10 @@ class Watch:
         shrink, self._shrink = self._shrink, 1.0
         return shrink
 
-    def restart(self) -> None:
-        """Back to the right-hand side, after a `shrink`."""
-        self._first = self._start
+    def restart(self, step: int = 0) -> None:
+        """Back to the start, after a `shrink` at ``step``; 0 where steps are counted anew."""
+        self._step = step
+        self._first = list(self._start)
         self._last, self._least, self._grew = self._first, list(self._first), [0] * len(self._first)
 
     def failures(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bench.paper.lstm import text
@@ -12,7 +12,7 @@ from bench.paper.lstm.stn import SelfTuning
 from bench.paper.lstm.training import Run, Setting
 from bench.paper.lstm.trials import SAMPLERS, Search
 
-METHODS = ("none", "fixed", "seven", "many", "stn", *SAMPLERS)
+METHODS = ("none", "fixed", "seven", "many", "identity", "stn", *SAMPLERS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ SMALL = Protocol(
     optimiser="adam",
     rate=3e-3,
     clip=1.0,
+    drop_after=None,
     stop_after=None,
     evaluate_every=100,
     dropout=0.2,
@@ -71,11 +72,11 @@ MEDIUM = Protocol(
     hyper_every=10,
     hyper_after=50,
     seconds=600.0,
-    methods="fixed,seven,random",
+    methods="none,fixed,seven,many,identity,random",
     trials=3,
 )
 # The paper's 13 million weights, for a GPU; a call may stop in the middle and the next one goes on.
-FULL = Protocol(seconds=1800.0, methods="none,fixed,seven,many,random,bayesian,stn")
+FULL = Protocol(seconds=1800.0, methods="none,fixed,seven,many,identity,random,bayesian,stn")
 
 
 def make(corpus: text.Corpus, protocol: Protocol, method: str, seed: int) -> Run | Search:
@@ -89,6 +90,8 @@ def make(corpus: text.Corpus, protocol: Protocol, method: str, seed: int) -> Run
     if method in SAMPLERS:
         share = 1 / protocol.trials
         return Search(corpus, protocol, method, seed, lambda seconds, step: protocol.over(seconds, step, share))
+    if method == "identity":
+        protocol = replace(protocol, neumann_steps=0)
     kind = SelfTuning if method == "stn" else Graphed if protocol.cuda_graphs else Run
     return kind(corpus, protocol, method, seed)
 

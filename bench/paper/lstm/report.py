@@ -20,6 +20,7 @@ TITLES = {
     "fixed": "fixed as at the start",
     "seven": "ours, 7",
     "many": "ours, many",
+    "identity": "7 by the identity",
     "stn": "self-tuning network",
     "grid": "grid search",
     "random": "random search",

@@ -27,7 +27,7 @@ class Setting:
         bptt: Steps of a window.
         optimiser: Of the weights: ``"sgd"`` or ``"adam"``.
         rate: Its learning rate; a quarter of it once an evaluation is worse than the best of those before the last
-            ``drop_after``.
+            ``drop_after``; None never drops it.
         clip: Largest norm of a gradient of the training loss.
         drop_after: See ``rate``.
         stop_after: End after so many evaluations without a new best; None never does.
@@ -51,7 +51,7 @@ class Setting:
     optimiser: Literal["sgd", "adam"] = "sgd"
     rate: float = 30.0
     clip: float = 0.25
-    drop_after: int = 5
+    drop_after: int | None = 5
     stop_after: int | None = 20
     evaluate_every: int | None = None
     dropout: float = 0.5
@@ -100,7 +100,7 @@ class Run:
         corpus: The text.
         setting: How.
         method: ``"none"`` trains without regularisation, ``"fixed"`` with the hyperparameters as they start,
-            ``"seven"`` and ``"many"`` tune them.
+            ``"seven"`` and ``"many"`` tune them, ``"identity"`` tunes the seven and the caller takes no products.
         seed: Of weights and masks.
     """
 
@@ -137,7 +137,7 @@ class Run:
     @property
     def tuned(self) -> bool:
         """Whether there are hyper-steps."""
-        return self.method in ("seven", "many")
+        return self.method in ("seven", "many", "identity")
 
     @property
     def finished(self) -> bool:
@@ -226,7 +226,8 @@ class Run:
         point = Point(seconds, self.step, train, valid, self.hyper.means() if self.hyper is not None else {})
         if valid < self.best_valid:
             self.best = {name: t.detach().clone() for name, t in self.evaluation_weights().items()}
-        before = [p.valid for p in self.curve[: -self.setting.drop_after]]
+        last = self.setting.drop_after
+        before = [p.valid for p in self.curve[:-last]] if last is not None else []
         if before and valid > min(before):
             for group in self.optimiser.param_groups:
                 group["lr"] /= 4

@@ -1,0 +1,22 @@
+"""``python -m bench report``: one page from all results; ``python -m bench compare --base REV``: two commits."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Hand over to the command."""
+    commands = ("report", "compare")
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        raise SystemExit(f"usage: python -m bench {{{','.join(commands)}}}")
+    command = sys.argv.pop(1)
+    if command == "report":
+        from bench.report import main
+    else:
+        from bench.compare import main
+    main()
+
+
+if __name__ == "__main__":
+    main()
