@@ -40,7 +40,7 @@ print(f"{major}.{minor}" + "a" * (major == 9))') || { echo "gpu.sh: torch sees n
 fi
 
 tests=("$python" -m pytest -q -p no:cacheprovider)
-cuda_tests=(tests/test_cuda.py tests/test_cuda_glm.py)
+cuda_tests=(tests/test_cuda.py tests/test_cuda_glm.py tests/test_cuda_graph.py)
 step build 300 "$python" -m pip install --no-deps --no-build-isolation -e .
 ((${#failed[@]} == 0)) || exit 1
 step info 60 "$python" -m hypergrad_ext info

@@ -1,8 +1,10 @@
 #include "recorder.h"
 
 #include <ATen/ops/clone.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <mutex>
 
@@ -50,6 +52,8 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::ji
 
 const at::StorageImpl* memory(const at::Tensor& t) { return t.storage().unsafeGetStorageImpl(); }
 
+auto shell(const at::Tensor& t) { return c10::weak_intrusive_ptr(t.getIntrusivePtr()); }
+
 bool plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
                                          c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
@@ -59,18 +63,35 @@ bool plain(const at::Tensor& t) {
          !t.key_set().has_any(special);
 }
 
+// An argument as it is kept: what it says, without the tensors' data.
+c10::IValue without_tensors(const c10::IValue& a) {
+  if (a.isTensor()) return at::Tensor();
+  if (!a.isTensorList() && !a.isOptionalTensorList()) return a;
+  const c10::List<c10::IValue> list = a.toList();
+  c10::impl::GenericList kept(list.elementType());
+  for (const c10::IValue& item : list) kept.push_back(without_tensors(item));
+  return kept;
+}
+
+std::vector<c10::IValue> without_tensors(at::ArrayRef<c10::IValue> arguments) {
+  std::vector<c10::IValue> kept;
+  kept.reserve(arguments.size());
+  for (const c10::IValue& a : arguments) kept.push_back(without_tensors(a));
+  return kept;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
-Recorder::Recorder(std::vector<at::Tensor> v) : leaves_(static_cast<int64_t>(v.size())) {
-  for (int64_t i = 0; i < leaves_; ++i) {
-    if (!plain(v[i]))
+Recorder::Recorder(std::vector<at::Tensor> v) : vector_(std::move(v)) {
+  for (size_t i = 0; i < vector_.size(); ++i) {
+    if (!plain(vector_[i]))
       refuse("the vector is not made of plain tensors on the CPU");
     else
-      name(v[i], {'v', i});
+      name(vector_[i], {'v', static_cast<int64_t>(i)});
   }
 }
 
@@ -114,9 +135,9 @@ void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       refuse(op.schema().name() + " writes to its arguments");
       return op.callBoxed(stack);
   }
-  Recorded call{op, arguments.vec(), {}, {}, true, false};
+  Recorded call{op, without_tensors(arguments), {}, {}, true, false};
   put(static_cast<int64_t>(reinterpret_cast<intptr_t>(&op.schema())));
-  for (const c10::IValue& a : call.arguments) encode(a, &call.names);
+  for (const c10::IValue& a : arguments) encode(a, &call.names);
   op.callBoxed(stack);
   const auto results = torch::jit::last(*stack, op.schema().returns().size());
   call.single = results.size() == 1 && results[0].isTensor() && results[0].toTensor().defined();
@@ -130,22 +151,21 @@ void Recorder::write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* 
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   const at::Tensor target = arguments[0].toTensor();
   const bool named = depends(target);
-  const auto seen = plain(target) ? dependent_.find(memory(target)) : dependent_.end();
-  if (!plain(target) || (seen != dependent_.end() && seen->second > named)) {
+  if (!plain(target) || (named ? has_other_views(target) : dependent_.count(memory(target)) > 0)) {
     refuse(op.schema().name() + " writes to memory that has several views");
     return op.callBoxed(stack);
   }
-  Recorded call{op, arguments.vec(), {}, {{'n', results_}}, true, true};
+  Recorded call{op, without_tensors(arguments), {}, {}, true, true};
   put(static_cast<int64_t>(reinterpret_cast<intptr_t>(&op.schema())));
   // What a constant held before is a constant of its own.
   const Name before = named ? encode(target) : constant(target.clone());
   put('t'), put(before), call.names.push_back(before);
-  for (size_t i = 1; i < call.arguments.size(); ++i) encode(call.arguments[i], &call.names);
+  for (size_t i = 1; i < arguments.size(); ++i) encode(arguments[i], &call.names);
   const auto sizes = target.sizes().vec(), strides = target.strides().vec();
   op.callBoxed(stack);
   if (target.sizes() != at::IntArrayRef(sizes) || target.strides() != at::IntArrayRef(strides))
     refuse(op.schema().name() + " changes the layout of its argument");
-  name(target, {'n', results_++});
+  call.outputs.push_back(name_result(target));
   calls_.push_back(std::move(call));
 }
 
@@ -180,9 +200,9 @@ void Recorder::encode(const c10::IValue& a, std::vector<Name>* names) {
 Name Recorder::encode(const at::Tensor& t) {
   if (!t.defined()) return {'-', 0};
   const auto named = names_.find(t.unsafeGetTensorImpl());
-  if (named != names_.end()) return named->second;
+  if (named != names_.end()) return named->second.name;
   const auto known = fixed_.find(t.unsafeGetTensorImpl());
-  if (known != fixed_.end()) return known->second;
+  if (known != fixed_.end()) return known->second.name;
   if (plain(t) && t.numel() > 0 && dependent_.count(memory(t)) > 0)
     refuse("a tensor shares memory with one that depends on the vector");
   return constant(t);
@@ -200,16 +220,31 @@ Name Recorder::constant(const at::Tensor& t) {
   if (fresh) {
     constants_.push_back(t);
     versions_.push_back(t.is_inference() ? 0 : t._version());
-    tensors_.emplace_back(next, t);
   }
-  fixed_[t.unsafeGetTensorImpl()] = at->second;
+  fixed_.insert_or_assign(t.unsafeGetTensorImpl(), Known{at->second, shell(t)});
   return at->second;
 }
 
 void Recorder::name(const at::Tensor& t, Name name) {
-  tensors_.emplace_back(name, t);
-  const auto [at, fresh] = names_.insert_or_assign(t.unsafeGetTensorImpl(), name);
-  dependent_[memory(t)] += fresh;
+  if (!names_.insert_or_assign(t.unsafeGetTensorImpl(), Known{name, shell(t)}).second) return;
+  const auto [at, fresh] = dependent_.try_emplace(memory(t), Memory{t.storage().getWeakStorageImpl(), {}});
+  at->second.views.push_back(t.unsafeGetTensorImpl());
+}
+
+Name Recorder::name_result(const at::Tensor& t) {
+  const Name next{'n', static_cast<int64_t>(results_.size())};
+  results_.push_back({t.scalar_type(), at::DimVector(t.sizes()), at::DimVector(t.strides()), t.storage_offset()});
+  name(t, next);
+  return next;
+}
+
+bool Recorder::has_other_views(const at::Tensor& t) const {
+  const auto seen = dependent_.find(memory(t));
+  if (seen == dependent_.end()) return true;  // it got other memory
+  const auto& views = seen->second.views;
+  return std::any_of(views.begin(), views.end(), [&](const at::TensorImpl* view) {
+    return view != t.unsafeGetTensorImpl() && !names_.at(view).shell.expired();
+  });
 }
 
 void Recorder::result(const c10::IValue& value, Recorded* call) {
@@ -230,8 +265,7 @@ void Recorder::result(const at::Tensor& t, Recorded* call) {
   } else if (!plain(t) || !t.is_floating_point()) {
     refuse(call->op.schema().name() + " turns the vector into something else than plain floating point numbers");
   } else {
-    call->outputs.push_back({'n', results_++});
-    name(t, call->outputs.back());
+    call->outputs.push_back(name_result(t));
   }
 }
 
@@ -244,15 +278,30 @@ void Recorder::put_layout(const at::Tensor& t) {
 bool Recorder::finish(const std::vector<at::Tensor>& product) {
   for (const at::Tensor& t : product) outputs_.push_back(encode(t));
   for (const Name& n : outputs_) put(n);
-  for (const auto& [name, t] : tensors_) {
-    if (name.kind == 'v' || name.kind == 'c') put(name.kind), put_layout(t);
-  }
+  for (const at::Tensor& t : vector_) put('v'), put_layout(t);
+  for (const at::Tensor& t : constants_) put('c'), put_layout(t);
   put(static_cast<int64_t>(scalars_.size()));
   for (size_t i = 0; i < constants_.size(); ++i) {
     if (!constants_[i].is_inference() && constants_[i]._version() != versions_[i])
       refuse("a constant was overwritten during the product");
   }
   return refusal_.empty();
+}
+
+std::vector<std::pair<Name, at::Tensor>> Recorder::tensors() const {
+  std::vector<std::pair<Name, at::Tensor>> all;
+  const auto add = [&all](char kind, at::Tensor t) {
+    const bool first = all.empty() || all.back().first.kind != kind;
+    all.emplace_back(Name{kind, first ? 0 : all.back().first.index + 1}, std::move(t));
+  };
+  for (const at::Tensor& t : vector_) add('v', t);
+  for (const at::Tensor& t : constants_) add('c', t);
+  for (const Layout& r : results_) {
+    at::Tensor t = at::empty({0}, at::TensorOptions(at::kMeta).dtype(r.type));
+    t.unsafeGetTensorImpl()->set_sizes_and_strides(r.sizes, r.strides, r.offset);
+    add('n', std::move(t));
+  }
+  return all;
 }
 
 }  // namespace hg::plan

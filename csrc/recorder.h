@@ -1,6 +1,7 @@
 // Which ops lead from a vector to a Hessian-vector product, and on what data: engines/record.py for torch's dispatcher.
 #pragma once
 
+#include <ATen/DimVector.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
@@ -22,14 +23,16 @@ struct Name {
 
 struct Recorded {
   c10::OperatorHandle op;
-  std::vector<c10::IValue> arguments;
-  std::vector<Name> names;  // of the tensors and floats in the arguments, in order
+  std::vector<c10::IValue> arguments;  // undefined tensors stand for tensors
+  std::vector<Name> names;             // of the tensors and floats in the arguments, in order
   std::vector<Name> outputs;
   bool single, in_place;
 };
 
-// Every op of a recorded pass goes through `see`: what depends on the vector is noted, the rest only runs. Tensors
-// that were seen stay alive as long as the recorder, so that neither their identity nor their memory is used again.
+// Every op of a recorded pass goes through `see`: what depends on the vector is noted, the rest only runs. What
+// becomes a constant stays alive as long as the recorder. Of all other tensors only the shells do (weak pointers keep
+// a TensorImpl or StorageImpl from being deallocated, not its data): results die as early as in a pass that is not
+// recorded, and yet no later tensor is taken for one of them.
 class Recorder {
  public:
   explicit Recorder(std::vector<at::Tensor> v);
@@ -49,17 +52,33 @@ class Recorder {
   const std::vector<double>& scalars() const { return scalars_; }
   const std::vector<Recorded>& calls() const { return calls_; }
   const std::vector<Name>& outputs() const { return outputs_; }
-  const std::vector<std::pair<Name, at::Tensor>>& tensors() const { return tensors_; }
+  // Every named tensor; for the results of calls, which may be dead, tensors without data of the same layout.
+  std::vector<std::pair<Name, at::Tensor>> tensors() const;
 
  private:
+  struct Known {
+    Name name;
+    c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> shell;
+  };
+  struct Memory {
+    c10::weak_intrusive_ptr<at::StorageImpl> shell;
+    std::vector<const at::TensorImpl*> views;
+  };
+  struct Layout {
+    at::ScalarType type;
+    at::DimVector sizes, strides;
+    int64_t offset;
+  };
   using Place = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
 
   bool depends(const c10::IValue& a) const;
   bool depends(const at::Tensor& t) const { return names_.count(t.unsafeGetTensorImpl()) > 0; }
+  bool has_other_views(const at::Tensor& t) const;
   void encode(const c10::IValue& a, std::vector<Name>* names);
   Name encode(const at::Tensor& t);
   Name constant(const at::Tensor& t);
   void name(const at::Tensor& t, Name name);
+  Name name_result(const at::Tensor& t);
   void result(const c10::IValue& value, Recorded* call);
   void result(const at::Tensor& t, Recorded* call);
   void write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* stack);
@@ -77,12 +96,12 @@ class Recorder {
   std::vector<double> scalars_;
   std::vector<Recorded> calls_;
   std::vector<Name> outputs_;
-  std::vector<std::pair<Name, at::Tensor>> tensors_;
-  std::unordered_map<const at::TensorImpl*, Name> names_, fixed_;
+  std::vector<at::Tensor> vector_;
+  std::vector<Layout> results_;
+  std::unordered_map<const at::TensorImpl*, Known> names_, fixed_;
   std::map<Place, Name> places_;
-  // Storages that depend on the vector, and how many tensors look into each.
-  std::unordered_map<const at::StorageImpl*, int64_t> dependent_;
-  int64_t leaves_ = 0, results_ = 0;
+  // Storages that depend on the vector, and what looks into each.
+  std::unordered_map<const at::StorageImpl*, Memory> dependent_;
 };
 
 }  // namespace hg::plan

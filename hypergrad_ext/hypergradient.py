@@ -68,7 +68,7 @@ def hypergradient(
         throw: Raise `SolveError` if the solve failed or the result is not finite. Otherwise failures only warn.
         unused: What hyperparameters get that no loss depends on: ``"warn"``, zeros and a warning that names them;
             ``"zeros"``; ``"error"``, also for such parameters.
-        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
+        engine: How products are run; `Hessian` lists the engines.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
         operator: Solve with this instead of the Hessian of ``train_loss``: a faster form of it, such as
             `GLMHessian`, or an approximation of your own.

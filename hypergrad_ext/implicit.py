@@ -44,7 +44,7 @@ def implicit(
         damping: d >= 0, or ``"auto"``; see `solve`.
         state: What the last outer step's backward pass left; see `SolverState`. For one call of ``backward`` each.
         throw: Raise `SolveError` in the backward pass if the solve failed. Otherwise failures only warn.
-        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
+        engine: How products are run; `Hessian` lists the engines.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:

@@ -43,7 +43,7 @@ def inverse_hvp(
         state: What the last solve of a slowly changing system left; see `SolverState`.
         throw: Raise `SolveError` if the solve failed. Otherwise failures only warn.
         unused: ``"zeros"`` or ``"error"``, for parameters that the loss does not depend on.
-        engine: How products are run (`Hessian`): ``"auto"``, ``"eager"``, ``"traced"``, ``"native"``, ``"compiled"``.
+        engine: How products are run; `Hessian` lists the engines.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:

@@ -109,8 +109,8 @@ class Solution:
         useless: Whether the value is no better than none: the solve failed, or met negative curvature or
             stagnated while the residual was not below that of ``x = 0``.
         statuses: For a batch, the status of every member.
-        engine: What ran the products of a loss at the end of the solve: ``"eager"``, ``"traced"``, ``"native"`` or
-            ``"compiled"``; None for other operators.
+        engine: What ran the products of a loss at the end of the solve: ``"eager"``, ``"traced"``, ``"native"``,
+            ``"cuda_graph"`` or ``"compiled"``; None for other operators.
     """
 
     value: Tree = field(repr=False)  # or print(solution) would be pages of weights

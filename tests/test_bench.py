@@ -209,7 +209,8 @@ def test_memory_does_not_grow_with_steps(solver, engine):
         solve, _ = scaling.hypergradient(20_000, solver=scaling.SOLVERS[solver](steps), engine=engine)
         solve()
         peaks.append(peak(solve))
-    assert 0 < peaks[1] < 1.05 * peaks[0], peaks
+    # The longer solve may end in another way (negative curvature), which takes one vector more, not one per step.
+    assert 0 < peaks[1] < peaks[0] + 2 * 4 * 20_000, peaks
 
 
 def test_memory_does_not_grow_with_outer_steps():

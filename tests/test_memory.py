@@ -11,7 +11,12 @@ import pytest
 import torch
 
 import hypergrad_ext as hg
+from hypergrad_ext import _native
 from tests.cases import mlp
+
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(_native._C is None, reason=f"native plans are C++: {_native.MISSING}")
+)
 
 
 def live_tensors() -> tuple[int, int]:
@@ -76,12 +81,16 @@ def resident() -> int:
     return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1])
 
 
-def test_process_memory_is_flat_over_200_repeated_solves():
+@pytest.mark.parametrize("engine", ["auto", "eager", "traced", NATIVE])
+def test_process_memory_is_flat_over_200_outer_steps(engine):
     """Native memory too: torch's own allocations do not show among Python's objects."""
-    w = torch.ones(500_000, requires_grad=True)
+    w, weight = torch.ones(500_000, requires_grad=True), torch.ones((), requires_grad=True)
+    solver = hg.Neumann(3, alpha=0.1)
 
     def once() -> None:
-        hg.inverse_hvp((w**3).sum(), w, torch.ones_like(w), hg.Neumann(3, alpha=0.1))
+        hg.hypergradient(lambda w: w.sum(), lambda w: weight * (w**3).sum(), w, weight, solver, engine=engine)
+        with torch.no_grad():
+            w.mul_(0.999)
 
     for _ in range(5):
         once()

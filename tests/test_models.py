@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
+from hypergrad_ext import _native
 
 X = torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 2, 1, 1])
@@ -89,13 +90,19 @@ def product_by_differences(model, v, step=1e-6):
     return {name: (a - b) / (2 * step) for name, a, b in zip(v, *grads, strict=True)}
 
 
+NATIVE = pytest.param(
+    "native", marks=pytest.mark.skipif(_native._C is None, reason=f"native plans are C++: {_native.MISSING}")
+)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("engine", ["auto", "traced", NATIVE])
 @pytest.mark.parametrize("name", MODELS)
-def test_product_equals_differences_of_gradients(name):
+def test_product_equals_differences_of_gradients(name, engine):
     torch.manual_seed(0)
     model = MODELS[name]().double()
     v = vector(model)
-    operator = hg.Hessian(loss_of(model), model)
+    operator = hg.Hessian(loss_of(model), model, engine=engine)
     plain = model
     if isinstance(model, Checkpointed):
         # What is computed again, is so with the module's own parameters: differences would not see the others.
@@ -105,6 +112,7 @@ def test_product_equals_differences_of_gradients(name):
     for product in (operator @ v, operator @ v):  # a checkpoint is computed again in every one
         for key in v:
             torch.testing.assert_close(product[key], truth[key], rtol=1e-6, atol=1e-8)
+    assert operator.engine == engine or engine == "auto"
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
@@ -128,17 +136,21 @@ def test_gauss_newton_takes_the_same_way(name):
     assert quadratic == pytest.approx(float(truth.detach()), rel=1e-5)
 
 
+@pytest.mark.parametrize("engine", ["auto", "traced", NATIVE])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_module(backend):
+def test_compiled_module(backend, engine):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Flatten(), nn.Linear(40, 3)).double()
     compiled = torch.compile(model, backend=backend)
     compiled(X.double())  # already compiled when we come
     v = vector(model)
-    truth = hg.Hessian(loss_of(model), model) @ v
-    product = hg.Hessian(loss_of(compiled), compiled) @ {f"_orig_mod.{key}": t for key, t in v.items()}
-    for key in v:
-        assert torch.equal(product[f"_orig_mod.{key}"], truth[key])
+    truth = hg.Hessian(loss_of(model), model, engine="eager") @ v
+    operator = hg.Hessian(loss_of(compiled), compiled, engine=engine)
+    for _ in range(2):
+        product = operator @ {f"_orig_mod.{key}": t for key, t in v.items()}
+        for key in v:
+            torch.testing.assert_close(product[f"_orig_mod.{key}"], truth[key], rtol=1e-12, atol=1e-14)
+    assert operator.engine == engine or engine == "auto"
 
 
 def test_the_compiler_is_not_imported_where_nobody_compiles():

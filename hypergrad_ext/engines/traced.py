@@ -1,4 +1,4 @@
-"""Products by replaying a recorded one: as torch ops, as a native plan, or compiled by Inductor."""
+"""Products by replaying a recorded one: as torch ops, as a native plan, as a CUDA graph, or compiled by Inductor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines import native
+from hypergrad_ext.engines import cuda_graph, native
 from hypergrad_ext.engines.eager import RetainedGradient
 from hypergrad_ext.engines.lowering import Unsupported
 from hypergrad_ext.engines.program import Program
@@ -31,11 +31,17 @@ _LOW_PRECISION = (1e-1, 1e-2)
 
 @dataclass
 class Counts:
-    """What the cache has done so far in this process: each compilation is one new program."""
+    """What the caches have done so far in this process: each compilation is one new program."""
 
     recorded: int = 0
     compiled: int = 0
+    captured: int = 0
     refused: int = 0
+
+    @property
+    def made(self) -> int:
+        """What cost more than looking it up."""
+        return self.compiled + self.captured
 
 
 counts = Counts()
@@ -52,19 +58,20 @@ class TracedGradient:
     constants. A product that cannot be replayed goes on as a backward pass, and the log says why.
 
     Attributes:
-        form: How products are run: ``"traced"``, ``"native"``, ``"compiled"``, or ``"eager"`` after a refusal.
+        form: How products are run: ``"traced"``, ``"native"``, ``"compiled"``, ``"cuda_graph"``; ``"eager"`` after a
+            refusal.
         reason: Why, if not as asked for.
         seconds: Time it took to record and to bind, without compilation.
     """
 
     def __init__(self, gradient: RetainedGradient, form: str) -> None:
-        """Products of ``gradient`` in the form ``"traced"``, ``"native"`` or ``"compiled"``."""
+        """Products of ``gradient`` in the form ``"traced"``, ``"native"``, ``"compiled"`` or ``"cuda_graph"``."""
         self._gradient = gradient
         self.form = form
         self.reason = ""
         self.seconds = 0.0
         self._run: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
-        self._bound: native.Bound | None = None
+        self._bound: native.Bound | cuda_graph.Bound | None = None
         self._versions: list[tuple[Tensor, int]] = []
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -73,8 +80,8 @@ class TracedGradient:
             return self.start(v)
         return self._run(v) if self._unchanged() else self._gradient.hvp(v)
 
-    def bound_now(self) -> native.Bound | None:
-        """The native plan, if that is what runs the products."""
+    def bound_now(self) -> native.Bound | cuda_graph.Bound | None:
+        """What runs whole solves, if it runs the products: a native plan or a CUDA graph."""
         return self._bound if self._unchanged() else None
 
     def _unchanged(self) -> bool:
@@ -103,21 +110,41 @@ class TracedGradient:
         self._versions = [(t, t._version) for t in constants if not t.is_inference()]
         if isinstance(program, native.Plan):
             self._bound = program.bind(constants, scalars)
-            self._run = self._bound.product
         else:
             self._run = lambda v: program([t.contiguous() for t in v], constants, scalars)
-            self.form = "traced" if self.form == "native" else self.form
+            if self.form == "cuda_graph":
+                self._bound = self._graph(program, recording, v)
+            if self._bound is None and self.form != "compiled":
+                self.form = "traced"
+        if self._bound is not None:
+            self._run = self._bound.product
         self.seconds += time.perf_counter() - begin
 
+    def _graph(self, program: Callable, recording: Recording, v: Sequence[Tensor]) -> cuda_graph.Bound | None:
+        try:
+            bound = cuda_graph.bind(recording.key, program, recording.constants, recording.scalars, v)
+            counts.captured += bound.fresh
+            if bound.fresh:
+                self._check(bound.product, v)
+        except Untraceable as refusal:
+            self.reason = str(refusal)
+            _log_once(f"Hessian-vector products without a CUDA graph: {refusal}")
+            return None
+        return bound
+
     def _program(self, recording: Recording, v: Sequence[Tensor]) -> Callable | native.Plan:
-        key = self.form, recording.key
+        key = "traced" if self.form == "cuda_graph" else self.form, recording.key
         with _lock:
             program = _compiled.get(key)
             if program is not None:
                 _compiled.move_to_end(key)
                 return program
         program = self._compile(recording)
-        self._check(program, recording, v)
+        constants, scalars = recording.constants, recording.scalars
+        if isinstance(program, native.Plan):
+            self._check(program.bind(constants, scalars).product, v)
+        else:
+            self._check(lambda w: program(w, constants, scalars), v)
         counts.compiled += 1
         with _lock:
             _compiled[key] = program
@@ -135,14 +162,11 @@ class TracedGradient:
         run = torch.compile(program.run, fullgraph=True, dynamic=False) if self.form == "compiled" else program.run
         return torch.no_grad()(run)
 
-    def _check(self, program: Callable | native.Plan, recording: Recording, v: Sequence[Tensor]) -> None:
+    def _check(self, product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> None:
         """Compare with an eager product for another vector: a recording that missed something is found here."""
         w = [_other(t) for t in v]
         truth = self._gradient.hvp(w)
-        if isinstance(program, native.Plan):
-            value = program.bind(recording.constants, recording.scalars).product(w)
-        else:
-            value = program(w, recording.constants, recording.scalars)
+        value = product(w)
         total = float(torch.stack([t.double().norm() for t in truth]).norm())
         if not total < float("inf"):
             raise Untraceable("a product is not finite")
@@ -161,7 +185,8 @@ def clear_cache() -> None:
     """Forget all compiled programs and set the counts to zero."""
     with _lock:
         _compiled.clear()
-    counts.recorded = counts.compiled = counts.refused = 0
+    cuda_graph.clear_cache()
+    counts.recorded = counts.compiled = counts.captured = counts.refused = 0
 
 
 def _log_once(message: str) -> None:
