@@ -116,3 +116,25 @@ def test_random_networks(engine, names, rows, columns, strided, seed):
     assert operator.engine == engine
     batch = [torch.stack([v[i] for v in vectors]) for i in range(len(params))]
     assert_close(operator.matmat(batch), truth.matmat(batch), 1e-10)
+
+
+@pytest.mark.skipif(_native._C is None, reason="native plans are C++")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 2, 5, 8, 11, 12, 13])
+def test_products_with_few_columns(classes, dtype):
+    """Some of which are made in columns and turned: weights in rows and in columns, shared (so that sums
+    accumulate), a batch of matrices."""
+    generator = torch.Generator().manual_seed(classes)
+    x = torch.randn(60, 70, generator=generator, dtype=dtype)
+    y = torch.randint(classes, (60,), generator=generator)
+    params = [torch.randn(*shape, generator=generator, dtype=dtype) / 8 for shape in [(classes, 70), (70, classes)]]
+    batch = torch.randn(3, 60, 70, generator=generator, dtype=dtype)
+
+    def loss(w):
+        rows, columns = w
+        scores = x @ columns + F.linear(x, rows) + (2 * x).sin() @ columns
+        return F.cross_entropy(scores, y) + ((batch @ columns).tanh() ** 2).mean()
+
+    v = [torch.randn(p.shape, generator=generator, dtype=dtype) for p in params]
+    eager, native = (hg.Hessian(loss, params, engine=engine) @ v for engine in ("eager", "native"))
+    assert_close(native, eager, 1e-5 if dtype is torch.float32 else 1e-12)
