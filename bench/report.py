@@ -90,8 +90,8 @@ def readme_table(rows: list[Row], environment: dict[str, object]) -> list[str]:
     closed = geometric_mean(1 / row["times"] for row in timed(rows) if row["peer"] == CLOSED_FORM)
     tasks = [f"`{task}`" for task in TASKS if any(row["task"] == task for row in all_rows)]
     return [
-        f"How many times faster than each package: geometric mean over {', '.join(tasks)},",
-        "with the same number of steps, after a check against float64",
+        f"How many times faster than each package: geometric mean over what was run of {', '.join(tasks)}",
+        "(the report has every number), with the same number of steps, after a check against float64",
         f"({environment['cpu']}, {environment['isa'].upper()}, {_threads(environment)}, torch {environment['torch']}).",
         "`-`: it cannot, or not correctly.",
         "",
