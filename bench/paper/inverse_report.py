@@ -113,6 +113,7 @@ def distance_figure(results: Results) -> figures.Figure:
                 if not np.isnan(x).all() and not np.isnan(y).all():
                     figures.band(axis, x, y, name, color=f"C{i}", marker=".")
             axis.set(xlabel=x_title, ylabel=y_title, xscale="log")
+            axis.xaxis.set_minor_formatter("")
             if up > 1:
                 axis.set(yscale="log")
                 axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10))
