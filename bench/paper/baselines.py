@@ -124,7 +124,7 @@ class Trace:
     @property
     def over(self) -> bool:
         """Whether both limits are reached."""
-        return self.steps >= self.p.max_steps and self.watch.seconds >= self.p.max_seconds
+        return self.steps >= self.p.max_steps and self.points[-1][1] >= self.p.max_seconds
 
 
 def tune(inner: Inner, method: str, lam: Tensor, trace: Trace) -> None:
