@@ -153,18 +153,6 @@ def save(name: str, rows: list[dict[str, object]], key: int | None = None, **fac
     return write(path, machine, {"rows": rows})
 
 
-def peak(run: Callable[[], object]) -> float:
-    """Bytes of tensors that ``run`` held at the most, as torch's profiler sees the CPU's allocator."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    now = highest = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
-
-
 def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[str, object]]]) -> Path:
     """Write tables with their environment to ``path``, a JSON file, and as Markdown beside it."""
     path.write_text(json.dumps({"environment": machine, **tables}, indent=1) + "\n")

@@ -10,7 +10,8 @@ import torch
 
 import hypergrad_ext as hg
 from bench.bench_engines import MODELS
-from bench.measure import peak, save, table
+from bench.measure import save, table
+from tests.allocations import peak
 from tests.models import loss_of
 
 KINDS = ("eager", "traced", "native")

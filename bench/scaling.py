@@ -22,8 +22,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
-from bench.measure import clock_for, interleave, median, peak, save, table
+from bench.measure import clock_for, interleave, median, save, table
 from hypergrad_ext.operators.hessian import Engine
+from tests.allocations import peak
 
 ALPHA, DAMPING, STEPS = 5e-2, 1.0, 5
 WIDTH, BATCH = 512, 16

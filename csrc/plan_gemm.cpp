@@ -98,13 +98,13 @@ void multiply(const Gemm& g, Real* const* slots) {
   Real* pc = slots[g.out.slot] + g.out.offset;
   const bool turn = narrow<Real>(a, b, m, n);
   const OneThread alone(work(g) / g.out.sizes[0] < kGrainOps);
-  for (int64_t i = 0; i < g.out.sizes[0] && turn; ++i)
-    multiply_columns(a, b, m, n, k, pa + i * g.a.strides[0], pb + i * g.b.strides[0], pc + i * g.out.strides[0],
-                     out.stride, g.accumulate);
-  // BLAS thinks in columns: the transposed product, of the factors in the other order, is this one in rows.
-  for (int64_t i = 0; i < g.out.sizes[0] && !turn; ++i)
-    blas(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &n, &m, &k, &one, pb + i * g.b.strides[0], &b.stride,
-         pa + i * g.a.strides[0], &a.stride, &beta, pc + i * g.out.strides[0], &out.stride);
+  for (int64_t i = 0; i < g.out.sizes[0]; ++i, pa += g.a.strides[0], pb += g.b.strides[0], pc += g.out.strides[0]) {
+    if (turn)
+      multiply_columns(a, b, m, n, k, pa, pb, pc, out.stride, g.accumulate);
+    else  // BLAS thinks in columns: the transposed product, of the factors in the other order, is this one in rows.
+      blas(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &n, &m, &k, &one, pb, &b.stride, pa, &a.stride, &beta,
+           pc, &out.stride);
+  }
 }
 
 template void multiply<float>(const Gemm&, float* const*);

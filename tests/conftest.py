@@ -1,6 +1,7 @@
 """Fixtures for all tests: seeds, and empties that betray whoever reads them."""
 
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ except ImportError as error:
     raise pytest.UsageError(
         f"hypergrad_ext is not installed ({error}); run: pip install --no-build-isolation -e '.[test]'"
     ) from error
+
+from hypergrad_ext.engines import choose, traced  # noqa: E402
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -23,6 +26,16 @@ torch.set_num_threads(1)
 def seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_engines() -> Iterator[None]:
+    """No program and no measurement from another test."""
+    traced.clear_cache()
+    choose.clear_histories()
+    traced._logged.clear()
+    yield
+    traced.clear_cache()
 
 
 @pytest.fixture(params=DEVICES)

@@ -12,11 +12,11 @@ from torch import nn
 
 from hypergrad_ext import ops
 from hypergrad_ext.engines import choose
+from tests.allocations import peak
 
 pytest.importorskip("bench", reason="runs in a checkout, where bench/ is")
 
 from bench import compare, report, scaling  # noqa: E402
-from bench.measure import peak  # noqa: E402
 from bench.peers import CLOSED_FORM, OURS, PEERS, adapter, run  # noqa: E402
 from bench.peers.problems import Problem  # noqa: E402
 from bench.peers.tasks import TARGET, TASKS, concrete, exact, flat, steps_to_target  # noqa: E402

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from hypergrad_ext import ops
-from hypergrad_ext.engines import choose, cuda_graph, traced
+from hypergrad_ext.engines import cuda_graph, traced
 from tests import graph_stand_in
 from tests.cases import mlp
 from tests.compare import assert_close
@@ -20,14 +20,7 @@ from tests.models import MODELS, batch, loss_of
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    """No program and no measurement from another test."""
-    traced.clear_cache()
-    choose.clear_histories()
-    traced._logged.clear()
-    yield
-    traced.clear_cache()
+pytestmark = pytest.mark.usefixtures("fresh_engines")
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=on_gpu)])
@@ -169,7 +162,7 @@ def test_parameters_changed_within_a_solve_raise_as_they_do_in_torch(where):
 
 
 def test_one_graph_per_shape_in_a_bounded_cache(where, monkeypatch):
-    monkeypatch.setattr(cuda_graph, "CACHE_SIZE", 2)
+    monkeypatch.setattr(cuda_graph._kept, "size", 2)
     model, _ = problem("linear", where)
     for n in (5, 6, 5, 6, 7, 5):
         hg.Hessian(new_loss(model, "linear", where, n), model, engine="cuda_graph") @ random_like(model)

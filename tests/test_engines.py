@@ -28,14 +28,7 @@ NATIVE = pytest.param(
 REPLAYS = ["traced", NATIVE]
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    """No program and no measurement from another test."""
-    traced.clear_cache()
-    choose.clear_histories()
-    traced._logged.clear()
-    yield
-    traced.clear_cache()
+pytestmark = pytest.mark.usefixtures("fresh_engines")
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -435,7 +428,7 @@ class TestCache:
 
     @pytest.mark.parametrize("engine", REPLAYS)
     def test_one_program_per_shape_in_a_bounded_cache(self, engine, monkeypatch):
-        monkeypatch.setattr(traced, "CACHE_SIZE", 3)
+        monkeypatch.setattr(traced._compiled, "size", 3)
         model = made("linear")
         v = random_like(model)
         for n in (5, 6, 7, 5, 6, 7):
@@ -519,7 +512,7 @@ class TestAuto:
     def test_one_slow_start_does_not_decide_for_ever(self):
         model = made("mlp_tanh")
         self.solve(model, 9, hg.Neumann(20))
-        (history,) = choose._histories.values()
+        (history,) = choose._histories._values.values()
         history.eager, history.replay, history.start, history.starts = 1e3, 1e-9, 1e6, 1
         assert self.solve(model, 9, hg.Neumann(20)).engine != "eager"
         assert history.starts == 2 and history.start < 1e6

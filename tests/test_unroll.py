@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from tests.allocations import peak
 from tests.cases import logistic, mlp
 from tests.compare import assert_close
 
@@ -175,7 +174,7 @@ def test_what_is_wrong_is_named(change, error, message):
         hg.unroll(**{**arguments, **change})
 
 
-def peak(kind: str) -> float:
+def peak_of(kind: str) -> int:
     """Bytes of tensors held at the most while a hypergradient of a CNN is taken by one of four ways."""
     torch.manual_seed(0)
     net = nn.Sequential(
@@ -202,16 +201,12 @@ def peak(kind: str) -> float:
         "checkpointed": lambda: unrolled(checkpoint=True),
         "truncated": lambda: unrolled(last=1),
     }[kind]
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        run()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return max(held)
+    return peak(run)
 
 
 def test_memory_of_ten_steps_against_the_implicit_hypergradient():
     """A CNN: what is kept for ten steps is at least three times what Neumann with nine products holds."""
-    peaks = {kind: peak(kind) for kind in ("implicit", "unrolled", "checkpointed", "truncated")}
+    peaks = {kind: peak_of(kind) for kind in ("implicit", "unrolled", "checkpointed", "truncated")}
     print(peaks)
     assert peaks["unrolled"] >= 3 * peaks["implicit"] > 0, peaks
     assert 0 < peaks["checkpointed"] < peaks["unrolled"] / 3, peaks

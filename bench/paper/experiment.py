@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from bench import measure
 from bench.paper import data
+from tests.allocations import peak
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -228,20 +228,4 @@ def peak_bytes(device: torch.device, work: Callable[[], object]) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    # Else the profiler writes two lines to the terminal every time.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as trace:
-        work()
-    now = peak = 0
-    for size in _allocations(trace):
-        now += size
-        peak = max(peak, now)
-    return peak
-
-
-def _allocations(trace: Any) -> Iterable[int]:
-    """Sizes in order of time: positive where memory was taken, negative where it was given back."""
-    events = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return peak(work)

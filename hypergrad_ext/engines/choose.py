@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from hypergrad_ext import _native, backends
 from hypergrad_ext.engines import cuda_graph, native, traced
 from hypergrad_ext.engines.batches import BatchedGradient
 from hypergrad_ext.engines.eager import RetainedGradient
+from hypergrad_ext.engines.recent import Recent
 from hypergrad_ext.engines.traced import TracedGradient
 
 ENGINES = ("auto", "eager", "traced", "native", "cuda_graph", "compiled")
@@ -38,7 +38,6 @@ PATIENCE = 3
 # Every time that `start` is what speaks against replaying it is taken for this much less, so that one bad measurement
 # on a busy machine is not the last; and it is never taken for more than this much more than it was.
 FADE, RISE = 0.99, 1.02
-_HISTORY_SIZE = 256
 
 _logger = logging.getLogger("hypergrad_ext")
 
@@ -68,15 +67,13 @@ class History:
     refusal: str = ""
 
 
-_histories: OrderedDict[Hashable, History] = OrderedDict()
+_histories: Recent[History] = Recent(256)
 
 
 def history_of(key: Hashable) -> History:
     """The history under a key, a new one if there is none; the oldest are forgotten."""
-    history = _histories.setdefault(key, History())
-    _histories.move_to_end(key)
-    while len(_histories) > _HISTORY_SIZE:
-        _histories.popitem(last=False)
+    history = _histories.get(key) or History()
+    _histories.put(key, history)
     return history
 
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.engines.recent import Recent
 from hypergrad_ext.engines.record import Untraceable
 
-# Programs whose graphs are kept, with their memory on the device; the least recently used are forgotten first.
-CACHE_SIZE = 8
 # Iterations before a capture: libraries make their handles and choose their kernels.
 _WARM_UP = 3
 # Iterations between two looks at the device, for solves that may end early.
@@ -29,9 +27,8 @@ _LOOK_EVERY = 8
 Product = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]], list[Tensor]]
 
 _logger = logging.getLogger("hypergrad_ext")
-_lock = threading.Lock()
-# By program, thread and stream; or why there are none.
-_kept: OrderedDict[Hashable, Graphs | str] = OrderedDict()
+# By program, thread and stream, with their memory on the device; or why there are none.
+_kept: Recent[Graphs | str] = Recent(8)
 
 
 def unavailable(device: torch.device) -> str:
@@ -73,17 +70,12 @@ def bind(key: Hashable, program: Product, constants: list[Tensor], scalars: list
         raise Untraceable(reason)
     # Two streams, or two threads, may be in the middle of a solve at the same time.
     key = key, threading.get_ident(), torch.cuda.current_stream(device)
-    with _lock:
-        graphs = _kept.get(key)
+    graphs = _kept.get(key)
     fresh = not isinstance(graphs, str) and (graphs is None or not graphs.fits(constants, scalars))
     if fresh:
         graphs = _new(program, constants, scalars, v)
     assert graphs is not None
-    with _lock:
-        _kept[key] = graphs
-        _kept.move_to_end(key)
-        while len(_kept) > CACHE_SIZE:
-            _kept.popitem(last=False)
+    _kept.put(key, graphs)
     if isinstance(graphs, str):
         raise Untraceable(graphs)
     return Bound(graphs, constants, [t.shape for t in v], fresh=fresh)
@@ -91,8 +83,7 @@ def bind(key: Hashable, program: Product, constants: list[Tensor], scalars: list
 
 def clear_cache() -> None:
     """Give back all graphs and their memory."""
-    with _lock:
-        _kept.clear()
+    _kept.clear()
 
 
 def _new(program: Product, constants: list[Tensor], scalars: list[float], v: Sequence[Tensor]) -> Graphs | str:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +14,10 @@ from hypergrad_ext.engines import cuda_graph, native
 from hypergrad_ext.engines.eager import RetainedGradient
 from hypergrad_ext.engines.lowering import Unsupported
 from hypergrad_ext.engines.program import Program
+from hypergrad_ext.engines.recent import Recent
 from hypergrad_ext.engines.record import Recording, Untraceable, record
 
 _logger = logging.getLogger("hypergrad_ext")
-
-# Compiled programs that are kept, the least recently used forgotten first. A program holds no tensors.
-CACHE_SIZE = 64
 
 # Largest difference between a compiled product and an eager one with the same vector: relative to that part of
 # the product, and to all of it (a part may be zero but for rounding). Rounding stays far below, a lost term does not.
@@ -45,8 +41,8 @@ class Counts:
 
 
 counts = Counts()
-_lock = threading.Lock()
-_compiled: OrderedDict[Hashable, Callable | native.Plan] = OrderedDict()
+# A program holds no tensors.
+_compiled: Recent[Callable | native.Plan] = Recent(64)
 _logged: set[str] = set()
 
 
@@ -134,11 +130,9 @@ class TracedGradient:
 
     def _program(self, recording: Recording, v: Sequence[Tensor]) -> Callable | native.Plan:
         key = "traced" if self.form == "cuda_graph" else self.form, recording.key
-        with _lock:
-            program = _compiled.get(key)
-            if program is not None:
-                _compiled.move_to_end(key)
-                return program
+        program = _compiled.get(key)
+        if program is not None:
+            return program
         program = self._compile(recording)
         constants, scalars = recording.constants, recording.scalars
         if isinstance(program, native.Plan):
@@ -146,10 +140,7 @@ class TracedGradient:
         else:
             self._check(lambda w: program(w, constants, scalars), v)
         counts.compiled += 1
-        with _lock:
-            _compiled[key] = program
-            while len(_compiled) > CACHE_SIZE:
-                _compiled.popitem(last=False)
+        _compiled.put(key, program)
         return program
 
     def _compile(self, recording: Recording) -> Callable | native.Plan:
@@ -183,8 +174,7 @@ class TracedGradient:
 
 def clear_cache() -> None:
     """Forget all compiled programs and set the counts to zero."""
-    with _lock:
-        _compiled.clear()
+    _compiled.clear()
     cuda_graph.clear_cache()
     counts.recorded = counts.compiled = counts.captured = counts.refused = 0
 
