@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import hypergrad_ext as hg
+
 
 @dataclass
 class Problem:
@@ -105,3 +107,24 @@ def mlp(dtype: torch.dtype = torch.float64) -> Problem:
 
 
 PROBLEMS = {"quadratic": quadratic, "logistic": logistic, "mlp": mlp}
+
+
+F64 = torch.float64
+OUTLIERS = torch.cat([torch.logspace(0, -1, 20, dtype=F64), torch.logspace(-3, -4, 180, dtype=F64)])
+
+
+def with_eigenvalues(eigenvalues: Tensor) -> Tensor:
+    q, _ = torch.linalg.qr(torch.randn(len(eigenvalues), len(eigenvalues), dtype=F64))
+    a = (q * eigenvalues.double()) @ q.T
+    return (a + a.T) / 2
+
+
+def products(a: Tensor) -> hg.Callable:
+    """The matrix as a function, which nothing can factorise."""
+    return hg.Callable(lambda v: a @ v, torch.zeros(len(a), dtype=a.dtype))
+
+
+def energy_error(a: Tensor, b: Tensor, x: Tensor) -> float:
+    """Of the error, in the norm of ``a``, squared and relative."""
+    truth = torch.linalg.solve(a, b)
+    return float((x - truth) @ a @ (x - truth) / (truth @ a @ truth))

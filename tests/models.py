@@ -172,3 +172,12 @@ def batch(name: str, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Loss:
     """Cross entropy as a function of the parameters."""
     return lambda params: F.cross_entropy(functional_call(model, params, (x,)), y)
+
+
+def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    return MODELS[name][0]().to(dtype)
+
+
+def random_like(model: nn.Module, k: int | None = None) -> dict:
+    lead = () if k is None else (k,)
+    return {name: torch.randn(*lead, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 
 import pytest
@@ -15,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
 from hypergrad_ext import _native
-from hypergrad_ext.engines import choose, traced
+from hypergrad_ext.engines import traced
 from hypergrad_ext.engines.program import Program
 from hypergrad_ext.engines.record import record
 from tests.cases import mlp
 from tests.compare import assert_close, relative_error
-from tests.models import MODELS, batch, loss_of
+from tests.models import MODELS, batch, loss_of, made, random_like
 
 NATIVE = pytest.param(
     "native", marks=pytest.mark.skipif(_native._C is None, reason=f"native plans are C++: {_native.MISSING}")
@@ -29,15 +28,6 @@ REPLAYS = ["traced", NATIVE]
 
 
 pytestmark = pytest.mark.usefixtures("fresh_engines")
-
-
-def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
-    return MODELS[name][0]().to(dtype)
-
-
-def random_like(model: nn.Module, k: int | None = None) -> dict:
-    lead = () if k is None else (k,)
-    return {name: torch.randn(*lead, *p.shape, dtype=p.dtype) for name, p in model.named_parameters()}
 
 
 def products(operator: hg.Hessian, vectors: list[dict]) -> list[dict]:
@@ -407,59 +397,6 @@ class TestRefusals:
         )
 
 
-class TestCache:
-    @pytest.mark.parametrize("engine", REPLAYS)
-    def test_500_hypergradients_compile_once(self, engine):
-        w = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-        lam = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
-        penalty = lambda w: (lam.exp() * w**2).sum()  # noqa: E731
-        for i in range(500):
-            x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
-            val = lambda w, x=x, y=y: F.cross_entropy(x.flip(0) @ w, y)  # noqa: E731
-            train = lambda w, x=x, y=y: F.cross_entropy(x @ w, y) + penalty(w)  # noqa: E731
-            args = (val, train, w, lam, hg.Neumann(3, alpha=0.01))
-            grad = hg.hypergradient(*args, engine=engine)
-            if i % 100 == 0:
-                assert_close(grad, hg.hypergradient(*args, engine="eager"), 1e-10)
-            with torch.no_grad():
-                w -= 0.01 * torch.randn_like(w)
-                lam.add_(torch.randn_like(lam)).clamp_(-1, 1)
-        assert (traced.counts.compiled, traced.counts.recorded) == (1, 500)
-
-    @pytest.mark.parametrize("engine", REPLAYS)
-    def test_one_program_per_shape_in_a_bounded_cache(self, engine, monkeypatch):
-        monkeypatch.setattr(traced._compiled, "size", 3)
-        model = made("linear")
-        v = random_like(model)
-        for n in (5, 6, 7, 5, 6, 7):
-            hg.Hessian(loss_of(model, *batch("linear", n, torch.float64)), model, engine=engine) @ v
-        assert traced.counts.compiled == 3
-        for n in (8, 9, 5):
-            hg.Hessian(loss_of(model, *batch("linear", n, torch.float64)), model, engine=engine) @ v
-        assert traced.counts.compiled == 6 and len(traced._compiled) == 3
-
-    @pytest.mark.parametrize("engine", REPLAYS)
-    @pytest.mark.parametrize("name", ["mlp_tanh", "cnn_train", "lstm_cell"])
-    def test_memory_is_flat_and_no_cycle_holds_a_tensor(self, engine, name):
-        model = made(name)
-        v = random_like(model)
-
-        def once() -> None:
-            hg.inverse_hvp(loss_of(model, x, y), model, v, hg.Neumann(2, alpha=1e-3), engine=engine)
-
-        x, y = batch(name, 7, torch.float64)
-        once()
-        gc.collect()
-        gc.disable()
-        try:
-            before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-            for _ in range(200 if name == "mlp_tanh" else 20):
-                once()
-            assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) == before
-        finally:
-            gc.enable()
-
-
 @pytest.mark.skipif(_native._C is None, reason=f"only the C++ recorder lets go: {_native.MISSING}")
 def test_results_die_while_they_are_recorded():
     w = torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -471,69 +408,3 @@ def test_results_die_while_they_are_recorded():
     v = [torch.randn_like(w)]
     assert_close(run(v, recording.constants, recording.scalars), gradient.hvp(v), 1e-12)
     assert_close(product, gradient.hvp([torch.ones_like(w)]), 1e-12)
-
-
-class TestAuto:
-    def solve(self, model: nn.Module, n: int, solver: hg.Solver) -> hg.Solution:
-        loss = loss_of(model, *batch("mlp_tanh", n, torch.float64))
-        return hg.solve(hg.Hessian(loss, model), random_like(model), solver, damping=1.0, residual=False)
-
-    def test_first_solve_is_eager_unless_long(self):
-        model = made("mlp_tanh")
-        assert self.solve(model, 9, hg.Neumann(20)).engine == "eager"
-        assert traced.counts.recorded == 0
-        choose.clear_histories()
-        self.solve(model, 9, hg.Neumann(2 * choose.LONG))
-        assert traced.counts.recorded == 1
-
-    def test_short_solves_are_never_recorded(self):
-        model = made("mlp_tanh")
-        for _ in range(5):
-            assert self.solve(model, 9, hg.Neumann(choose.EXPLORE - 6, alpha=0.1)).engine == "eager"
-        assert traced.counts.recorded == 0
-
-    def test_measures_once_and_remembers(self, monkeypatch, caplog):
-        """With clocks that say so: replaying is chosen, then refused, and the log says why."""
-        model = made("mlp_tanh")
-        with caplog.at_level(logging.INFO, "hypergrad_ext"):
-            monkeypatch.setattr(choose, "_seconds", lambda *_: 1e-9)
-            engines = [self.solve(model, 9, hg.Neumann(5000, alpha=1e-4)).engine for _ in range(3)]
-            assert engines[0] != "eager" and len(set(engines)) == 1
-            choose.clear_histories()
-            monkeypatch.setattr(choose, "_seconds", lambda *_: 1e9)
-            recorded = traced.counts.recorded
-            engines = [self.solve(model, 9, hg.Neumann(5000, alpha=1e-4)).engine for _ in range(3)]
-        assert engines == ["eager"] * 3 and traced.counts.recorded == recorded + 1
-        assert [r.message.split()[1] for r in caplog.records if "times as fast" in r.message] == [
-            "traced" if _native._C is None else "native",
-            "eager",
-        ]
-
-    def test_one_slow_start_does_not_decide_for_ever(self):
-        model = made("mlp_tanh")
-        self.solve(model, 9, hg.Neumann(20))
-        (history,) = choose._histories._values.values()
-        history.eager, history.replay, history.start, history.starts = 1e3, 1e-9, 1e6, 1
-        assert self.solve(model, 9, hg.Neumann(20)).engine != "eager"
-        assert history.starts == 2 and history.start < 1e6
-        # Measured twice, it is believed, but a little less every time.
-        history.start = 1e6
-        for n in (1, 2):
-            assert self.solve(model, 9, hg.Neumann(20)).engine == "eager"
-            assert history.start == pytest.approx(choose.FADE**n * 1e6)
-
-    def test_a_function_that_is_never_the_same_is_left_alone(self, monkeypatch):
-        monkeypatch.setattr(choose, "_seconds", lambda *_: 1e-9)
-        model = made("mlp_tanh")
-        for n in range(5, 25):
-            self.solve(model, n, hg.Neumann(2000, alpha=1e-4))
-        assert traced.counts.recorded == choose.PATIENCE + 1
-
-    @pytest.mark.parametrize("name", MODELS)
-    def test_is_right_whatever_it_chooses(self, name):
-        model = made(name)
-        loss = loss_of(model.eval(), *batch(name, 9, torch.float64))
-        v = random_like(model)
-        truth = hg.solve(hg.Hessian(loss, model, engine="eager"), v, hg.Neumann(80, alpha=1e-3)).value
-        for _ in range(3):
-            assert_close(hg.solve(hg.Hessian(loss, model), v, hg.Neumann(80, alpha=1e-3)).value, truth, 1e-9)
