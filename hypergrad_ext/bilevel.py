@@ -13,11 +13,9 @@ from torch import Tensor
 
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
-from hypergrad_ext.linear_solve import SolverChoice, solve_for
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
 from hypergrad_ext.solution import Solution, Status
-from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart
 
@@ -67,34 +65,11 @@ class Bilevel:
         check_hparams(self.hparams, self.hessian.params)
         self._v, self._direct = self._validation_gradients(val_loss, direct)
 
-    def solve(
-        self,
-        solver: SolverChoice,
-        *,
-        damping: float | Literal["auto"],
-        x0: Tree | None,
-        residual: bool,
-        backend: str | None,
-        operator: LinearOperator | None,
-        state: SolverState | None,
-        lower: float | None = None,
-    ) -> Solution:
-        """``(H + d I) x = dL_V/dw``, with H the Hessian or the ``operator`` given in its place."""
+    def system(self, operator: LinearOperator | None) -> tuple[LinearOperator, Tree, str]:
+        """``(H + d I) x = dL_V/dw`` as `solve_for` takes it, with H the Hessian or the ``operator`` in its place."""
         if operator is None:
             operator = self.hessian if self._as_it_is else _Plain(self.hessian, self._scale)
-        v = self.hessian.params.rebuild(self._v)
-        return solve_for(
-            operator,
-            v,
-            "params",
-            solver,
-            damping=damping,
-            x0=x0,
-            residual=residual,
-            backend=backend,
-            state=state,
-            lower=lower,
-        )
+        return operator, self.hessian.params.rebuild(self._v), "params"
 
     def bounded(self, solution: Solution) -> Solution:
         """The solution with what its error may do to the hypergradient, where that is known."""
@@ -112,7 +87,7 @@ class Bilevel:
         """The hypergradient, one tensor per hyperparameter, and the solution it came from.
 
         Args:
-            solution: Of `solve`.
+            solution: Of the `system`.
 
         Returns:
             The gradients, and ``solution``, with the status of a failure if a gradient is not finite.

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad_ext.bilevel import Bilevel, Unused, finite
-from hypergrad_ext.linear_solve import SolverChoice, report
+from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status
@@ -189,13 +189,13 @@ class HyperOptimizer:
             loss_scale=self._loss_scale(),
             **self._options,
         )
-        solution = problem.solve(
+        solution = solve_for(
+            *problem.system(operator),
             self.solver,
             damping=self.damping,
             x0=None,
             residual=self._residual,
             backend=self._backend,
-            operator=operator,
             state=self.state if self.warm_start else None,
         )
         grads: list[Tensor] = []

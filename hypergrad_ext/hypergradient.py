@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from hypergrad_ext.bilevel import Bilevel, Unused
-from hypergrad_ext.linear_solve import SolverChoice, report
+from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solvers import SolverState
@@ -119,13 +119,13 @@ def hypergradient(
         loss_scale=loss_scale,
         engine=engine,
     )
-    solution = problem.solve(
+    solution = solve_for(
+        *problem.system(operator),
         solver,
         damping=damping,
         x0=x0,
         residual=return_solution,
         backend=backend,
-        operator=operator,
         state=state,
         lower=lower,
     )

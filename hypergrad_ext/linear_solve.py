@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hypergrad_ext.carry_over import begin, finish, warm
 from hypergrad_ext.error_bound import check_lower, solution_bound
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
 from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
-from hypergrad_ext.solvers.lanczos import Spectrum, lanczos
+from hypergrad_ext.solvers.lanczos import lanczos
 from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
 
 SolverChoice = Solver | Literal["auto"]
@@ -28,8 +29,6 @@ _CHECKED = 20
 _DAMPING_STEPS = 20
 _NEGATIVE = 1e-6
 _DAMPING_LEAST = 1e-3
-# Times the tolerance: from there on a better start is worth a product.
-_FAR = 5.0
 
 
 def solve(
@@ -219,8 +218,8 @@ def _solve_packed(
     if x0 is not None:
         rhs = b - system.apply(x0)
     else:
-        x0, rhs = _warm(system, b, b_norm, getattr(solver, "tol", None))
-    _begin(system)
+        x0, rhs = warm(system, b, b_norm, getattr(solver, "tol", None))
+    begin(system)
     scale = power_of_two_scale(rhs)
     start = b_norm if x0 is None else torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
     start = start * scale
@@ -257,7 +256,7 @@ def _solve_packed(
             for row_bad, status in zip(bad, outcome.statuses, strict=True)
         ]
     solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale, bound)
-    _finish(system, x, solution)
+    finish(system, x, solution)
     return solution
 
 
@@ -271,55 +270,6 @@ def _drop_worse_than_start(outcome: Outcome, start: Tensor) -> None:
     for row in failed:
         if not residuals[row] < norms[row]:
             x[row].zero_()
-
-
-def _warm(system: System, b: Tensor, b_norm: Tensor, tol: float | None) -> tuple[Tensor | None, Tensor]:
-    """The last solution and its residual, or none and ``b``, for every row to which it is worse than zero."""
-    x, change = system.state.x, system.state.change
-    if x is None or x.shape != b.shape:
-        return None, b
-    rhs = b - system.apply(x)
-    norm = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
-    if change is not None and tol is not None and bool((norm > _FAR * tol * b_norm).any()):
-        along = system.apply(change)
-        # The least error in the energy norm; nothing where there is no such norm.
-        curvature = (change * along).sum(-1, dtype=torch.float64)
-        far = (
-            torch.where(curvature > 0, (change * rhs).sum(-1, dtype=torch.float64) / curvature, 0)
-            .nan_to_num(0, 0, 0)
-            .to(x.dtype)
-        )
-        x = x + far[..., None] * change
-        rhs -= far[..., None] * along
-        norm = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
-    better = norm < b_norm
-    if not bool(better.any()):
-        return None, b
-    return torch.where(better[..., None], x, 0), torch.where(better[..., None], rhs, b)
-
-
-def _begin(system: System) -> None:
-    """Hand the state's spectrum to an operator that has none of its own."""
-    state = system.state
-    if state.spectrum is not None and state.spectrum_age < state.refresh and system.operator.spectrum is None:
-        system.operator.spectrum = state.spectrum
-
-
-def _finish(system: System, x: Tensor, solution: Solution) -> None:
-    """Leave in the state what the next solve can use."""
-    state, spectrum = system.state, system.operator.spectrum
-    state.solves += 1
-    state.hvps += solution.hvps
-    state.steps = solution.steps
-    state.sketch_age += 1
-    state.spectrum_age = state.spectrum_age + 1 if spectrum == state.spectrum else 1
-    state.spectrum = None if spectrum is None else Spectrum(*spectrum)
-    state.preconditioned_age += 1
-    if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
-        state.forget()
-    else:
-        state.change = None if state.x is None or state.x.shape != x.shape else x - state.x
-        state.x = x
 
 
 def _solution(

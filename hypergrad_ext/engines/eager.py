@@ -39,19 +39,14 @@ class RetainedGradient:
         self._zeros: dict[int, Tensor] = {}
         # A gradient without a graph is constant: its row of the Hessian is zero.
         self._curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self._outputs = [g for g in grads if g is not None and g.requires_grad]
+        self.outputs = [g for g in grads if g is not None and g.requires_grad]
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
 
     @property
-    def outputs(self) -> list[Tensor]:
-        """The parts of the gradient that have a graph."""
-        return self._outputs
-
-    @property
     def curved(self) -> bool:
         """Whether any part of the gradient depends on anything: else H is zero."""
-        return bool(self._outputs)
+        return bool(self.outputs)
 
     @classmethod
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
@@ -65,7 +60,7 @@ class RetainedGradient:
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, one tensor per leaf. Cost: one backward pass through the gradient's graph."""
-        if not self._outputs:
+        if not self.outputs:
             return [self._zero(i) for i in range(len(self.leaves))]
         return [self._zero(i) if h is None else h for i, h in enumerate(self._pull(self.leaves, v))]
 
@@ -81,7 +76,7 @@ class RetainedGradient:
             Tensors of the same shapes.
         """
         k = v[0].shape[0]
-        if k == 1 or not self._outputs or self.batches is False or torch.are_deterministic_algorithms_enabled():
+        if k == 1 or not self.outputs or self.batches is False or torch.are_deterministic_algorithms_enabled():
             return self._one_by_one(v)
         if k * sum(t.numel() for t in self.leaves) > _BATCH_LIMIT:
             return self._one_by_one(v)
@@ -96,7 +91,7 @@ class RetainedGradient:
     def _at_once(self, v: Sequence[Tensor]) -> list[Tensor]:
         vectors = [v[i] for i in self._curved]
         parts = torch.autograd.grad(
-            self._outputs, self.leaves, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+            self.outputs, self.leaves, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
         )
         k = v[0].shape[0]
         zeros = (self._zero(i).expand(k, *t.shape) for i, t in enumerate(self.leaves))
@@ -123,7 +118,7 @@ class RetainedGradient:
 
     def mixed(self, x: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
         """``d <gradient, x> / d others``; None where the gradient does not depend on a tensor."""
-        if not self._outputs:
+        if not self.outputs:
             return [None] * len(others)
         return list(self._pull(others, x))
 
@@ -137,11 +132,9 @@ class RetainedGradient:
 
     def _backward(self, inputs: Sequence[Tensor], vectors: list[Tensor]) -> tuple[Tensor | None, ...]:
         if _run_backward is None:
-            return torch.autograd.grad(
-                self._outputs, inputs, grad_outputs=vectors, retain_graph=True, allow_unused=True
-            )
+            return torch.autograd.grad(self.outputs, inputs, grad_outputs=vectors, retain_graph=True, allow_unused=True)
         return _run_backward(
-            tuple(self._outputs),
+            tuple(self.outputs),
             tuple(vectors),
             True,
             False,
