@@ -69,6 +69,10 @@ class Bilevel:
         """``(H + d I) x = dL_V/dw`` as `solve_for` takes it, with H the Hessian or the ``operator`` in its place."""
         if operator is None:
             operator = self.hessian if self._as_it_is else _Plain(self.hessian, self._scale)
+        elif not isinstance(operator, LinearOperator):
+            raise TypeError(
+                f"operator: expected a LinearOperator (Hessian, GaussNewton, Callable), got {type(operator).__name__}"
+            )
         return operator, self.hessian.params.rebuild(self._v), "params"
 
     def bounded(self, solution: Solution) -> Solution:
@@ -179,6 +183,8 @@ class _Plain(LinearOperator):
 
     Its products come one by one, where otherwise a clock decides which go together, and with that about rounding.
     """
+
+    surely_symmetric = True
 
     def __init__(self, scaled: Hessian, scale: float) -> None:
         self.space = scaled.space

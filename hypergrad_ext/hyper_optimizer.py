@@ -21,7 +21,7 @@ from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status
 from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.solvers.base import check_number
-from hypergrad_ext.structure import Space, Tree, take_apart
+from hypergrad_ext.structure import Space, Tree, held, take_apart
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ class HyperOptimizer:
             check_number("max_norm", max_norm, positive=True)
         if damping != "auto":
             check_number("damping", damping, positive=False)
-        take_apart("params", params)
+        self.params = held(params)
+        take_apart("params", self.params)
         self.optimizer = optimizer
-        self.params = params
         self.solver = solver
         self.damping = damping
         self.direct = direct
@@ -189,12 +189,13 @@ class HyperOptimizer:
             loss_scale=self._loss_scale(),
             **self._options,
         )
+        system = problem.system(operator)
         solution = solve_for(
-            *problem.system(operator),
+            *system,
             self.solver,
             damping=self.damping,
             x0=None,
-            residual=self._residual,
+            residual=self._residual or not system[0].surely_symmetric,
             backend=self._backend,
             state=self.state if self.warm_start else None,
         )

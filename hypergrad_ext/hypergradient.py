@@ -71,7 +71,7 @@ def hypergradient(
         engine: How products are run; `Hessian` lists the engines.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
         operator: Solve with this instead of the Hessian of ``train_loss``: a faster form of it, such as
-            `GLMHessian`, or an approximation of your own.
+            `GLMHessian`, or an approximation of your own, for which the true residual is looked at in any case.
         return_solution: Also return the `Solution` of the solve.
 
     Returns:
@@ -119,12 +119,13 @@ def hypergradient(
         loss_scale=loss_scale,
         engine=engine,
     )
+    system = problem.system(operator)
     solution = solve_for(
-        *problem.system(operator),
+        *system,
         solver,
         damping=damping,
         x0=x0,
-        residual=return_solution,
+        residual=return_solution or not system[0].surely_symmetric,
         backend=backend,
         state=state,
         lower=lower,

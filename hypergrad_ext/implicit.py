@@ -14,7 +14,7 @@ from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solvers import SolverState
-from hypergrad_ext.structure import Tree, take_apart
+from hypergrad_ext.structure import Tree, held, take_apart
 
 
 def implicit(
@@ -68,6 +68,7 @@ def implicit(
         >>> lam.grad
         tensor(-2.2500)
     """
+    params = held(params)
     hessian = Hessian(train_loss, params, engine=engine, name="train_loss")
     outer = take_apart("hparams", hparams)
     check_hparams(outer, hessian.params)

@@ -18,6 +18,7 @@ from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.solvers.lanczos import lanczos
 from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
+from hypergrad_ext.symmetry import refuse_declared, refuse_found
 
 SolverChoice = Solver | Literal["auto"]
 
@@ -70,11 +71,12 @@ def solve(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape, device or value, the solver needs a
-            symmetric operator and this one is not, or an eigenvalue is below ``lower``.
+        ValueError: If an argument has the wrong shape, device or value, the solver needs a symmetric operator and this
+            one is not (or, where a solve went wrong, was found not to be), or an eigenvalue is below ``lower``.
         SolveError: If the solve failed and ``throw``.
 
-    Cost: the solver's products, one for ``residual``, one for ``x0`` and 20 for ``damping="auto"``.
+    Cost: the solver's products, one for ``residual``, one for ``x0`` and 20 for ``damping="auto"``. After a solve that
+    went wrong, two on whether a `Callable` or an operator of your own is symmetric, once for each.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, -4.0]], dtype=torch.float64)
@@ -118,8 +120,7 @@ def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
         solver = Auto()
     if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected 'auto' or a solver such as Neumann(steps=20), got {solver!r}")
-    if solver.needs_symmetry and not operator.symmetric:
-        raise ValueError(f"operator: expected a symmetric operator for {type(solver).__name__}, got one that is not")
+    refuse_declared(operator, solver)
     return solver
 
 
@@ -249,6 +250,7 @@ def _solve_packed(
             relative = torch.where(lost, start / scale / b_norm, relative)
             if bound is not None:
                 bound = torch.where(lost, start / scale / (norms / bound), bound)
+    refuse_found(system, outcome.solver or solver, outcome)
     if any(bad):
         x = torch.where(finite[..., None], x, torch.nan)
         outcome.statuses = [

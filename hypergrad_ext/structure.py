@@ -58,6 +58,11 @@ def take_apart(argument: str, tree: Tree) -> Leaves:
     )
 
 
+def held(tree: Tree) -> Tree:
+    """The tree, an iterator (``model.parameters()``) as a list, so that it can be taken apart again."""
+    return list(tree) if isinstance(tree, Iterator) else tree
+
+
 def _walk(argument: str, tree: Tree, key: str, tensors: list[Tensor], keys: list[str]) -> None:
     if isinstance(tree, Tensor):
         tensors.append(tree)

@@ -83,6 +83,8 @@ def glm_solve(
 class _Model(LinearOperator):
     """``scale X^T D X + diag(l2)`` on flat vectors."""
 
+    surely_symmetric = True
+
     def __init__(
         self, x: Tensor, weights: Tensor, l2: Tensor | None, scale: float, intercept: bool, like: Tensor
     ) -> None:

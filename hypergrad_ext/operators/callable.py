@@ -18,7 +18,8 @@ class Callable(LinearOperator):
         matvec: Takes and returns the structure of ``like``. It must be linear, and must not write
             into its argument.
         like: Tensor, list, tuple, dict or ``nn.Module`` with the shapes, dtypes and device of the vectors.
-        symmetric: Whether ``H = H^T``; solvers that need symmetry refuse the operator otherwise.
+        symmetric: Whether ``H = H^T``; solvers that need symmetry refuse the operator otherwise, and also one that
+            they find not to be symmetric after a solve that went wrong.
 
     Raises:
         TypeError: If ``matvec`` is not callable or a leaf of ``like`` is not real floating point.

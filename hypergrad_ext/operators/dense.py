@@ -28,6 +28,8 @@ class DenseMatrix(LinearOperator):
         tensor([1.0000, 0.5000])
     """
 
+    surely_symmetric = True
+
     def __init__(self, matrix: Tensor) -> None:  # noqa: D107 (documented in the class)
         leaves = take_apart("matrix", matrix)
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:

@@ -55,6 +55,8 @@ class GaussNewton(LinearOperator):
         {'weight': tensor([[2., 4.]])}
     """
 
+    surely_symmetric = True
+
     def __init__(  # noqa: D107 (documented in the class)
         self, model: Model, loss: Loss, inputs: Tensor, targets: Tensor, *, params: Tree | None = None
     ) -> None:

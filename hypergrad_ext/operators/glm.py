@@ -95,6 +95,8 @@ class GLMHessian(LinearOperator):
         tensor([0.8889, 0.6667])
     """
 
+    surely_symmetric = True
+
     def __init__(  # noqa: D107 (documented in the class)
         self, inputs: Tensor, params: Tree, family: Family, *, l2: float | Tensor = 0.0
     ) -> None:

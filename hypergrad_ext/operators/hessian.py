@@ -93,6 +93,8 @@ class Hessian(LinearOperator):
         tensor([ 6., 12.])
     """
 
+    surely_symmetric = True
+
     def __init__(  # noqa: D107 (documented in the class)
         self,
         loss: Loss,

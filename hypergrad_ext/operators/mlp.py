@@ -78,6 +78,8 @@ class MLPHessian(LinearOperator):
         'tanh'
     """
 
+    surely_symmetric = True
+
     def __init__(  # noqa: D107 (documented in the class)
         self,
         inputs: Tensor,

@@ -161,7 +161,8 @@ def _iterate(
     def over(step: int) -> bool:
         rows = stats.view(-1, 3).tolist()
         system.record(row[0] for row in rows)
-        return watch.over(rows, step)
+        before = old[0].view(-1, b.shape[-1])
+        return watch.over(rows, step, lambda row: before[row].clone())
 
     step = system.iterate(steps, advance, over)
-    return new[0], step
+    return watch.best(new[0]), step

@@ -173,7 +173,7 @@ def series(
     views = system.views(v)
     step_ = system.kernel(ops.neumann_step_)
     stats = torch.zeros(*b.shape[:-1], 2, dtype=torch.float64, device=b.device)
-    kept = _Kept(b)
+    terms, sums = v.view(-1, v.shape[-1]), p.view(-1, p.shape[-1])
 
     def advance() -> None:
         step_([v], [p], system.product(views), stats, alpha, system.damping)
@@ -183,8 +183,7 @@ def series(
         assert watch is not None
         rows = stats.view(-1, 2).tolist()
         system.record(row[0] for row in rows)
-        over = watch.over(rows, step)
-        kept.keep(watch, lambda row: alpha * (p.view(len(kept), -1)[row] - v.view(len(kept), -1)[row]))
+        over = watch.over(rows, step, lambda row: alpha * (sums[row] - terms[row]))
         shrink = watch.shrink()
         if shrink > 1:
             # v is the residual of the sum before this step, and the next term of a series in any step size.
@@ -198,7 +197,8 @@ def series(
         return over
 
     step = _iterate(system, steps, advance, over, watch)
-    return kept.restore(p.mul_(alpha)), step, alpha
+    p.mul_(alpha)
+    return p if watch is None else watch.best(p), step, alpha
 
 
 def richardson(
@@ -211,7 +211,7 @@ def richardson(
     step_ = step_ if m is None else m.step(ops.richardson_step_, step_)
     argument = [] if m is None else m.argument
     stats = torch.zeros(*b.shape[:-1], 3, dtype=torch.float64, device=b.device)
-    kept = _Kept(b)
+    iterates = x.view(-1, x.shape[-1])
 
     def advance() -> None:
         step_([x], system.product(views), [b], argument, stats, alpha, system.damping)
@@ -220,8 +220,7 @@ def richardson(
         nonlocal alpha
         rows = stats.view(-1, 3).tolist()
         system.record(row[0] for row in rows)
-        over = watch.over(rows, step)
-        kept.keep(watch, lambda row: x.view(len(kept), -1)[row].clone())
+        over = watch.over(rows, step, lambda row: iterates[row].clone())
         shrink = watch.shrink()
         if shrink > 1:
             alpha /= shrink
@@ -231,7 +230,7 @@ def richardson(
         return over
 
     step = _iterate(system, steps, advance, over, watch)
-    return kept.restore(x), step, alpha
+    return watch.best(x), step, alpha
 
 
 def _iterate(
@@ -250,49 +249,45 @@ def _shifted(over: Callable[[int], bool], before: int, step: int) -> bool:
     return over(before + step)
 
 
-class _Kept:
-    """Iterates of rows that failed, as they were when that was noticed: the others go on."""
-
-    def __init__(self, b: Tensor) -> None:
-        self._rows: dict[int, Tensor] = {}
-        self._count = b.shape[0] if b.dim() == 2 else 1
-
-    def __len__(self) -> int:
-        return self._count
-
-    def keep(self, watch: Watch, iterate: Callable[[int], Tensor]) -> None:
-        for row in watch.failures():
-            self._rows.setdefault(row, iterate(row))
-
-    def restore(self, x: Tensor) -> Tensor:
-        for row, kept in self._rows.items():
-            x.view(self._count, -1)[row] = kept
-        return x
-
-
 def _in_one_call(
     system: System, b: Tensor, steps: int, alpha: float, watch: Watch | None
 ) -> tuple[Tensor, int, float] | None:
     rows = b if b.dim() == 2 else b[None]
     while True:
         stop = watch.stop(b) if watch else torch.full((len(rows),), -1.0, dtype=torch.float64, device=b.device)
-        result = system.prepared.neumann_series(rows, alpha, system.damping, steps, stop, system.backend)
-        if result is None:
+        whole = _whole(system, rows, steps, alpha, stop)
+        if whole is None:
             return None
-        x, history = result
-        ran = int((history[:, 0, 0] != -1).sum())
-        system.hvps += ran * len(rows)
+        x, history = whole
         if watch is None:
-            return x.view_as(b), ran, alpha
+            return x.view_as(b), len(history), alpha
         over, step, shrink = False, 0, 1.0
-        for step, stats in enumerate(history[:ran].tolist(), 1):
-            over = watch.over(stats, step)
+        for step, stats in enumerate(history.tolist(), 1):
+            # The call has gone on with terms that grow: what there was before them is summed once more.
+            over = watch.over(stats, step, functools.partial(_row, system, rows, step - 1, alpha, stop))
             shrink = watch.shrink()
             if over or shrink > 1:
                 break
-        else:
-            return x.view_as(b), ran, alpha
-        if over:
-            return x.view_as(b), step, alpha
+        if shrink == 1:
+            return watch.best(x).view_as(b), step, alpha
         alpha /= shrink
         watch.restart()
+
+
+def _whole(system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The sums, and the stats of the steps taken."""
+    result = system.prepared.neumann_series(rows, alpha, system.damping, steps, stop, system.backend)
+    if result is None:
+        return None
+    x, history = result
+    history = history[: int((history[:, 0, 0] != -1).sum())]
+    system.hvps += len(history) * len(rows)
+    return x, history
+
+
+def _row(system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor, row: int) -> Tensor:
+    """The sum of one row after fewer steps."""
+    one = slice(row, row + 1)
+    whole = _whole(system, rows[one], steps, alpha, stop[one])
+    assert whole is not None
+    return whole[0][0]

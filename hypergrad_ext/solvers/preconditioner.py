@@ -97,6 +97,8 @@ class Preconditioner:
             if choice.space.shapes != space.shapes:
                 expected, got = ([tuple(s) for s in shapes] for shapes in (space.shapes, choice.space.shapes))
                 raise ValueError(f"preconditioner: expected an operator on the shapes {expected}, got {got}")
+            if not choice.symmetric:
+                raise ValueError("preconditioner: expected a symmetric operator, got one that is not")
             self._operator = choice
         elif callable(choice) and not isinstance(choice, torch.nn.Module):
             self._function = choice

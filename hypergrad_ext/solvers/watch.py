@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from hypergrad_ext.solution import Status
+from hypergrad_ext.solvers.best import Best
 from hypergrad_ext.solvers.preconditioner import Preconditioner
 
 # A norm that grows by less than this is rounding, or too slow to matter within any sensible number of steps.
@@ -59,7 +61,7 @@ class Watch:
         self._retries, self._shrink = retries, 1.0
         self._grew = [0] * len(self._stop)
         self._failed: list[Status | None] = [None] * len(self._stop)
-        self._ended: dict[int, float] = {}
+        self._best = Best(b)
         self._start = self._first
         self._step, self.decreased, self.worse = 0, 0, False
         self.detail = ""
@@ -69,8 +71,17 @@ class Watch:
         squares = [limit * limit if limit >= 0 else -1.0 for limit in self._stop]
         return torch.tensor(squares, dtype=torch.float64, device=b.device)
 
-    def over(self, stats: list[list[float]], step: int) -> bool:
-        """Take in ``r.r``, a non-finite flag and, with a preconditioner, ``r.M r``; True when all rows are done."""
+    def over(self, stats: list[list[float]], step: int, iterate: Callable[[int], Tensor] | None = None) -> bool:
+        """Take in what a step computed.
+
+        Args:
+            stats: Per row ``r.r``, a non-finite flag and, with a preconditioner, ``r.M r``.
+            step: Number of the step.
+            iterate: A copy of the iterate of a row that has this residual, or the next; None where it is not at hand.
+
+        Returns:
+            Whether all rows are done.
+        """
         sizes: list[float] = []
         for row, (square, non_finite, *energy) in enumerate(stats):
             self._norm[row] = math.sqrt(square) if square < math.inf else math.inf
@@ -88,6 +99,8 @@ class Watch:
                 else:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
         self._last, self._step = sizes, step
+        if iterate is not None:
+            self._best.look(sizes, self._norm, iterate)
         if self._shrink > 1:
             self._retries -= 1
             self.decreased = step
@@ -117,6 +130,11 @@ class Watch:
         """Rows that have failed."""
         return [row for row, failed in enumerate(self._failed) if failed]
 
+    def best(self, x: Tensor) -> Tensor:
+        """The last iterates, those that were better once replaced by what was kept of them, in place."""
+        self._norm = self._best.restore(x, self._last, self._norm)
+        return x
+
     def statuses(self) -> list[Status]:
         """One status per row."""
         return [
@@ -125,8 +143,8 @@ class Watch:
         ]
 
     def residuals(self) -> list[float]:
-        """Norm of the last residual of every row, for those that failed as it was when that was noticed."""
-        return [self._ended.get(row, norm) for row, norm in enumerate(self._norm)]
+        """Norm of the last residual of every row, or of what `best` put in its place."""
+        return self._norm
 
     def _converged(self, row: int) -> bool:
         return self._norm[row] <= self._stop[row]
@@ -134,5 +152,4 @@ class Watch:
     def _fail(self, row: int, status: Status, detail: str) -> None:
         if self._failed[row] is None:
             self._failed[row] = status
-            self._ended[row] = self._norm[row]
             self.detail = f", {detail}"
