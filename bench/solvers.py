@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import hypergrad_ext as hg
 from bench.measure import interleave, median, ratio, save, table
-from bench.peers import by_hand
 
 F64 = torch.float64
 PLOT = Path(__file__).parent.parent / "docs" / "which_solver.png"
@@ -173,27 +172,19 @@ def models() -> dict[str, tuple[list[Tensor], Callable[[], Tensor], hg.LinearOpe
 
 
 def seconds(rounds: int) -> list[dict[str, object]]:
-    """32 right-hand sides in one solve against 32 solves; and auto against Neumann by double backward."""
+    """32 right-hand sides in one solve against 32 solves."""
     rows: list[dict[str, object]] = []
     for name, (params, loss, closed) in models().items():
         operator = hg.Hessian(loss(), params)
         dense = operator.dense().double()
         dense = (dense + dense.T) / 2
-        n, values = len(dense), torch.linalg.eigvalsh(dense)
+        values = torch.linalg.eigvalsh(dense)
         # What makes the condition number 100, also where an eigenvalue is negative.
         damping = (float(values[-1]) - 100 * float(values[0])) / 99
-        dense += damping * torch.eye(n, dtype=F64)
-        flat = torch.randn(32, n)
+        flat = torch.randn(32, len(dense))
         batch, single = operator.space.views(flat), [operator.space.views(row) for row in flat]
         rows += _batches(f"{name}, Hessian", operator, batch, single, damping, rounds)
         rows += _batches(f"{name}, {type(closed).__name__}", closed, batch, single, damping, rounds)
-
-        b = flat[0].double()
-        truth = torch.linalg.solve(dense, b)
-        alpha = 1 / (float(values[-1]) + damping)
-        steps = next(k for k in range(1, 5000) if _neumann_error(dense, b, truth, alpha, k) <= 1e-2)
-        rows.append(_auto(name, params, loss, single[0], truth, damping, alpha, steps, rounds))
-        rows[-1]["a"] = f"{rows[-1]['a']}, condition {(float(values[-1]) + damping) / (float(values[0]) + damping):.0f}"
     return rows
 
 
@@ -214,31 +205,6 @@ def _batches(
     return [_row(name, times, "32 solves", fast) for fast in ("batched CG", "BlockCG")]
 
 
-def _auto(
-    name: str,
-    params: list[Tensor],
-    loss: Callable[[], Tensor],
-    v: list[Tensor],
-    truth: Tensor,
-    damping: float,
-    alpha: float,
-    steps: int,
-    rounds: int,
-) -> dict[str, object]:
-    def auto() -> list[Tensor]:
-        return hg.inverse_hvp(loss(), params, v, hg.Auto(tol=2e-3), damping=damping)
-
-    def neumann() -> list[Tensor]:
-        gradient = torch.autograd.grad(loss(), params, create_graph=True)
-        return by_hand.neumann(gradient, params, v, alpha, steps, damping)
-
-    for way in (auto, neumann):
-        x = torch.cat([t.reshape(-1) for t in way()]).double()
-        assert float((x - truth).norm() / truth.norm()) <= 1.1e-2
-    times = interleave({"auto": auto, "neumann": neumann}, rounds, warmup=1)
-    return _row(name, times, "neumann", "auto") | {"a": f"Neumann by double backward, {steps} steps"}
-
-
 def _row(name: str, times: dict[str, list[float]], slow: str, fast: str) -> dict[str, object]:
     middle, low, high = ratio(times, slow, fast)
     return {
@@ -249,13 +215,6 @@ def _row(name: str, times: dict[str, list[float]], slow: str, fast: str) -> dict
         "quartiles": f"{low:.2f}-{high:.2f}",
         "ms": 1000 * median(times[fast]),
     }
-
-
-def _neumann_error(a: Tensor, b: Tensor, truth: Tensor, alpha: float, steps: int) -> float:
-    x = alpha * b
-    for _ in range(steps):
-        x = x + alpha * (b - a @ x)
-    return float((x - truth).norm() / truth.norm())
 
 
 def main() -> None:

@@ -218,8 +218,10 @@ def _solve_packed(
     b_norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
     if x0 is not None:
         rhs = b - system.apply(x0)
-    else:
+    elif solver.gains_from_start:
         x0, rhs = warm(system, b, b_norm, getattr(solver, "tol", None))
+    else:
+        rhs = b
     begin(system)
     scale = power_of_two_scale(rhs)
     start = b_norm if x0 is None else torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)

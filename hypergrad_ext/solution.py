@@ -100,7 +100,7 @@ class Solution:
             ``error_bound``: the norm of its column of the mixed derivative times that. In the structure of the
             hyperparameters, float64; None unless `hypergradient` had ``lower``, and for more than 64 elements.
         history: If asked for, relative norms of the residual as the solver saw them: one list per step, of one number
-            per right-hand side.
+            per right-hand side. Empty for solvers that know none: `Direct`, `Identity`, `LiSSA`, `Nystrom`.
         solver: The solver that ran, after any automatic choice.
         detail: The numbers behind the status.
         alpha: The step size of a series, given or found.

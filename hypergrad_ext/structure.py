@@ -102,6 +102,11 @@ def check_real(leaves: Leaves) -> None:
             raise TypeError(f"{name}: expected a dense tensor, got one of layout {t.layout}")
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """What changes when somebody writes into one of the tensors; nothing in inference mode, which does not count."""
+    return [t._version for t in tensors if not t.is_inference()]
+
+
 def dense(t: Tensor) -> Tensor:
     """A derivative as the solvers take it: that of ``nn.Embedding(sparse=True)`` is sparse."""
     return t.to_dense() if t.is_sparse else t
@@ -187,7 +192,8 @@ class Space:
             if t.shape != expected:
                 raise ValueError(f"{leaves.names[i]}: expected shape {tuple(expected)}, got {tuple(t.shape)}")
             if t.dtype not in (dtype, self.dtype):
-                raise TypeError(f"{leaves.names[i]}: expected {dtype} or {self.dtype}, got {t.dtype}")
+                wanted = " or ".join(dict.fromkeys([str(dtype), str(self.dtype)]))
+                raise TypeError(f"{leaves.names[i]}: expected {wanted}, got {t.dtype}")
             if t.device != self.device:
                 raise ValueError(f"{leaves.names[i]}: expected device {self.device}, got {t.device}")
             if not graph and torch._C._functorch.is_functorch_wrapped_tensor(t):

@@ -59,6 +59,16 @@ def hessian_inverse_products(names: dict) -> torch.Tensor:
     return -torch.linalg.solve(dense, flat(names["g_test"]).T).T @ flat(names["g_train"]).T
 
 
+def test_which_solver():
+    (kfac,) = blocks("which_solver.md")
+    names: dict = {}
+    exec(kfac, names)
+    plain, faster = names["plain"], names["faster"]
+    assert plain.converged and faster.converged and faster.steps < 0.7 * plain.steps
+    for name, value in plain.value.items():
+        assert float((value - faster.value[name]).norm() / value.norm()) < 0.05
+
+
 def test_every_name_is_public():
     import hypergrad_ext as hg
 

@@ -205,6 +205,33 @@ class TestOverfitValidation:
         assert steps["cnn K=3"] <= steps["cnn K=0"]
 
     @pytest.mark.slow
+    def test_three_steps_go_on_while_the_largest_curvature_grows_from_1_to_ten_thousands(self, tmp_path, monkeypatch):
+        """Twice the outer learning rate, and on past 100 %: the largest eigenvalue of loss and penalties, along the run."""
+        curvatures: list[float] = []
+        step = overfit_validation.implicit_step
+
+        def measured(model, lam, parts, solver):
+            params = list(model.parameters())
+            loss = models.loss(model, parts.train) + models.penalty(params, lam)
+            if len(curvatures) < 2 or len(records[-1]) % 10 == 9:
+                curvatures.append(lanczos(System(hg.Hessian(loss, params, engine="eager"), 0.0, None), 8).high)
+            fine = step(model, lam, parts, solver)
+            records[-1].append(fine)
+            return fine
+
+        monkeypatch.setattr(overfit_validation, "implicit_step", measured)
+        for seed in range(4):
+            curvatures.clear()
+            records = [[]]
+            torch.manual_seed(seed)
+            one = job(overfit_validation.EXPERIMENT, "cnn K=3", seed, tmp_path, max_steps=80, outer_lr=0.1, target=2.0)
+            record = overfit_validation.run(one)
+            assert curvatures[0] < 2 and curvatures[-1] > 1e4
+            reached = next(i for i, (a, b) in enumerate(zip(record["train"], record["validation"])) if a == b == 1)
+            assert reached <= 60
+            assert all(a == b == 1 for a, b in zip(record["train"][reached:], record["validation"][reached:]))
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["mlp", "cnn"])
     def test_without_tuning_the_validation_set_is_not_fitted(self, name, tmp_path):
         records = runs(overfit_validation.EXPERIMENT, f"{name} none", 4, tmp_path)

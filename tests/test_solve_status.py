@@ -173,6 +173,53 @@ def test_best_of_a_series_that_diverges_late_is_kept():
     assert solution.useless and solution.steps > 3 and solution.residual_norm < 0.05
 
 
+class TestBestIterate:
+    """Residuals that shrink by 5 or more, and then grow beyond bounds because of one direction that b hardly has."""
+
+    def problem(self, whole: bool = False) -> tuple[hg.LinearOperator, Tensor, float]:
+        x = torch.randn(400, 60, dtype=F64) / torch.arange(1, 61)
+        operator = hg.GLMHessian(x, torch.zeros(60, dtype=F64), "logistic", l2=1e-2)
+        a = operator.dense()
+        values, vectors = torch.linalg.eigh(a)
+        b = vectors @ torch.cat([torch.randn(59, dtype=F64), torch.tensor([1e-9], dtype=F64)])
+        return operator if whole else hg.Callable(lambda v: v @ a, b), b, float(values[-1])
+
+    SOLVERS = {
+        "Chebyshev": lambda top, k: hg.Chebyshev(k, bounds=(0.01, 0.8 * top)),
+        "series": lambda top, k: hg.Neumann(k, alpha=2.3 / top),
+        "richardson": lambda top, k: hg.Neumann(k, alpha=2.3 / top, form="richardson"),
+    }
+
+    @pytest.mark.parametrize("name", [*SOLVERS, "whole series"])
+    def test_is_given_back_by_a_solve_that_diverged(self, name):
+        operator, b, top = self.problem(whole=name == "whole series")
+        make = self.SOLVERS.get(name, self.SOLVERS["series"])
+        solution = hg.solve(operator, b, make(top, 300))
+        assert solution.status == "diverged" and solution.useless
+        sizes = [row[0] for row in hg.solve(operator, b, make(top, 300), history=True).history]
+        best = sizes.index(min(sizes))
+        assert sizes[best] < 0.2 and sizes[-1] > 2 * sizes[best]
+        # Of richardson's next iterate the residual is not known, only that of the one before.
+        assert solution.residual_norm <= 1.01 * sizes[best + (2 if name == "richardson" else 1)]
+
+    def test_is_given_back_where_the_steps_end_before_that_is_noticed(self):
+        operator, b, top = self.problem()
+        make = self.SOLVERS["Chebyshev"]
+        sizes = [row[0] for row in hg.solve(operator, b, make(top, 300), history=True).history]
+        best = sizes.index(min(sizes))
+        solution = hg.solve(operator, b, make(top, best + 5), history=True)
+        assert solution.status == "max_steps" and solution.history[-1][0] > 1.5 * sizes[best + 1]
+        assert solution.residual_norm <= 1.01 * sizes[best + 1]
+
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_rows_that_converge_go_on(self, whole):
+        operator, b, top = self.problem(whole)
+        alone = hg.solve(operator, b, hg.Neumann(300, alpha=2.3 / top))
+        both = hg.solve(operator, torch.stack([b, 0 * b]), hg.Neumann(300, alpha=2.3 / top))
+        assert both.statuses[0] == "diverged" and not bool(both.value[1].any())
+        assert float(both.residual_norm[0]) == pytest.approx(alone.residual_norm, rel=1e-6)
+
+
 @pytest.mark.parametrize("solver", [hg.Neumann(50, alpha=3.0), hg.CG(), hg.Chebyshev(50, bounds=(0.1, 0.2))], ids=str)
 def test_failure_gives_back_x0(solver):
     start = torch.tensor([0.9, 0.4], dtype=F64)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable as Function
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hypergrad_ext.operators.base import LinearOperator
-from hypergrad_ext.structure import Space, Tree, take_apart
+from hypergrad_ext.structure import Space, Tree, check_real, take_apart, versions
 
 
 class Callable(LinearOperator):
@@ -46,12 +47,20 @@ class Callable(LinearOperator):
             One tensor per leaf, without a graph.
 
         Raises:
-            ValueError: If the function returns other shapes than it was given.
+            TypeError: If the function returns something other than real tensors of the precision of ``v`` or less.
+            ValueError: If it returns other shapes than it was given, or writes into its argument.
         """
+        before = versions(v)
         result = take_apart("matvec(v)", self._matvec(self.space.leaves.rebuild(v)))
+        if versions(v) != before:
+            raise ValueError("matvec: expected a function that leaves its argument alone, got one that writes into it")
         if [t.shape for t in result.tensors] != self.space.shapes:
             raise ValueError(
                 f"matvec(v): expected the shapes of v, {[tuple(s) for s in self.space.shapes]}, "
                 f"got {[tuple(t.shape) for t in result.tensors]}"
             )
+        check_real(result)
+        for name, t in zip(result.names, result.tensors, strict=True):
+            if t.dtype not in (self.space.dtype, *self.space.dtypes, torch.bfloat16, torch.float16):
+                raise TypeError(f"{name}: expected {self.space.dtype}, got {t.dtype}")
         return [t.detach() for t in result.tensors]

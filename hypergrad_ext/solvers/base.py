@@ -145,9 +145,14 @@ class Solver(ABC):
 
     A subclass writes ``run``; warm starts, scaling, batches, unused parameters, the true residual
     and the messages are the business of `hypergrad_ext.solve`.
+
+    Attributes:
+        needs_symmetry: Whether it refuses an operator that is not symmetric.
+        gains_from_start: Whether the last solution in a `SolverState` makes it better or faster.
     """
 
     needs_symmetry = True
+    gains_from_start = True
 
     @abstractmethod
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:

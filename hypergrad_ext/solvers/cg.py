@@ -12,6 +12,7 @@ from hypergrad_ext import ops
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
+from hypergrad_ext.structure import held
 
 _STATUS = {
     0.0: Status.MAX_STEPS,
@@ -59,6 +60,7 @@ class CG(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        object.__setattr__(self, "preconditioner", held(self.preconditioner))
         check_number("tol", self.tol, positive=True)
         check_count("max_steps", self.max_steps, 1)
 

@@ -15,6 +15,7 @@ from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, che
 from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
+from hypergrad_ext.structure import held
 
 # Of the largest magnitude, added to the largest Ritz value with its error, so that the largest eigenvalue is inside.
 _MARGIN = 0.1
@@ -72,6 +73,7 @@ class Chebyshev(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        object.__setattr__(self, "preconditioner", held(self.preconditioner))
         check_count("steps", self.steps, 0)
         if self.tol is not None:
             check_number("tol", self.tol, positive=True)

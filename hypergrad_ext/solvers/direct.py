@@ -34,6 +34,7 @@ class Direct(Solver):
     max_size: int = 5000
 
     needs_symmetry = False
+    gains_from_start = False
 
     def __post_init__(self) -> None:
         """Check the settings."""

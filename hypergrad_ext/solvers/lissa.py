@@ -59,6 +59,8 @@ class LiSSA(Solver):
     repeats: int = 8
     alpha: float | None = None
 
+    gains_from_start = False  # but from the residual of a single batch it would take over that batch's error
+
     def __post_init__(self) -> None:
         """Check the settings."""
         check_count("steps", self.steps, 0)

@@ -17,6 +17,7 @@ from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, che
 from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
+from hypergrad_ext.structure import held
 
 # Times that a step size may be decreased.
 _RETRIES = 6
@@ -87,6 +88,7 @@ class Neumann(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        object.__setattr__(self, "preconditioner", held(self.preconditioner))
         check_count("steps", self.steps, 0)
         if self.alpha is not None:
             check_number("alpha", self.alpha, positive=True)

@@ -12,7 +12,7 @@ from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.ops import Op
 from hypergrad_ext.solvers.base import System, check_count
 from hypergrad_ext.solvers.nystrom import Nystrom, Sketch, sketch_of
-from hypergrad_ext.structure import Space, Tree, take_apart
+from hypergrad_ext.structure import Space, Tree, check_real, take_apart, versions
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,14 @@ class Preconditioner:
         return torch.cat([t.detach().reshape(-1).to(r.dtype) for t in product])
 
     def _call(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
-        product = take_apart("preconditioner(v)", self._function(self._space.leaves.rebuild(v))).tensors
+        before = versions(v)
+        leaves = take_apart("preconditioner(v)", self._function(self._space.leaves.rebuild(v)))
+        check_real(leaves)
+        if versions(v) != before:
+            raise ValueError(
+                "preconditioner: expected a function that leaves its argument alone, got one that writes into it"
+            )
+        product = leaves.tensors
         if [t.shape for t in product] != self._space.shapes:
             expected, got = ([tuple(s) for s in shapes] for shapes in (self._space.shapes, [t.shape for t in product]))
             raise ValueError(f"preconditioner(v): expected the shapes of v, {expected}, got {got}")

@@ -26,7 +26,8 @@ class SolverState:
             ...
             x = hg.inverse_hvp(train_loss, model, v, state=state)  # or hg.solve, hg.hypergradient
 
-    Every solver starts from the last solution, unless that is worse than zero or ``x0`` is given. Where it is far from
+    Solvers start from the last solution, unless that is worse than zero or ``x0`` is given (`Identity`, `Direct` and
+    `LiSSA`, which gain nothing from it, do not). Where it is far from
     the tolerance, one more product shows how far to follow its last change: a steady drift is nearly undone. `Neumann`
     and `Chebyshev` reuse what Lanczos steps saw of the spectrum, and ``solver="auto"`` a Nystrom preconditioner once
     solves are long. What was measured on an earlier operator is measured again after ``refresh`` solves (a sketch
