@@ -107,7 +107,7 @@ def measure(name: str, problem: Problem, rounds: int) -> dict[str, object]:
         return by_hand.neumann(gradient, params, v, 2 / (high + low), steps, damping)
 
     # The loosest tolerance and the fewest steps that give the error.
-    tol = next(t for t in (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6) if error(auto(t)) <= ERROR)
+    tol = next(10 ** (-k / 10) for k in range(10, 70) if error(auto(10 ** (-k / 10))) <= ERROR)
     steps, x, matrix = 1, 2 / (high + low) * b, dense * (2 / (high + low))
     while float((x - truth).norm() / truth.norm()) > ERROR and steps < LIMIT:
         x = x + 2 / (high + low) * b - matrix @ x
