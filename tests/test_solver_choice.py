@@ -74,23 +74,46 @@ class TestNystrom:
         solution = hg.solve(hg.DenseMatrix(a), b, hg.Nystrom(rank=5), damping=0.1)
         assert solution.status == "max_steps" and solution.residual_norm > 0.5
 
-    def test_cg_needs_half_of_the_products_with_it(self):
-        """Without the sketch's own 30 products, which a single solve hardly earns back."""
-        a, b = with_eigenvalues(OUTLIERS), torch.randn(200, dtype=F64)
+    def products_to(self, a: Tensor, b: Tensor, preconditioner: hg.Nystrom | None = None) -> tuple[int, int]:
+        """Steps, and products with the sketch, to a relative error of 1e-3."""
         truth = torch.linalg.solve(a, b)
+        matrix = hg.DenseMatrix(a.to(b.dtype))
+        for steps in range(1, 200):
+            solver = hg.CG(tol=1e-14, max_steps=steps, preconditioner=preconditioner)
+            solution = hg.solve(matrix, b.to(a.dtype), solver, residual=False)
+            if relative_error(solution.value.double(), truth.double()) <= 1e-3:
+                return solution.steps, solution.hvps
+        raise AssertionError("not reached")
 
-        def products_to(error: float, preconditioner: hg.Nystrom | None) -> tuple[int, int]:
-            for steps in range(1, 200):
-                solver = hg.CG(tol=1e-14, max_steps=steps, preconditioner=preconditioner)
-                solution = hg.solve(hg.DenseMatrix(a), b, solver, residual=False)
-                if relative_error(solution.value, truth) <= error:
-                    return solution.steps, solution.hvps
-            raise AssertionError("not reached")
-
-        plain, _ = products_to(1e-3, None)
-        steps, spent = products_to(1e-3, hg.Nystrom(30))
+    def test_cg_needs_half_of_the_steps_with_it(self):
+        a, b = with_eigenvalues(OUTLIERS), torch.randn(200, dtype=F64)
+        plain, _ = self.products_to(a, b)
+        steps, spent = self.products_to(a, b, hg.Nystrom(30))
         assert steps <= plain / 2
         assert spent == steps + 30 and spent < plain
+
+    def test_in_float32_half_of_the_products_with_the_sketch_counted(self):
+        """Rounding makes CG find the outliers again and again."""
+        a = with_eigenvalues(OUTLIERS).float()
+        a, b = (a + a.T) / 2, torch.randn(200)
+        plain, _ = self.products_to(a, b)
+        _, spent = self.products_to(a, b, hg.Nystrom(23))
+        assert spent <= plain / 2
+
+    def test_in_float64_no_krylov_method_can_do_that(self):
+        """The best vectors of the spaces, with the eigenvectors of all outliers had for a product each, or found."""
+        a, b = with_eigenvalues(OUTLIERS), torch.randn(200, dtype=F64)
+        plain, _ = self.products_to(a, b)
+        truth, outliers = torch.linalg.solve(a, b), torch.linalg.eigh(a).eigenvectors[:, -20:]
+        for known in (outliers, outliers[:, :0]):
+            space, w = known, b
+            while torch.linalg.vector_norm(truth - space @ (space.T @ truth)) > 1e-3 * torch.linalg.vector_norm(truth):
+                for _ in range(2):
+                    w = w - space @ (space.T @ w)
+                w = w / torch.linalg.vector_norm(w)
+                space, w = torch.cat([space, w[:, None]], 1), a @ w
+            # The first vector is b itself.
+            assert space.shape[1] - 1 > plain / 2
 
 
 class TestLiSSA:
