@@ -198,7 +198,7 @@ class TestBestIterate:
         assert solution.status == "diverged" and solution.useless
         sizes = [row[0] for row in hg.solve(operator, b, make(top, 300), history=True).history]
         best = sizes.index(min(sizes))
-        assert sizes[best] < 0.2 and sizes[-1] > 2 * sizes[best]
+        assert sizes[best] < 0.2 and sizes[-1] > 1.1 * sizes[best]
         # Of richardson's next iterate the residual is not known, only that of the one before.
         assert solution.residual_norm <= 1.01 * sizes[best + (2 if name == "richardson" else 1)]
 

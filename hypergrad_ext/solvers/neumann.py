@@ -222,7 +222,7 @@ def richardson(
         nonlocal alpha
         rows = stats.view(-1, 3).tolist()
         system.record(row[0] for row in rows)
-        over = watch.over(rows, step, lambda row: iterates[row].clone())
+        over = watch.over(rows, step, lambda row: iterates[row].clone(), ahead=True)
         shrink = watch.shrink()
         if shrink > 1:
             alpha /= shrink

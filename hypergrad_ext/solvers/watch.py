@@ -71,13 +71,21 @@ class Watch:
         squares = [limit * limit if limit >= 0 else -1.0 for limit in self._stop]
         return torch.tensor(squares, dtype=torch.float64, device=b.device)
 
-    def over(self, stats: list[list[float]], step: int, iterate: Callable[[int], Tensor] | None = None) -> bool:
+    def over(
+        self,
+        stats: list[list[float]],
+        step: int,
+        iterate: Callable[[int], Tensor] | None = None,
+        *,
+        ahead: bool = False,
+    ) -> bool:
         """Take in what a step computed.
 
         Args:
             stats: Per row ``r.r``, a non-finite flag and, with a preconditioner, ``r.M r``.
             step: Number of the step.
-            iterate: A copy of the iterate of a row that has this residual, or the next; None where it is not at hand.
+            iterate: A copy of the iterate of a row that has this residual; None where it is not at hand.
+            ahead: Whether it is the iterate after that, of which the residual is only guessed: it grows on as it did.
 
         Returns:
             Whether all rows are done.
@@ -98,9 +106,13 @@ class Watch:
                     self._shrink = max(self._shrink, 2, 1 + (size / self._last[row]) ** (1 / (step - self._step)))
                 else:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
+        if iterate is not None and self._shrink == 1:
+            growth = [
+                max(1.0, size / last) if ahead and last else 1.0 for size, last in zip(sizes, self._last, strict=True)
+            ]
+            guessed = ([a * g for a, g in zip(known, growth, strict=True)] for known in (sizes, self._norm))
+            self._best.look(*guessed, iterate)
         self._last, self._step = sizes, step
-        if iterate is not None:
-            self._best.look(sizes, self._norm, iterate)
         if self._shrink > 1:
             self._retries -= 1
             self.decreased = step
