@@ -107,11 +107,8 @@ class Watch:
                 else:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
         if iterate is not None and self._shrink == 1:
-            growth = [
-                max(1.0, size / last) if ahead and last else 1.0 for size, last in zip(sizes, self._last, strict=True)
-            ]
-            guessed = ([a * g for a, g in zip(known, growth, strict=True)] for known in (sizes, self._norm))
-            self._best.look(*guessed, iterate)
+            growth = [max(1.0, a / b) if ahead and b else 1.0 for a, b in zip(sizes, self._last, strict=True)]
+            self._best.look(_times(sizes, growth), _times(self._norm, growth), iterate)
         self._last, self._step = sizes, step
         if self._shrink > 1:
             self._retries -= 1
@@ -165,3 +162,7 @@ class Watch:
         if self._failed[row] is None:
             self._failed[row] = status
             self.detail = f", {detail}"
+
+
+def _times(a: list[float], b: list[float]) -> list[float]:
+    return [x * y for x, y in zip(a, b, strict=True)]
