@@ -155,9 +155,8 @@ py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::
                             double alpha, double damping, int64_t steps, py::handle stop) {
   const GlmArguments a(x, weights, "b", b, l2);
   const at::Tensor& limit = tensor("stop", stop);
-  return tensors_of([&] {
-    return hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit);
-  });
+  return tensors_of(
+      [&] { return hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit); });
 }
 
 py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
@@ -222,8 +221,7 @@ py::tuple mlp_neumann_solve(py::handle weights, py::handle hidden, py::handle sl
                             double l2, double alpha, double damping, int64_t steps, py::handle stop) {
   const MlpArguments a(weights, hidden, slopes, bends, deltas, probabilities, "b", b);
   const at::Tensor& limit = tensor("stop", stop);
-  return tensors_of(
-      [&] { return a.call(hg::mlp_neumann_solve, scale, biases, l2, alpha, damping, steps, limit); });
+  return tensors_of([&] { return a.call(hg::mlp_neumann_solve, scale, biases, l2, alpha, damping, steps, limit); });
 }
 
 py::tuple mlp_cg_solve(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends, py::handle deltas,

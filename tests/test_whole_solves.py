@@ -47,11 +47,11 @@ def exact(arguments):
 class TestAgainstTheReference:
     def test_neumann(self, name, k, dtype, backend):
         arguments = MODELS[name](dtype, k)
-        stop = torch.logspace(-2, -4, k, dtype=torch.float64)
+        stop = torch.logspace(-2, -3, k, dtype=torch.float64)
         op = getattr(ops, f"{name}_neumann_solve")
-        x, history = op.kernel(CPU, backend)(*arguments, 0.2, 0.3, 60, stop)
-        true_x, true_history = getattr(reference, op.name)(*exact(arguments), 0.2, 0.3, 60, stop)
-        assert torch.equal(history == -1, true_history == -1) and 3 < int((history[:, 0, 0] >= 0).sum()) < 60
+        x, history = op.kernel(CPU, backend)(*arguments, 0.2, 0.5, 90, stop)
+        true_x, true_history = getattr(reference, op.name)(*exact(arguments), 0.2, 0.5, 90, stop)
+        assert torch.equal(history == -1, true_history == -1) and 3 < int((history[:, 0, 0] >= 0).sum()) < 90
         assert_close(x, true_x, 1e-13 if dtype == torch.float64 else 1e-6)
         assert_close(history, true_history, 1e-12 if dtype == torch.float64 else 1e-4)
 
@@ -108,7 +108,7 @@ class TestEdges:
             with pytest.raises(error, match=message):
                 solve(*arguments, 0.2, 0.1, 5, never)
 
-    @pytest.mark.parametrize("solver", [hg.Neumann(30), hg.CG(tol=1e-8)], ids=["Neumann", "CG"])
+    @pytest.mark.parametrize("solver", [hg.Neumann(30), hg.CG(tol=1e-4)], ids=["Neumann", "CG"])
     def test_operators_use_them(self, name, solver, backend, monkeypatch):
         _, operator, _ = problem((7, 8, 3), l2=1.0)
         operator = operator if name == "mlp" else hg.DenseMatrix(dense(torch.float64)[0])
@@ -121,7 +121,9 @@ class TestEdges:
         solution = hg.solve(operator, b, solver, damping=0.1, backend=backend)
         truth = hg.solve(hg.Callable(operator.__matmul__, b), b, solver, damping=0.1)
         assert called and solution.status == truth.status and solution.steps == truth.steps
-        for ours, other in zip(*(x if isinstance(x, list) else [x] for x in (solution.value, truth.value)), strict=True):
+        for ours, other in zip(
+            *(x if isinstance(x, list) else [x] for x in (solution.value, truth.value)), strict=True
+        ):
             assert_close(ours, other, 1e-8)
 
 

@@ -98,9 +98,12 @@ class Watch:
         return self.done
 
     def calm(self, history: Tensor) -> bool:
-        """Take in all steps of a solve at once, ``(steps, k, 2)``, if no norm of theirs grew; False, and no change, else.
+        """Take in the stats of all steps of a solve, ``(steps, k, 2)``, at once if no norm of theirs grew.
 
         The same as `over` for each of them, which takes longer than a small solve.
+
+        Returns:
+            Whether it did; else nothing has changed.
         """
         norms = history[..., 0].sqrt()
         before = torch.cat([norms.new_tensor(self._last)[None], norms[:-1]])
