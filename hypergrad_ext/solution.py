@@ -86,9 +86,9 @@ class Solution:
 
     Attributes:
         value: ``x`` in the structure, shapes and dtypes of ``b``. Where residuals grew again: the iterate from where
-            they began to (of conjugate gradients the last, of the least error in the energy norm). Where the solve failed
-            or met negative curvature: the iterate before that, if its residual is below that of the start, else the
-            start (``x0`` or zero). NaN where ``b`` is not finite.
+            they began to; of conjugate gradients the last, whose error is the least in the energy norm. Where the
+            solve failed or met negative curvature: the iterate before that, if its residual is below that of the
+            start, else the start (``x0`` or zero). NaN where ``b`` is not finite.
         status: How the solve ended; for a batch, the worst of its members.
         steps: Steps taken; for a batch, by the member that took most.
         hvps: Hessian-vector products spent, those for the step size and the residual included; a
