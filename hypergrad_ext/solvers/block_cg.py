@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -85,20 +87,21 @@ class BlockCG(Solver):
             if system.damping:
                 ap.add_(p, alpha=system.damping)
             step += 1
-            curvature = p @ ap.mT
-            if not bool(curvature.isfinite().all()):
-                status = Status.NON_FINITE_OPERATOR
-                break
-            factor, info = torch.linalg.cholesky_ex((curvature + curvature.mT) / 2)
-            if int(info):
-                least = torch.linalg.eigvalsh((curvature + curvature.mT).double() / 2)[0] / len(p)
+            # Of the curvature the lower triangle is read, and what is not finite ends in a pivot that is not.
+            factor, info = torch.linalg.cholesky_ex(p @ ap.mT)
+            if int(info) or not math.isfinite(float(factor[-1, -1])):
+                curvature = (p @ ap.mT).double()
+                if not bool(curvature.isfinite().all()):
+                    status = Status.NON_FINITE_OPERATOR
+                    break
+                least = torch.linalg.eigvalsh(curvature + curvature.mT)[0] / (2 * len(p))
                 status, detail = Status.NEGATIVE_CURVATURE, f"step {step}, curvature {float(least):.3g}"
                 break
-            # A triangle's inverse and products are many times faster than solves with long rows.
-            inverse = torch.linalg.solve_triangular(factor, torch.eye(len(p)).to(factor), upper=False)
-            x.addmm_((inverse.mT @ (inverse @ s)).mT, p)
+            # A small inverse and products are many times faster than solves with long rows.
+            inverse = torch.cholesky_inverse(factor)
+            x.addmm_((inverse @ s).mT, p)
             # W - A P (P^T A P)^{-1}: what is left is the next block, times zeta.
-            w, zeta = _orthonormal(w.addmm_(inverse.mT, inverse @ ap, alpha=-1), s, drop)
+            w, zeta = _orthonormal(w.addmm_(inverse, ap, alpha=-1), s, drop)
             s = zeta @ s
             if system.history is not None:
                 system.record((s.double() * stop).square().sum(0).tolist())
@@ -133,7 +136,8 @@ def _orthonormal(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, 
 
 def _by_cholesky(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, Tensor] | None:
     """The same from the Gram matrix, many times faster, where it is far from singular and nothing is to be dropped."""
-    gram = sum(part @ part.mT for part in (t.double() for t in block.split(_COLUMNS, 1)))
+    wide = block.split(_COLUMNS, 1) if block.shape[1] > _COLUMNS else (block,)
+    gram = functools.reduce(torch.add, (part @ part.mT for part in (t.double() for t in wide)))
     lower, info = torch.linalg.cholesky_ex(gram)
     diagonal = lower.diagonal()
     inside = lower.mT if s is None else lower.mT @ s.double()
@@ -143,5 +147,6 @@ def _by_cholesky(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, 
     small = torch.linalg.cholesky_ex(inside).info
     if not bool((info == 0) & (small == 0) & (diagonal.min() > _REGULAR * diagonal.max())):
         return None
-    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)).to(lower), upper=False)
+    eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
     return inverse.to(block.dtype) @ block, lower.mT.to(block.dtype)
