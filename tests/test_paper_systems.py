@@ -208,7 +208,7 @@ class TestOverfitValidation:
 
     @pytest.mark.slow
     def test_three_steps_go_on_while_the_largest_curvature_grows_to_ten_thousands(self, tmp_path, monkeypatch):
-        """At twice the outer learning rate, on past 100 %: largest eigenvalues of the loss with its penalties."""
+        """At four times the outer learning rate, on past 100 %: largest eigenvalues of the loss with its penalties."""
         curvatures: list[float] = []
         take = overfit_validation.implicit_step
 
@@ -219,10 +219,10 @@ class TestOverfitValidation:
             return take(model, lam, parts, solver)
 
         monkeypatch.setattr(overfit_validation, "implicit_step", measured)
-        changes = {"max_steps": 80, "outer_lr": 0.1, "target": 2.0}
+        steps, changes = 70, {"max_steps": 70, "outer_lr": 0.2, "target": 2.0}
         for seed, record in enumerate(runs(overfit_validation.EXPERIMENT, "cnn K=3", 4, tmp_path, **changes)):
-            along = curvatures[80 * seed : 80 * (seed + 1)]
-            assert along[0] < 2 and max(along) > 1e4 and along[-1] > 1e4
+            along = curvatures[steps * seed : steps * (seed + 1)]
+            assert along[0] < 2 and along[-1] > 1e4
             both = [min(scores) for scores in zip(record["train"], record["validation"], strict=True)]
             assert both.index(1.0) < 60
             assert set(both[60:]) == {1.0}
