@@ -266,7 +266,7 @@ def _in_one_call(
         over, step, shrink = False, 0, 1.0
         for step, stats in enumerate(history.tolist(), 1):
             # The call has gone on with terms that grow: what there was before them is summed once more.
-            over = watch.over(stats, step, functools.partial(_row, system, rows, step - 1, alpha, stop))
+            over = watch.over(stats, step, _shorter(system, rows, step - 1, alpha, stop))
             shrink = watch.shrink()
             if over or shrink > 1:
                 break
@@ -287,9 +287,18 @@ def _whole(system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor)
     return x, history
 
 
-def _row(system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor, row: int) -> Tensor:
-    """The sum of one row after fewer steps."""
-    one = slice(row, row + 1)
-    whole = _whole(system, rows[one], steps, alpha, stop[one])
-    assert whole is not None
-    return whole[0][0]
+def _shorter(
+    system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor
+) -> Callable[[int], Callable[[], Tensor]]:
+    """For every row what sums it to fewer terms, once that is called."""
+
+    def of(row: int) -> Callable[[], Tensor]:
+        def again() -> Tensor:
+            one = slice(row, row + 1)
+            whole = _whole(system, rows[one], steps, alpha, stop[one])
+            assert whole is not None
+            return whole[0][0]
+
+        return again
+
+    return of

@@ -75,7 +75,7 @@ class Watch:
         self,
         stats: list[list[float]],
         step: int,
-        iterate: Callable[[int], Tensor] | None = None,
+        iterate: Callable[[int], Tensor | Callable[[], Tensor]] | None = None,
         *,
         ahead: bool = False,
     ) -> bool:
@@ -84,7 +84,7 @@ class Watch:
         Args:
             stats: Per row ``r.r``, a non-finite flag and, with a preconditioner, ``r.M r``.
             step: Number of the step.
-            iterate: A copy of the iterate of a row that has this residual; None where it is not at hand.
+            iterate: A copy of the iterate of a row that has this residual, or what makes one; None where there is none.
             ahead: Whether it is the iterate after that, of which the residual is only guessed: it grows on as it did.
 
         Returns:
@@ -159,8 +159,8 @@ class Watch:
         return [row for row, failed in enumerate(self._failed) if failed]
 
     def best(self, x: Tensor) -> Tensor:
-        """The last iterates, those that were better once replaced by what was kept of them, in place."""
-        self._norm = self._best.restore(x, self._last, self._norm)
+        """The last iterates, those that were much better once replaced by what was kept of them, in place."""
+        self._norm = self._best.restore(x, self._last, self._norm, self.failures())
         return x
 
     def statuses(self) -> list[Status]:
