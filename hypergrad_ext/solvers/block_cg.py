@@ -119,7 +119,7 @@ class BlockCG(Solver):
 
 def _done(s: Tensor) -> bool:
     """Whether every column of S, a residual in units of its tolerance, is within it."""
-    return not len(s) or bool((torch.linalg.vector_norm(s, dim=0) <= 1).all())
+    return not len(s) or float(torch.linalg.vector_norm(s, dim=0).max()) <= 1
 
 
 def _orthonormal(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, Tensor]:
