@@ -7,10 +7,14 @@
 #include <ATen/core/stack.h>
 
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
-#include <tuple>
 #include <unordered_map>
 #include <vector>
+
+#include "graph.h"
+#include "link.h"
 
 namespace hg::plan {
 
@@ -35,7 +39,8 @@ struct Recorded {
 // recorded, and yet no later tensor is taken for one of them.
 class Recorder {
  public:
-  explicit Recorder(std::vector<at::Tensor> v);
+  // With a graph of the pass, `link` says how its constants come about.
+  explicit Recorder(std::vector<at::Tensor> v, const Graph* graph = nullptr);
 
   // Records the ops of the calling thread until `stop`. False if another recording is under way in this process.
   bool start();
@@ -52,13 +57,15 @@ class Recorder {
   const std::vector<double>& scalars() const { return scalars_; }
   const std::vector<Recorded>& calls() const { return calls_; }
   const std::vector<Name>& outputs() const { return outputs_; }
+  // None without a graph, or if another pass through such a graph might make other ops.
+  std::optional<Link> link() const;
   // Every named tensor; for the results of calls, which may be dead, tensors without data of the same layout.
   std::vector<std::pair<Name, at::Tensor>> tensors() const;
 
  private:
   struct Known {
     Name name;
-    c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> shell;
+    Shell shell;
   };
   struct Memory {
     c10::weak_intrusive_ptr<at::StorageImpl> shell;
@@ -69,7 +76,6 @@ class Recorder {
     at::DimVector sizes, strides;
     int64_t offset;
   };
-  using Place = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
 
   bool depends(const c10::IValue& a) const;
   bool depends(const at::Tensor& t) const { return names_.count(t.unsafeGetTensorImpl()) > 0; }
@@ -86,9 +92,8 @@ class Recorder {
     if (refusal_.empty()) refusal_ = reason;
   }
   void put(char tag) { key_.push_back(tag); }
-  void put(int64_t value) { key_.append(reinterpret_cast<const char*>(&value), sizeof value); }
+  void put(int64_t value) { plan::put(key_, value); }
   void put(const Name& n) { put(n.kind), put(n.index); }
-  void put_layout(const at::Tensor& t);
 
   std::string key_, refusal_;
   std::vector<at::Tensor> constants_;
@@ -102,6 +107,7 @@ class Recorder {
   std::map<Place, Name> places_;
   // Storages that depend on the vector, and what looks into each.
   std::unordered_map<const at::StorageImpl*, Memory> dependent_;
+  std::unique_ptr<Origins> origins_;
 };
 
 }  // namespace hg::plan

@@ -213,7 +213,7 @@ class Hessian(LinearOperator):
 
     def prepare(self, products: int, rows: int) -> Hessian:
         """The operator itself; its engine takes note."""
-        self.products.expect(products * rows)
+        self.products.expect(products, rows)
         return self
 
     def neumann_series(
@@ -241,7 +241,7 @@ class Hessian(LinearOperator):
         return x, state, taken
 
     def _bound(self, b: Tensor, backend: str | None) -> native.Bound | cuda_graph.Bound | None:
-        return self.products.bound(self.space.views(b[0]), backend) if self.space.exact else None
+        return self.products.bound(self.space.views(b), backend) if self.space.exact else None
 
     def _key(self) -> Hashable:
         """Which function this is, as far as speed is concerned."""
