@@ -1,12 +1,14 @@
 #include "link.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
 
 #include <algorithm>
 #include <cstring>
 
 namespace hg::plan {
 namespace {
+
+const at::StorageImpl* memory(const at::Tensor& t) { return t.storage().unsafeGetStorageImpl(); }
 
 std::string layout(const at::Tensor& t) {
   std::string key;
@@ -47,7 +49,8 @@ at::Tensor Link::find(const Source& s, const Graph& graph, const std::vector<at:
 }
 
 std::vector<at::Tensor> Link::constants(const Graph& graph) const {
-  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  // As in a backward pass: views share the counters by which changes in place are noticed.
+  const at::NoGradGuard no_grad;
   std::vector<at::Tensor> results(results_), tensors;
   for (const Step& step : steps_) {
     tensors.clear();
@@ -82,7 +85,10 @@ bool Link::agrees(const Graph& graph, const std::vector<at::Tensor>& shown) cons
 }
 
 Origins::Origins(const Graph& graph) : refusal_(graph.refusal) {
-  for (size_t i = 0; i < graph.tensors.size(); ++i) saved_.emplace(place_of(graph.tensors[i]), i);
+  for (size_t i = 0; i < graph.tensors.size(); ++i) {
+    saved_.emplace(place_of(graph.tensors[i]), i);
+    saved_memory_.insert(memory(graph.tensors[i]));
+  }
 }
 
 void Origins::look_at(const c10::OperatorHandle& op) {
@@ -92,12 +98,18 @@ void Origins::look_at(const c10::OperatorHandle& op) {
 }
 
 void Origins::call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  if (kind_of(op) != Kind::pure) refuse(op.schema().name() + " writes to its arguments");
   look_at(op);
   if (!refusal_.empty()) return op.callBoxed(stack);
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   Step step{op, without_tensors(arguments), {}, results_, 0, {}};
   for (const c10::IValue& a : arguments) of(a, &step.tensors);
+  if (kind_of(op) != Kind::pure) {
+    // Steps are made again in their order, so they may write to what steps before them have made.
+    const bool own = kind_of(op) == Kind::in_place && step.tensors.at(0).kind == 'r';
+    if (!own || saved_memory_.count(memory(arguments[0].toTensor())) > 0)
+      refuse(op.schema().name() + " writes to its arguments");
+    writes_.push_back(steps_.size());
+  }
   op.callBoxed(stack);
   for (const c10::IValue& value : torch::jit::last(*stack, op.schema().returns().size()))
     if (!result(value)) return refuse(op.schema().name() + " reads numbers, which decide what happens next");
@@ -114,7 +126,9 @@ bool Origins::result(const c10::IValue& value) {
   }
   if (!value.isTensor()) return false;
   const at::Tensor& t = value.toTensor();
+  if (t.defined() && !plain(t)) refuse("a constant is not a plain tensor on the CPU");
   if (t.defined()) known_.insert_or_assign(t.unsafeGetTensorImpl(), Known{{'r', results_}, Shell(t.getIntrusivePtr())});
+  memory_.push_back(t.defined() && plain(t) ? memory(t) : nullptr);
   ++results_;
   return true;
 }
@@ -149,16 +163,23 @@ Link Origins::link(const std::vector<at::Tensor>& constants) const {
   std::vector<bool> needed(results_), alive(results_);
   for (const Source& s : sources_)
     if (s.kind == 'r') needed[s.index] = alive[s.index] = true;
-  for (auto step = steps_.rbegin(); step != steps_.rend(); ++step) {
-    const auto from = needed.begin() + step->first, to = from + step->results;
-    if (std::find(from, to, true) == to) continue;
-    Step kept = *step;
+  // Memory of needed results: who writes there is needed too. An address that was used again keeps a step too many.
+  std::unordered_set<const at::StorageImpl*> read;
+  for (const Source& s : sources_)
+    if (s.kind == 'r') read.insert(memory_[s.index]);
+  for (size_t at = steps_.size(); at-- > 0;) {
+    const Step& step = steps_[at];
+    const auto from = needed.begin() + step.first, to = from + step.results;
+    const bool writes = std::find(writes_.begin(), writes_.end(), at) != writes_.end();
+    if (std::find(from, to, true) == to && !(writes && read.count(memory_[step.first]) > 0)) continue;
+    Step kept = step;
     for (int64_t r = kept.first; r < kept.first + kept.results; ++r)
       if (!alive[r]) kept.frees.push_back(r);
     for (const Source& s : kept.tensors) {
       if (s.kind != 'r') continue;
       if (!alive[s.index]) kept.frees.push_back(s.index);
       needed[s.index] = alive[s.index] = true;
+      read.insert(memory_[s.index]);
     }
     link.steps_.push_back(std::move(kept));
   }

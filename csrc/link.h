@@ -7,6 +7,7 @@
 #include <map>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "graph.h"
@@ -68,6 +69,9 @@ class Origins {
   // The next constant of the recording.
   void constant(const at::Tensor& t);
 
+  void refuse(const std::string& reason) {
+    if (refusal_.empty()) refusal_ = reason;
+  }
   // Why there is no link: another pass through such a graph might be another.
   const std::string& refusal() const { return refusal_; }
   Link link(const std::vector<at::Tensor>& constants) const;
@@ -80,17 +84,17 @@ class Origins {
   Source of(const at::Tensor& t);
   void of(const c10::IValue& a, std::vector<Source>* sources);
   bool result(const c10::IValue& value);
-  void refuse(const std::string& reason) {
-    if (refusal_.empty()) refusal_ = reason;
-  }
 
   std::string refusal_;
   std::map<Place, int64_t> saved_;
   std::unordered_map<const at::TensorImpl*, Known> known_;
   std::vector<Step> steps_;
+  std::vector<size_t> writes_;  // steps that write to their first argument
   std::vector<Source> sources_;
   std::vector<at::Tensor> fixed_;
   int64_t results_ = 0;
+  std::vector<const at::StorageImpl*> memory_;  // of the results
+  std::unordered_set<const at::StorageImpl*> saved_memory_;
 };
 
 }  // namespace hg::plan

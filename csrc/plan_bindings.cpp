@@ -242,6 +242,7 @@ void bind_recorder(py::module_& m) {
       .def_property_readonly("scalars", &Recorder::scalars)
       .def_property_readonly("constants", [](const Recorder& self) { return list_of(self.constants()); })
       .def("link", &Recorder::link)
+      .def_property_readonly("unlinked", &Recorder::unlinked)
       .def_property_readonly("outputs",
                              [](const Recorder& self) {
                                py::list list;

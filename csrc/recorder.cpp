@@ -113,7 +113,12 @@ void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   bool any = false;
   for (const c10::IValue& a : arguments) any = any || depends(a);
-  if (!any && origins_) return origins_->call(op, stack);
+  if (!any && origins_) {
+    const bool writes = kind_of(op) != Kind::pure && !arguments.empty() && arguments[0].isTensor();
+    if (writes && plain(arguments[0].toTensor()) && dependent_.count(memory(arguments[0].toTensor())) > 0)
+      origins_->refuse(op.schema().name() + " writes where the vector has been");
+    return origins_->call(op, stack);
+  }
   if (!any || !refusal_.empty()) return op.callBoxed(stack);
   if (origins_) origins_->look_at(op);
   switch (kind_of(op)) {

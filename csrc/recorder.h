@@ -59,6 +59,7 @@ class Recorder {
   const std::vector<Name>& outputs() const { return outputs_; }
   // None without a graph, or if another pass through such a graph might make other ops.
   std::optional<Link> link() const;
+  std::string unlinked() const { return origins_ ? origins_->refusal() : ""; }
   // Every named tensor; for the results of calls, which may be dead, tensors without data of the same layout.
   std::vector<std::pair<Name, at::Tensor>> tensors() const;
 

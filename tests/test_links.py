@@ -69,23 +69,24 @@ class TestLinked:
         for i in range(4):
             model = made("mlp_tanh")
             loss, v = loss_of(model, *batch("mlp_tanh", 30, D)), random_like(model)
-            for solver in (hg.Neumann(30), hg.CG(tol=1e-8)):
+            for solver in (hg.Neumann(30, alpha=1e-2), hg.CG(tol=1e-8)):
                 ours, truth = (
-                    hg.inverse_hvp(loss, model, v, solver, damping=0.5, engine=e) for e in ("native", "eager")
+                    hg.inverse_hvp(loss, model, v, solver, damping=5.0, engine=e) for e in ("native", "eager")
                 )
                 assert_close(ours, truth, 1e-8, f"{i} {solver}")
         assert traced.counts.linked == 6
 
     def test_a_change_in_place_is_noticed(self):
         for _ in range(3):
-            w = torch.randn(4, 3, dtype=D, requires_grad=True)
-            operator = hg.Hessian((w**4).sum(), w, engine="native")
-            operator @ torch.ones_like(w)
+            u, w = torch.randn(2, 3, 3, dtype=D).unbind()
+            params = [u.requires_grad_(), w.clone().requires_grad_()]
+            operator = hg.Hessian((torch.tanh(u) @ params[1]).square().sum(), params, engine="native")
+            operator @ [torch.ones_like(u), torch.ones_like(u)]
         assert traced.counts.linked == 1
         with torch.no_grad():
-            w.add_(1)
+            params[1].add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            operator @ torch.ones_like(w)
+            operator @ [torch.ones_like(u), torch.ones_like(u)]
 
 
 class TestRecordedAfterAll:
@@ -106,7 +107,10 @@ class TestRecordedAfterAll:
         assert of_weight(lambda w, i: torch.tanh((x.t() if i == 2 else x) @ w).sum(), 5) == 2
 
     def test_other_numbers(self):
-        assert of_weight(lambda w, i: (torch.tanh(w) * (2.0 + (i == 2))).pow(3).sum(), 5) == 2
+        assert of_weight(lambda w, i: F.softplus(w, 2.0 + (i == 2)).pow(3).sum(), 5) == 2
+
+    def test_other_numbers_that_torch_keeps_as_tensors(self):
+        assert of_weight(lambda w, i: (torch.tanh(w) * (2.0 + (i == 2))).pow(3).sum(), 5) == 3
 
     def test_other_connections(self):
         """The same nodes on the same leaves, but for who is whose input."""

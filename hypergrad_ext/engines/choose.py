@@ -152,7 +152,8 @@ class Products:
     def _passes_backward(self) -> bool:
         if self._eager or torch._C._len_torch_dispatch_stack() > 0:
             return True
-        return self._traced is None and not self._worth_it()
+        # The product at hand has been counted.
+        return self._traced is None and not self._worth_it(self._expected - self._made + self._rows)
 
     def _replayed(self, v: Sequence[Tensor], rows: int | None) -> list[Tensor]:
         first = self._start(v, rows) if self._traced is None else None
@@ -175,7 +176,7 @@ class Products:
         if form == "traced" or self._asked not in ("auto", form):
             return None
         if self._traced is None:
-            if not self._worth_it():
+            if not self._worth_it(self._expected - self._made):
                 return None
             k = v[0].shape[0]
             self._start([t[0] for t in v] if k == 1 else v, None if k == 1 else k)
@@ -202,10 +203,10 @@ class Products:
         self._history.eager = seconds if known is None else min(known, seconds)
         return result
 
-    def _worth_it(self) -> bool:
+    def _worth_it(self, left: int) -> bool:
         if self._asked != "auto":
             return True
-        history, left = self._history, self._expected - self._made + self._rows
+        history = self._history
         if history.refusal:
             self._eager, self.reason = True, history.refusal
             return False
