@@ -151,7 +151,8 @@ Source Origins::of(const at::Tensor& t) {
   const auto saved = saved_.find(place_of(t));
   if (saved != saved_.end()) return {'g', saved->second};
   // A number that was made a tensor comes from the state of a node, as its literals do.
-  if (t.numel() > 0 && !t.unsafeGetTensorImpl()->is_wrapped_number()) refuse("no op and no node of the graph has shown a tensor");
+  if (t.numel() > 0 && !t.unsafeGetTensorImpl()->is_wrapped_number())
+    refuse("no op and no node of the graph has shown a tensor");
   fixed_.push_back(t);
   return {'f', static_cast<int64_t>(fixed_.size()) - 1};
 }

@@ -231,9 +231,8 @@ void bind_links(py::module_& m) {
 
 void bind_recorder(py::module_& m) {
   py::class_<Recorder>(m, "Recorder")
-      .def(py::init([](const py::sequence& v, const Graph* graph) {
-        return std::make_unique<Recorder>(tensors(v), graph);
-      }))
+      .def(py::init(
+          [](const py::sequence& v, const Graph* graph) { return std::make_unique<Recorder>(tensors(v), graph); }))
       .def("start", &Recorder::start)
       .def("stop", &Recorder::stop)
       .def("finish", [](Recorder& self, const py::sequence& product) { return self.finish(tensors(product)); })

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,11 +16,15 @@ def never_compiled(function: Function) -> Function:
     A solve decides by numbers, and takes second derivatives, which compiled functions have not. This does what
     ``torch.compiler.disable`` does, but without the import of the compiler, and on the function itself: a wrapper
     would hide its doctests. A torch that keeps these things elsewhere compiles what it can.
+
+    Returns:
+        The function itself.
     """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "hypergrad_ext takes second derivatives and decides by numbers"  # type: ignore[attr-defined]
-    frames = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+    marked: Any = function
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "hypergrad_ext takes second derivatives and decides by numbers"
+    frames: Any = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
     if hasattr(frames, "set_code_exec_strategy"):
         skip = frames._FrameAction.SKIP
-        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+        frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
     return function

@@ -206,7 +206,7 @@ def test_random_graphs(seed):
             values.append(unary[f](p) if one else binary[g](p, q))
         return sum(value.square().mean() for value in values)
 
-    assert of_weight(loss, 6, (3, 3)) >= 1
+    assert of_weight(loss, 6, (3, 3)) > 0 or traced.counts.refused == 6
 
 
 def test_nothing_is_kept_alive():

@@ -169,6 +169,9 @@ class Products:
         Args:
             v: Vectors with a leading dimension k, to be recorded with if need be.
             backend: The backend of the solver's steps.
+
+        Returns:
+            A bound plan or graph; None where products are made one by one.
         """
         if self._eager or torch._C._len_torch_dispatch_stack() > 0:
             return None
@@ -226,7 +229,6 @@ class Products:
 
     def _start(self, v: Sequence[Tensor], rows: int | None) -> list[Tensor] | None:
         """Record, and bind what is found under it, or remember why not; the product with the first vector if made."""
-        assert isinstance(self._gradient, RetainedGradient)
         first = v if rows is None else [t[0] for t in v]
         form = self._asked
         if form == "auto":
@@ -248,6 +250,7 @@ class Products:
 
     def _bind(self, form: str, v: Sequence[Tensor]) -> tuple[list[Tensor] | None, float]:
         """Record a product in this form; the product, if made, and the seconds that took, without compilation."""
+        assert isinstance(self._gradient, RetainedGradient)
         self._traced = TracedGradient(self._gradient, form, _clock(self._device))
         return self._traced.start(v), self._traced.seconds
 

@@ -62,9 +62,7 @@ class TracedGradient:
         seconds: Time it took to record and to bind, without compilation.
     """
 
-    def __init__(
-        self, gradient: RetainedGradient, form: str, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, gradient: RetainedGradient, form: str, clock: Callable[[], float] = time.perf_counter) -> None:
         """Products of ``gradient`` in the form ``"traced"``, ``"native"``, ``"compiled"`` or ``"cuda_graph"``."""
         self._gradient = gradient
         self._clock = clock
