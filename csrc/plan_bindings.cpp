@@ -215,6 +215,12 @@ py::list list_of(const std::vector<at::Tensor>& tensors) {
   return list;
 }
 
+py::list list_of(const std::vector<Name>& names) {
+  py::list list;
+  for (const Name& n : names) list.append(name(n));
+  return list;
+}
+
 void bind_links(py::module_& m) {
   py::class_<Graph>(m, "Graph")
       .def(py::init([](const py::sequence& outputs, const py::sequence& leaves) {
@@ -242,12 +248,8 @@ void bind_recorder(py::module_& m) {
       .def_property_readonly("constants", [](const Recorder& self) { return list_of(self.constants()); })
       .def("link", &Recorder::link)
       .def_property_readonly("unlinked", &Recorder::unlinked)
-      .def_property_readonly("outputs",
-                             [](const Recorder& self) {
-                               py::list list;
-                               for (const Name& n : self.outputs()) list.append(name(n));
-                               return list;
-                             })
+      .def_property_readonly("outputs", [](const Recorder& self) { return list_of(self.outputs()); })
+      .def_property_readonly("zeros", [](const Recorder& self) { return list_of(self.zeros()); })
       .def_property_readonly("tensors",
                              [](const Recorder& self) {
                                py::dict dict;

@@ -113,13 +113,8 @@ void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   bool any = false;
   for (const c10::IValue& a : arguments) any = any || depends(a);
-  if (!any && origins_) {
-    const bool writes = kind_of(op) != Kind::pure && !arguments.empty() && arguments[0].isTensor();
-    if (writes && plain(arguments[0].toTensor()) && dependent_.count(memory(arguments[0].toTensor())) > 0)
-      origins_->refuse(op.schema().name() + " writes where the vector has been");
-    return origins_->call(op, stack);
-  }
-  if (!any || !refusal_.empty()) return op.callBoxed(stack);
+  if (!any) return see_constant(op, stack);
+  if (!refusal_.empty()) return op.callBoxed(stack);
   if (origins_) origins_->look_at(op);
   switch (kind_of(op)) {
     case Kind::in_place:
@@ -139,6 +134,23 @@ void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (const c10::IValue& value : results) result(value, &call);
   for (const Name& n : call.outputs) put(n.kind);
   calls_.push_back(std::move(call));
+}
+
+// What does not depend on the vector only runs, but zeros are known as such as long as nobody writes anywhere.
+void Recorder::see_constant(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  if (kind_of(op) != Kind::pure) {
+    zeros_.clear();
+    const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+    const bool writes = !arguments.empty() && arguments[0].isTensor() && plain(arguments[0].toTensor());
+    if (origins_ && writes && dependent_.count(memory(arguments[0].toTensor())) > 0)
+      origins_->refuse(op.schema().name() + " writes where the vector has been");
+  }
+  origins_ ? origins_->call(op, stack) : op.callBoxed(stack);
+  const std::string& name = op.schema().name();
+  if (name == "aten::zeros_like" || name == "aten::new_zeros" || name == "aten::zeros") {
+    const at::Tensor& t = stack->back().toTensor();
+    zeros_.insert_or_assign(t.unsafeGetTensorImpl(), Shell(t.getIntrusivePtr()));
+  }
 }
 
 // `x.op_(...)` is noted as `op(x, ...)` whose result is called x from then on.
@@ -212,6 +224,7 @@ Name Recorder::constant(const at::Tensor& t) {
   const auto [at, fresh] = places_.emplace(place_of(t), next);
   if (fresh) {
     if (origins_) origins_->constant(t);
+    if (zeros_.count(t.unsafeGetTensorImpl()) > 0) zero_constants_.push_back(next);
     constants_.push_back(t);
     versions_.push_back(t.is_inference() ? 0 : t._version());
   }
@@ -266,6 +279,8 @@ void Recorder::result(const at::Tensor& t, Recorded* call) {
 bool Recorder::finish(const std::vector<at::Tensor>& product) {
   for (const at::Tensor& t : product) outputs_.push_back(encode(t));
   for (const Name& n : outputs_) put(n);
+  put(static_cast<int64_t>(zero_constants_.size()));
+  for (const Name& n : zero_constants_) put(n);
   for (const at::Tensor& t : vector_) put('v'), put_layout(key_, t);
   for (const at::Tensor& t : constants_) put('c'), put_layout(key_, t);
   put(static_cast<int64_t>(scalars_.size()));

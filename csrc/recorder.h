@@ -57,6 +57,8 @@ class Recorder {
   const std::vector<double>& scalars() const { return scalars_; }
   const std::vector<Recorded>& calls() const { return calls_; }
   const std::vector<Name>& outputs() const { return outputs_; }
+  // Constants that are zeros in every pass with this key.
+  const std::vector<Name>& zeros() const { return zero_constants_; }
   // None without a graph, or if another pass through such a graph might make other ops.
   std::optional<Link> link() const;
   std::string unlinked() const { return origins_ ? origins_->refusal() : ""; }
@@ -88,6 +90,7 @@ class Recorder {
   Name name_result(const at::Tensor& t);
   void result(const c10::IValue& value, Recorded* call);
   void result(const at::Tensor& t, Recorded* call);
+  void see_constant(const c10::OperatorHandle& op, torch::jit::Stack* stack);
   void write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* stack);
   void refuse(const std::string& reason) {
     if (refusal_.empty()) refusal_ = reason;
@@ -101,13 +104,14 @@ class Recorder {
   std::vector<int64_t> versions_;
   std::vector<double> scalars_;
   std::vector<Recorded> calls_;
-  std::vector<Name> outputs_;
+  std::vector<Name> outputs_, zero_constants_;
   std::vector<at::Tensor> vector_;
   std::vector<Layout> results_;
   std::unordered_map<const at::TensorImpl*, Known> names_, fixed_;
   std::map<Place, Name> places_;
   // Storages that depend on the vector, and what looks into each.
   std::unordered_map<const at::StorageImpl*, Memory> dependent_;
+  std::unordered_map<const at::TensorImpl*, Shell> zeros_;
   std::unique_ptr<Origins> origins_;
 };
 

@@ -84,11 +84,13 @@ class Details(NamedTuple):
         calls: The operations that depend on the vector, in order; none writes to its arguments.
         outputs: Names of the result's parts.
         tensors: Tensor by name, for layouts. Not kept after compilation.
+        zeros: Constants that are zeros in every solve with this key, as far as that is known.
     """
 
     calls: list[Call]
     outputs: list[Name]
     tensors: dict[Name, Tensor]
+    zeros: frozenset[Name] = frozenset()
 
 
 def record(
@@ -138,7 +140,7 @@ def _compiled_recording(compiled: Any) -> Recording:
             if functional is None:
                 raise Untraceable(f"{op} writes to its arguments")
             calls.append(Call(functional, args, kwargs, outputs, single))
-        return Details(calls, compiled.outputs, compiled.tensors)
+        return Details(calls, compiled.outputs, compiled.tensors, frozenset(compiled.zeros))
 
     return Recording(compiled.key, compiled.constants, compiled.scalars, details, compiled.link())
 
