@@ -111,12 +111,12 @@ class TestAuto:
         model = made("mlp_tanh")
         with caplog.at_level(logging.INFO, "hypergrad_ext"):
             monkeypatch.setattr(choose, "_pairs", lambda *_: ([1e6], [1e-9]))
-            engines = [self.solve(model, 9, hg.Neumann(5000, alpha=1e-4)).engine for _ in range(3)]
+            engines = [self.solve(model, 9, hg.Neumann(500, alpha=1e-4)).engine for _ in range(3)]
             assert engines[0] != "eager" and len(set(engines)) == 1
             choose.clear_histories()
             monkeypatch.setattr(choose, "_pairs", lambda *_: ([0.5], [1e9]))
             recorded = traced.counts.recorded
-            engines = [self.solve(model, 9, hg.Neumann(5000, alpha=1e-4)).engine for _ in range(3)]
+            engines = [self.solve(model, 9, hg.Neumann(500, alpha=1e-4)).engine for _ in range(3)]
         assert engines == ["eager"] * 3 and traced.counts.recorded <= recorded + 2
         assert [r.message.split()[1] for r in caplog.records if "times as fast" in r.message] == [
             "traced" if _native._C is None else "native",
@@ -160,7 +160,7 @@ class TestAuto:
         monkeypatch.setattr(choose, "_pairs", lambda *_: ([1e6], [1e-9]))
         model = made("mlp_tanh")
         for n in range(5, 25):
-            self.solve(model, n, hg.Neumann(2000, alpha=1e-4))
+            self.solve(model, n, hg.Neumann(200, alpha=1e-4))
         # The first one is recorded twice, to see how long that takes.
         assert traced.counts.recorded == choose.PATIENCE + 2
 
