@@ -268,7 +268,7 @@ def test_compiled_step(name, threads, benchmark, report, quick):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_solve(name, threads, benchmark, report, quick):
-    """From a new loss function to the solution; ``auto`` has had two calls to make up its mind."""
+    """From a new loss function to the solution; ``auto`` has had calls to make up its mind, and links to be confirmed."""
     model, x, y = MODELS[name]()
     v = {n: torch.randn_like(p) for n, p in model.named_parameters()}
 
