@@ -10,7 +10,6 @@ from torch import Tensor
 
 from hypergrad_ext.engines.record import Call, Details, Name, Recording, Text
 
-
 _ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default}
 
 
@@ -123,9 +122,7 @@ def _renamed(call: Call, names: dict[Name, Name]) -> Call:
     return Call(call.op, renamed(call.args), kwargs, call.outputs, call.single)
 
 
-def _without_zeros(
-    calls: Sequence[Call], outputs: Sequence[Name], details: Details
-) -> tuple[list[Call], list[Name]]:
+def _without_zeros(calls: Sequence[Call], outputs: Sequence[Name], details: Details) -> tuple[list[Call], list[Name]]:
     """Leave out sums with zeros, which autograd writes where a gradient is not there, unless they change a layout."""
     tensors, zeros = details.tensors, set(details.zeros)
     same: dict[Name, Name] = {}

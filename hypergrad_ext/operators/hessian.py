@@ -56,10 +56,10 @@ class Hessian(LinearOperator):
     the third and later solves whose gradients have graphs of one kind are not recorded, but find what was recorded in
     their graphs (not with Python's autograd functions or hooks, whose doings a graph does not show). Recording costs
     one to three products, which no count shows, and none of it has been run on a GPU yet. Called inside of
-    ``torch.compile``, all of this breaks the graph and runs as it is. Peak memory, as a multiple of that of a training step (seven models from MLP to LSTM; bench/results): backward
-    passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4, ``"native"`` 4.1 to 8.8; a CUDA graph keeps a copy of what its program
-    saved, and its intermediates, for the next solve. Where that is too much, give the batch in
-    parts (``batches``): no more than one part's graph is held.
+    ``torch.compile``, all of this breaks the graph and runs as it is. Peak memory, as a multiple of that of a training
+    step (seven models from MLP to LSTM; bench/results): backward passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4,
+    ``"native"`` 4.1 to 8.8; a CUDA graph keeps a copy of what its program saved, and its intermediates, for the next
+    solve. Where that is too much, give the batch in parts (``batches``): no more than one part's graph is held.
 
     With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
     a product then costs a gradient and a backward pass for every batch, and all products of an operator see the same
