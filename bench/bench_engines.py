@@ -212,7 +212,7 @@ def test_neumann_step(name, threads, benchmark, report, quick):
             assert errors[engine] <= 2 * errors["eager"] + 1e-6, f"{engine} {errors}"
         variants: dict[str, Callable[[], object]] = {e: neumann(operator, b) for e, operator in operators.items()}
         gradient, first = operators["eager"].gradient, operators["eager"].space.views(b)
-        variants["recording"] = lambda: traced.TracedGradient(gradient, "native").start(first)
+        variants["start"] = lambda: traced.TracedGradient(gradient, "native").start(first)
         compiled = jax_series(name, model, x, y, b)
         if compiled is not None:
             variants["jitted JAX"] = compiled
@@ -228,7 +228,7 @@ def test_neumann_step(name, threads, benchmark, report, quick):
             "native ms": median(seconds["native"]) / STEPS * 1e3,
             "x traced": spread(seconds, "eager", "traced"),
             "x native": spread(seconds, "eager", "native"),
-            "recording, products": median(seconds["recording"]) / eager,
+            "start, products": median(seconds["start"]) / eager,
             "x native to JAX": spread(seconds, "jitted JAX", "native"),
         },
     )
@@ -268,7 +268,7 @@ def test_compiled_step(name, threads, benchmark, report, quick):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_whole_solve(name, threads, benchmark, report, quick):
-    """From a new loss function to the solution; ``auto`` has had two calls to make up its mind."""
+    """From a new loss function to the solution; ``auto`` has had calls to make up its mind in."""
     model, x, y = MODELS[name]()
     v = {n: torch.randn_like(p) for n, p in model.named_parameters()}
 

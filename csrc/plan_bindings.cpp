@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/tensor_memoryformats.h>
 
+#include "graph.h"
+#include "link.h"
 #include "plan_host.h"
 #include "recorder.h"
 #include "tensors.h"
@@ -207,27 +209,47 @@ py::tuple call(const Recorded& c, const py::object& text) {
                         py::tuple(named), py::tuple(outputs), c.single, c.in_place);
 }
 
+py::list list_of(const std::vector<at::Tensor>& tensors) {
+  py::list list;
+  for (const at::Tensor& t : tensors) list.append(wrap(t));
+  return list;
+}
+
+py::list list_of(const std::vector<Name>& names) {
+  py::list list;
+  for (const Name& n : names) list.append(name(n));
+  return list;
+}
+
+void bind_links(py::module_& m) {
+  py::class_<Graph>(m, "Graph")
+      .def(py::init([](const py::sequence& outputs, const py::sequence& leaves) {
+        return std::make_unique<Graph>(tensors(outputs), tensors(leaves));
+      }))
+      .def_property_readonly("key", [](const Graph& self) { return py::bytes(self.key); })
+      .def_readonly("refusal", &Graph::refusal);
+  py::class_<Link>(m, "Link")
+      .def("constants", [](const Link& self, const Graph& graph) { return list_of(self.constants(graph)); })
+      .def("agrees", [](const Link& self, const Graph& graph, const py::sequence& shown) {
+        return self.agrees(graph, tensors(shown));
+      });
+}
+
 void bind_recorder(py::module_& m) {
   py::class_<Recorder>(m, "Recorder")
-      .def(py::init([](const py::sequence& v) { return std::make_unique<Recorder>(tensors(v)); }))
+      .def(py::init(
+          [](const py::sequence& v, const Graph* graph) { return std::make_unique<Recorder>(tensors(v), graph); }))
       .def("start", &Recorder::start)
       .def("stop", &Recorder::stop)
       .def("finish", [](Recorder& self, const py::sequence& product) { return self.finish(tensors(product)); })
       .def_property_readonly("key", [](const Recorder& self) { return py::bytes(self.key()); })
       .def_property_readonly("refusal", &Recorder::refusal)
       .def_property_readonly("scalars", &Recorder::scalars)
-      .def_property_readonly("constants",
-                             [](const Recorder& self) {
-                               py::list list;
-                               for (const at::Tensor& t : self.constants()) list.append(wrap(t));
-                               return list;
-                             })
-      .def_property_readonly("outputs",
-                             [](const Recorder& self) {
-                               py::list list;
-                               for (const Name& n : self.outputs()) list.append(name(n));
-                               return list;
-                             })
+      .def_property_readonly("constants", [](const Recorder& self) { return list_of(self.constants()); })
+      .def("link", &Recorder::link)
+      .def_property_readonly("unlinked", &Recorder::unlinked)
+      .def_property_readonly("outputs", [](const Recorder& self) { return list_of(self.outputs()); })
+      .def_property_readonly("zeros", [](const Recorder& self) { return list_of(self.zeros()); })
       .def_property_readonly("tensors",
                              [](const Recorder& self) {
                                py::dict dict;
@@ -244,6 +266,7 @@ void bind_recorder(py::module_& m) {
 }  // namespace
 
 void bind(py::module_& m) {
+  bind_links(m);
   bind_recorder(m);
   m.attr("has_blas") = has_blas();
   py::class_<Bound, std::shared_ptr<Bound>>(m, "BoundPlan")

@@ -17,8 +17,6 @@ constexpr auto kKey = c10::DispatchKey::TESTING_ONLY_GenericMode;
 // The recording of this process. Not one per thread: autograd may go on in another thread, and brings the key along.
 std::atomic<Recorder*> active{nullptr};
 
-enum class Kind { composite, pure, in_place, mutable_otherwise };
-
 Kind classify(const c10::OperatorHandle& op) {
   // What is made of other ops is recorded as those.
   if (op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) &&
@@ -34,14 +32,6 @@ Kind classify(const c10::OperatorHandle& op) {
   return alone && name.back() == '_' && name[name.size() - 2] != '_' ? Kind::in_place : Kind::mutable_otherwise;
 }
 
-Kind kind_of(const c10::OperatorHandle& op) {
-  static std::mutex mutex;
-  static std::unordered_map<c10::OperatorName, Kind> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(op.operator_name());
-  return found != known.end() ? found->second : known.emplace(op.operator_name(), classify(op)).first->second;
-}
-
 void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   if (kind_of(op) == Kind::composite)
     return op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, kKey), stack);
@@ -51,17 +41,6 @@ void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::ji
 }
 
 const at::StorageImpl* memory(const at::Tensor& t) { return t.storage().unsafeGetStorageImpl(); }
-
-auto shell(const at::Tensor& t) { return c10::weak_intrusive_ptr(t.getIntrusivePtr()); }
-
-bool plain(const at::Tensor& t) {
-  constexpr c10::DispatchKeySet special({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
-                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
-                                         c10::DispatchKey::ZeroTensor, c10::DispatchKey::NestedTensor});
-  return t.layout() == at::kStrided && t.is_cpu() && !t.is_quantized() && t.has_storage() &&
-         !t.key_set().has_any(special);
-}
 
 // An argument as it is kept: what it says, without the tensors' data.
 c10::IValue without_tensors(const c10::IValue& a) {
@@ -73,6 +52,16 @@ c10::IValue without_tensors(const c10::IValue& a) {
   return kept;
 }
 
+}  // namespace
+
+Kind kind_of(const c10::OperatorHandle& op) {
+  static std::mutex mutex;
+  static std::unordered_map<c10::OperatorName, Kind> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(op.operator_name());
+  return found != known.end() ? found->second : known.emplace(op.operator_name(), classify(op)).first->second;
+}
+
 std::vector<c10::IValue> without_tensors(at::ArrayRef<c10::IValue> arguments) {
   std::vector<c10::IValue> kept;
   kept.reserve(arguments.size());
@@ -80,13 +69,12 @@ std::vector<c10::IValue> without_tensors(at::ArrayRef<c10::IValue> arguments) {
   return kept;
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(_, TESTING_ONLY_GenericMode, m) {
   m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
 }
 
-Recorder::Recorder(std::vector<at::Tensor> v) : vector_(std::move(v)) {
+Recorder::Recorder(std::vector<at::Tensor> v, const Graph* graph) : vector_(std::move(v)) {
+  if (graph) origins_ = std::make_unique<Origins>(*graph);
   for (size_t i = 0; i < vector_.size(); ++i) {
     if (!plain(vector_[i]))
       refuse("the vector is not made of plain tensors on the CPU");
@@ -125,7 +113,9 @@ void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   bool any = false;
   for (const c10::IValue& a : arguments) any = any || depends(a);
-  if (!any || !refusal_.empty()) return op.callBoxed(stack);
+  if (!any) return see_constant(op, stack);
+  if (!refusal_.empty()) return op.callBoxed(stack);
+  if (origins_) origins_->look_at(op);
   switch (kind_of(op)) {
     case Kind::in_place:
       return write_in_place(op, stack);
@@ -144,6 +134,23 @@ void Recorder::see(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (const c10::IValue& value : results) result(value, &call);
   for (const Name& n : call.outputs) put(n.kind);
   calls_.push_back(std::move(call));
+}
+
+// What does not depend on the vector only runs, but zeros are known as such as long as nobody writes anywhere.
+void Recorder::see_constant(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  if (kind_of(op) != Kind::pure) {
+    zeros_.clear();
+    const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+    const bool writes = !arguments.empty() && arguments[0].isTensor() && plain(arguments[0].toTensor());
+    if (origins_ && writes && dependent_.count(memory(arguments[0].toTensor())) > 0)
+      origins_->refuse(op.schema().name() + " writes where the vector has been");
+  }
+  origins_ ? origins_->call(op, stack) : op.callBoxed(stack);
+  const std::string& name = op.schema().name();
+  if (name == "aten::zeros_like" || name == "aten::new_zeros" || name == "aten::zeros") {
+    const at::Tensor& t = stack->back().toTensor();
+    zeros_.insert_or_assign(t.unsafeGetTensorImpl(), Shell(t.getIntrusivePtr()));
+  }
 }
 
 // `x.op_(...)` is noted as `op(x, ...)` whose result is called x from then on.
@@ -213,20 +220,20 @@ Name Recorder::constant(const at::Tensor& t) {
     refuse("a constant is not a plain tensor on the CPU");
     return {'-', 0};
   }
-  // Every unpacking of a saved tensor makes a new object for the same memory.
-  const void* place = t.numel() > 0 ? t.const_data_ptr() : static_cast<const void*>(t.unsafeGetTensorImpl());
   const Name next{'c', static_cast<int64_t>(constants_.size())};
-  const auto [at, fresh] = places_.emplace(Place{place, t.scalar_type(), t.sizes().vec(), t.strides().vec()}, next);
+  const auto [at, fresh] = places_.emplace(place_of(t), next);
   if (fresh) {
+    if (origins_) origins_->constant(t);
+    if (zeros_.count(t.unsafeGetTensorImpl()) > 0) zero_constants_.push_back(next);
     constants_.push_back(t);
     versions_.push_back(t.is_inference() ? 0 : t._version());
   }
-  fixed_.insert_or_assign(t.unsafeGetTensorImpl(), Known{at->second, shell(t)});
+  fixed_.insert_or_assign(t.unsafeGetTensorImpl(), Known{at->second, Shell(t.getIntrusivePtr())});
   return at->second;
 }
 
 void Recorder::name(const at::Tensor& t, Name name) {
-  if (!names_.insert_or_assign(t.unsafeGetTensorImpl(), Known{name, shell(t)}).second) return;
+  if (!names_.insert_or_assign(t.unsafeGetTensorImpl(), Known{name, Shell(t.getIntrusivePtr())}).second) return;
   const auto [at, fresh] = dependent_.try_emplace(memory(t), Memory{t.storage().getWeakStorageImpl(), {}});
   at->second.views.push_back(t.unsafeGetTensorImpl());
 }
@@ -269,23 +276,25 @@ void Recorder::result(const at::Tensor& t, Recorded* call) {
   }
 }
 
-void Recorder::put_layout(const at::Tensor& t) {
-  put(static_cast<int64_t>(t.scalar_type())), put(t.dim());
-  for (const int64_t size : t.sizes()) put(size);
-  for (const int64_t stride : t.strides()) put(stride);
-}
-
 bool Recorder::finish(const std::vector<at::Tensor>& product) {
   for (const at::Tensor& t : product) outputs_.push_back(encode(t));
   for (const Name& n : outputs_) put(n);
-  for (const at::Tensor& t : vector_) put('v'), put_layout(t);
-  for (const at::Tensor& t : constants_) put('c'), put_layout(t);
+  put(static_cast<int64_t>(zero_constants_.size()));
+  for (const Name& n : zero_constants_) put(n);
+  for (const at::Tensor& t : vector_) put('v'), put_layout(key_, t);
+  for (const at::Tensor& t : constants_) put('c'), put_layout(key_, t);
   put(static_cast<int64_t>(scalars_.size()));
   for (size_t i = 0; i < constants_.size(); ++i) {
     if (!constants_[i].is_inference() && constants_[i]._version() != versions_[i])
       refuse("a constant was overwritten during the product");
   }
   return refusal_.empty();
+}
+
+std::optional<Link> Recorder::link() const {
+  const bool dense = std::all_of(vector_.begin(), vector_.end(), [](const at::Tensor& t) { return t.is_contiguous(); });
+  if (!origins_ || !dense || !refusal_.empty() || !origins_->refusal().empty()) return std::nullopt;
+  return origins_->link(constants_);
 }
 
 std::vector<std::pair<Name, at::Tensor>> Recorder::tensors() const {

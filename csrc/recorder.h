@@ -7,10 +7,14 @@
 #include <ATen/core/stack.h>
 
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
-#include <tuple>
 #include <unordered_map>
 #include <vector>
+
+#include "graph.h"
+#include "link.h"
 
 namespace hg::plan {
 
@@ -35,7 +39,8 @@ struct Recorded {
 // recorded, and yet no later tensor is taken for one of them.
 class Recorder {
  public:
-  explicit Recorder(std::vector<at::Tensor> v);
+  // With a graph of the pass, `link` says how its constants come about.
+  explicit Recorder(std::vector<at::Tensor> v, const Graph* graph = nullptr);
 
   // Records the ops of the calling thread until `stop`. False if another recording is under way in this process.
   bool start();
@@ -52,13 +57,18 @@ class Recorder {
   const std::vector<double>& scalars() const { return scalars_; }
   const std::vector<Recorded>& calls() const { return calls_; }
   const std::vector<Name>& outputs() const { return outputs_; }
+  // Constants that are zeros in every pass with this key.
+  const std::vector<Name>& zeros() const { return zero_constants_; }
+  // None without a graph, or if another pass through such a graph might make other ops.
+  std::optional<Link> link() const;
+  std::string unlinked() const { return origins_ ? origins_->refusal() : ""; }
   // Every named tensor; for the results of calls, which may be dead, tensors without data of the same layout.
   std::vector<std::pair<Name, at::Tensor>> tensors() const;
 
  private:
   struct Known {
     Name name;
-    c10::weak_intrusive_ptr<at::TensorImpl, at::UndefinedTensorImpl> shell;
+    Shell shell;
   };
   struct Memory {
     c10::weak_intrusive_ptr<at::StorageImpl> shell;
@@ -69,7 +79,6 @@ class Recorder {
     at::DimVector sizes, strides;
     int64_t offset;
   };
-  using Place = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
 
   bool depends(const c10::IValue& a) const;
   bool depends(const at::Tensor& t) const { return names_.count(t.unsafeGetTensorImpl()) > 0; }
@@ -81,27 +90,29 @@ class Recorder {
   Name name_result(const at::Tensor& t);
   void result(const c10::IValue& value, Recorded* call);
   void result(const at::Tensor& t, Recorded* call);
+  void see_constant(const c10::OperatorHandle& op, torch::jit::Stack* stack);
   void write_in_place(const c10::OperatorHandle& op, torch::jit::Stack* stack);
   void refuse(const std::string& reason) {
     if (refusal_.empty()) refusal_ = reason;
   }
   void put(char tag) { key_.push_back(tag); }
-  void put(int64_t value) { key_.append(reinterpret_cast<const char*>(&value), sizeof value); }
+  void put(int64_t value) { plan::put(key_, value); }
   void put(const Name& n) { put(n.kind), put(n.index); }
-  void put_layout(const at::Tensor& t);
 
   std::string key_, refusal_;
   std::vector<at::Tensor> constants_;
   std::vector<int64_t> versions_;
   std::vector<double> scalars_;
   std::vector<Recorded> calls_;
-  std::vector<Name> outputs_;
+  std::vector<Name> outputs_, zero_constants_;
   std::vector<at::Tensor> vector_;
   std::vector<Layout> results_;
   std::unordered_map<const at::TensorImpl*, Known> names_, fixed_;
   std::map<Place, Name> places_;
   // Storages that depend on the vector, and what looks into each.
   std::unordered_map<const at::StorageImpl*, Memory> dependent_;
+  std::unordered_map<const at::TensorImpl*, Shell> zeros_;
+  std::unique_ptr<Origins> origins_;
 };
 
 }  // namespace hg::plan

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hypergrad_ext.bilevel import Bilevel, Unused, finite
+from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
@@ -150,6 +151,7 @@ class HyperOptimizer:
         """The hyperparameters, in the optimiser's order."""
         return [t for group in self.optimizer.param_groups for t in group["params"]]
 
+    @never_compiled
     def step(
         self,
         val_loss: Loss,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from hypergrad_ext.bilevel import Bilevel, Unused
+from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
@@ -13,6 +14,7 @@ from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.structure import Tree
 
 
+@never_compiled
 def hypergradient(
     val_loss: Loss,
     train_loss: Loss,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.bilevel import check_hparams
+from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
@@ -17,6 +18,7 @@ from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.structure import Tree, held, take_apart
 
 
+@never_compiled
 def implicit(
     train_loss: Loss,
     params: Tree,

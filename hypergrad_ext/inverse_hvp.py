@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
@@ -15,6 +16,7 @@ from hypergrad_ext.solvers.neumann import series
 from hypergrad_ext.structure import Tree
 
 
+@never_compiled
 def inverse_hvp(
     loss: Loss,
     params: Tree,
@@ -74,6 +76,7 @@ def inverse_hvp(
     return solution.value
 
 
+@never_compiled
 def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alpha: float = 1.0) -> Tree:
     r"""The paper's Algorithm 3, to the letter: :math:`\alpha \sum_{j=0}^{K} (I - \alpha H)^j v`.
 

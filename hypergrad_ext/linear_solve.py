@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext.carry_over import begin, finish, warm
+from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.error_bound import check_lower, solution_bound
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
@@ -32,6 +33,7 @@ _NEGATIVE = 1e-6
 _DAMPING_LEAST = 1e-3
 
 
+@never_compiled
 def solve(
     operator: LinearOperator,
     b: Tree,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from hypergrad_ext import ops
-from hypergrad_ext.engines import cuda_graph, traced
+from hypergrad_ext.engines import choose, cuda_graph, traced
 from tests import graph_stand_in
 from tests.cases import mlp
 from tests.compare import assert_close
@@ -114,7 +114,9 @@ def test_one_capture_for_new_batches_parameters_step_sizes_and_dampings(where):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-    assert (traced.counts.compiled, traced.counts.captured, traced.counts.recorded) == (1, 1, 12)
+    assert (traced.counts.compiled, traced.counts.captured) == (1, 1)
+    # On the CPU of the stand-in, later ones are known by their graphs.
+    assert traced.counts.recorded + traced.counts.linked == 12
 
 
 def test_numbers_in_the_loss_are_captured_anew(where):
@@ -230,7 +232,8 @@ class TestAuto:
         model, loss = problem("mlp_tanh", where)
         clock = iter([(eager > 0, abs(eager))])
         monkeypatch.setattr(cuda_graph, "launch_bound", lambda run, device: next(clock, (True, graph)))
-        solver = hg.Neumann(2000, alpha=1e-4)
+        monkeypatch.setattr(choose, "_pairs", lambda *_: ([abs(eager) / graph], [graph]))
+        solver = hg.Neumann(200, alpha=1e-4)
         return [hg.solve(hg.Hessian(loss, model), random_like(model), solver).engine for _ in range(5)]
 
     def test_takes_a_graph_where_launching_is_what_takes_long(self, where, monkeypatch):

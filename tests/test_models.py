@@ -153,6 +153,25 @@ def test_compiled_module(backend, engine):
     assert operator.engine == engine or engine == "auto"
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_inside_of_a_compiled_function(backend):
+    """Every function of ours breaks the graph, runs as it is, and says so where it must not be broken."""
+    x = torch.randn(8, 3, dtype=torch.float64)
+
+    def train(w):
+        return F.softplus(x @ w).sum() + w.square().sum()
+
+    def step(w):
+        solution = hg.inverse_hvp(train, 2 * w, torch.ones_like(w), hg.CG(tol=1e-10))
+        product = hg.Hessian(train, w) @ (2 * solution)
+        return 3 * product + hg.hypergradient(train, lambda w: train(w) + (h * w**2).sum(), w, h)
+
+    w, h = torch.randn(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(Exception, match="hypergrad_ext takes second derivatives"):
+        torch.compile(step, backend=backend, fullgraph=True)(w)
+    torch.testing.assert_close(torch.compile(step, backend=backend)(w), step(w))
+
+
 def test_the_compiler_is_not_imported_where_nobody_compiles():
     """It takes as long to import as torch does."""
     lines = (

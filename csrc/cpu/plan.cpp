@@ -15,7 +15,7 @@ using plan::Op;
 using plan::View;
 
 // Elements that all ops of a group do before the next block: a few dozen operands of it stay in the caches.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 512;
 
 // Calls f(offsets) for every index of all dimensions but the last; offsets of the views in elements.
 template <class F>

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines.record import Call, Name, Recording, Text
+from hypergrad_ext.engines.record import Call, Details, Name, Recording, Text
+
+_ZEROS = {torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default}
 
 
 class Program:
@@ -24,7 +26,9 @@ class Program:
 
     def __init__(self, recording: Recording) -> None:
         """Simplify a recording and compile its function."""
-        self.calls, self.outputs = _without_repeats(recording.details.calls, recording.details.outputs)
+        details = recording.details
+        self.calls, self.outputs = _without_repeats(details.calls, details.outputs)
+        self.calls, self.outputs = _without_zeros(self.calls, self.outputs, details)
         self.calls = _without_unused(self.calls, self.outputs)
         self.leaves = sum(name[0] == "v" for name in recording.details.tensors)
         self.run = self._compile()
@@ -94,20 +98,8 @@ def _without_repeats(calls: Sequence[Call], outputs: Sequence[Name]) -> tuple[li
     same: dict[Name, Name] = {}
     seen: dict[Any, Call] = {}
     kept = []
-
-    def renamed(a: Any) -> Any:
-        if type(a) is str:
-            return same.get(a, a)
-        return tuple([renamed(x) for x in a]) if isinstance(a, tuple) else a
-
     for call in calls:
-        new = Call(
-            call.op,
-            renamed(call.args),
-            tuple([(k, renamed(a)) for k, a in call.kwargs]),
-            call.outputs,
-            call.single,
-        )
+        new = _renamed(call, same)
         # Literals compare by type too: 1 == True.
         key = (new.op, repr((new.args, new.kwargs)))
         first = seen.setdefault(key, new)
@@ -116,6 +108,43 @@ def _without_repeats(calls: Sequence[Call], outputs: Sequence[Name]) -> tuple[li
         else:
             same.update({a: b for a, b in zip(new.outputs, first.outputs, strict=True) if a and b})
     return kept, [same.get(name, name) for name in outputs]
+
+
+def _renamed(call: Call, names: dict[Name, Name]) -> Call:
+    """The call with other names for some of the values that it reads."""
+
+    def renamed(a: Any) -> Any:
+        if type(a) is str:
+            return names.get(a, a)
+        return tuple([renamed(x) for x in a]) if isinstance(a, tuple) else a
+
+    kwargs = tuple([(k, renamed(a)) for k, a in call.kwargs])
+    return Call(call.op, renamed(call.args), kwargs, call.outputs, call.single)
+
+
+def _without_zeros(calls: Sequence[Call], outputs: Sequence[Name], details: Details) -> tuple[list[Call], list[Name]]:
+    """Leave out sums with zeros, which autograd writes where a gradient is not there, unless they change a layout."""
+    tensors, zeros = details.tensors, set(details.zeros)
+    same: dict[Name, Name] = {}
+    kept = []
+    for call in calls:
+        new = _renamed(call, same)
+        name = new.outputs[0]
+        if name and new.op in _ZEROS:
+            zeros.add(name)
+        elif name and new.op is torch.ops.aten.add.Tensor and len(new.args) == 2 and not new.kwargs:
+            a, b = new.args
+            for other, zero in ((a, b), (b, a)):
+                if zero in zeros and other in tensors and _alike(tensors[other], tensors[name]):
+                    same[name] = other
+                    break
+        if name not in same:
+            kept.append(new)
+    return kept, [same.get(name, name) for name in outputs]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
 
 def _without_unused(calls: Sequence[Call], outputs: Sequence[Name]) -> list[Call]:

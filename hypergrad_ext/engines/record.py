@@ -52,20 +52,28 @@ class Recording:
             connected, every literal but floats, and the layout of every constant.
         constants: ``c0, c1, ...``: saved tensors, parameters, and whatever else does not depend on the vector.
         scalars: ``s0, s1, ...``.
+        link: How the constants come about, if that was asked for and is known; see `linked`.
     """
 
     def __init__(
-        self, key: Hashable, constants: list[Tensor], scalars: list[float], details: Callable[[], Details]
+        self,
+        key: Hashable,
+        constants: list[Tensor],
+        scalars: list[float],
+        details: Callable[[], Details] | None = None,
+        link: Any | None = None,
     ) -> None:
         """Keep what every solve needs; ``details`` are for the solve that compiles."""
         self.key = key
         self.constants = constants
         self.scalars = scalars
+        self.link = link
         self._details = details
 
     @functools.cached_property
     def details(self) -> Details:
         """The operations."""
+        assert self._details is not None
         return self._details()
 
 
@@ -76,19 +84,24 @@ class Details(NamedTuple):
         calls: The operations that depend on the vector, in order; none writes to its arguments.
         outputs: Names of the result's parts.
         tensors: Tensor by name, for layouts. Not kept after compilation.
+        zeros: Constants that are zeros in every solve with this key, as far as that is known.
     """
 
     calls: list[Call]
     outputs: list[Name]
     tensors: dict[Name, Tensor]
+    zeros: frozenset[Name] = frozenset()
 
 
-def record(product: Callable[[Sequence[Tensor]], Sequence[Tensor]], v: Sequence[Tensor]) -> tuple[Recording, list]:
+def record(
+    product: Callable[[Sequence[Tensor]], Sequence[Tensor]], v: Sequence[Tensor], graph: Any | None = None
+) -> tuple[Recording, list]:
     """Run ``product(v)`` and note how it was computed.
 
     Args:
         product: A backward pass through a retained graph.
         v: The vector. Its values do not matter, but should be such as occur.
+        graph: That graph as a `_C.Graph`, to find out where constants come from.
 
     Returns:
         The recording, and the product itself.
@@ -99,7 +112,7 @@ def record(product: Callable[[Sequence[Tensor]], Sequence[Tensor]], v: Sequence[
     # Aliases of the caller's tensors: what the pass does to them is seen under these names only.
     own = [t.detach() for t in v]
     if _native._C is not None and v[0].device.type == "cpu":
-        compiled = _native._C.Recorder(own)
+        compiled = _native._C.Recorder(own, graph)
         # One recording at a time in a process; a second thread takes the slow way.
         if compiled.start():
             try:
@@ -127,9 +140,9 @@ def _compiled_recording(compiled: Any) -> Recording:
             if functional is None:
                 raise Untraceable(f"{op} writes to its arguments")
             calls.append(Call(functional, args, kwargs, outputs, single))
-        return Details(calls, compiled.outputs, compiled.tensors)
+        return Details(calls, compiled.outputs, compiled.tensors, frozenset(compiled.zeros))
 
-    return Recording(compiled.key, compiled.constants, compiled.scalars, details)
+    return Recording(compiled.key, compiled.constants, compiled.scalars, details, compiled.link())
 
 
 def layout(t: Tensor) -> tuple:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines import cuda_graph, native
+from hypergrad_ext.engines import cuda_graph, linked, native
 from hypergrad_ext.engines.eager import RetainedGradient
 from hypergrad_ext.engines.lowering import Unsupported
 from hypergrad_ext.engines.program import Program
@@ -30,6 +30,7 @@ class Counts:
     """What the caches have done so far in this process: each compilation is one new program."""
 
     recorded: int = 0
+    linked: int = 0
     compiled: int = 0
     captured: int = 0
     refused: int = 0
@@ -51,7 +52,8 @@ class TracedGradient:
 
     The first product is an ordinary backward pass that is recorded on the way. Its operations find their
     compiled program in a cache that is shared by all solves; the saved tensors of this solve become its
-    constants. A product that cannot be replayed goes on as a backward pass, and the log says why.
+    constants. From the third solve with a like graph on, they are found without that pass, if `linked` can. A
+    product that cannot be replayed goes on as a backward pass, and the log says why.
 
     Attributes:
         form: How products are run: ``"traced"``, ``"native"``, ``"compiled"``, ``"cuda_graph"``; ``"eager"`` after a
@@ -60,9 +62,10 @@ class TracedGradient:
         seconds: Time it took to record and to bind, without compilation.
     """
 
-    def __init__(self, gradient: RetainedGradient, form: str) -> None:
+    def __init__(self, gradient: RetainedGradient, form: str, clock: Callable[[], float] = time.perf_counter) -> None:
         """Products of ``gradient`` in the form ``"traced"``, ``"native"``, ``"compiled"`` or ``"cuda_graph"``."""
         self._gradient = gradient
+        self._clock = clock
         self.form = form
         self.reason = ""
         self.seconds = 0.0
@@ -72,9 +75,10 @@ class TracedGradient:
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, one tensor per parameter."""
-        if self._run is None:
-            return self.start(v)
-        return self._run(v) if self._unchanged() else self._gradient.hvp(v)
+        first = self.start(v) if self._run is None else None
+        if first is not None:
+            return first
+        return self._run(v) if self._run and self._unchanged() else self._gradient.hvp(v)
 
     def bound_now(self) -> native.Bound | cuda_graph.Bound | None:
         """What runs whole solves, if it runs the products: a native plan or a CUDA graph."""
@@ -84,24 +88,34 @@ class TracedGradient:
         # After a change in place the saved tensors are no longer those of one point: autograd raises or copes.
         return all(t._version == version for t, version in self._versions)
 
-    def start(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """The first product: a backward pass with the vector ``v``, recorded."""
+    def start(self, v: Sequence[Tensor]) -> list[Tensor] | None:
+        """Bind a program to this solve; the product with ``v``, recorded, where there was no other way."""
+        begin = self._clock()
+        graph = linked.look(self._gradient, v)
+        found = linked.find(graph) if graph is not None else None
+        if found is not None and self._cached(found) is not None:
+            counts.linked += 1
+            self.seconds = self._clock() - begin
+            self._bind(found, v)
+            return None
         try:
-            begin = time.perf_counter()
-            recording, result = record(self._gradient.hvp, v)
+            follow = graph if graph is not None and linked.wanted(graph) else None
+            recording, result = record(self._gradient.hvp, v, follow)
             counts.recorded += 1
-            self.seconds = time.perf_counter() - begin
+            self.seconds = self._clock() - begin
             self._bind(recording, v)
         except Untraceable as refusal:
             counts.refused += 1
             self._refuse(str(refusal))
             return self._gradient.hvp(v)
+        if follow is not None:
+            linked.learn(follow, recording, self._gradient)
         # A product with a graph would be a leak.
         return [t.detach() for t in result]
 
     def _bind(self, recording: Recording, v: Sequence[Tensor]) -> None:
         program = self._program(recording, v)
-        begin = time.perf_counter()
+        begin = self._clock()
         constants, scalars = recording.constants, recording.scalars
         self._versions = [(t, t._version) for t in constants if not t.is_inference()]
         if isinstance(program, native.Plan):
@@ -114,7 +128,7 @@ class TracedGradient:
                 self.form = "traced"
         if self._bound is not None:
             self._run = self._bound.product
-        self.seconds += time.perf_counter() - begin
+        self.seconds += self._clock() - begin
 
     def _graph(self, program: Callable, recording: Recording, v: Sequence[Tensor]) -> cuda_graph.Bound | None:
         try:
@@ -129,8 +143,7 @@ class TracedGradient:
         return bound
 
     def _program(self, recording: Recording, v: Sequence[Tensor]) -> Callable | native.Plan:
-        key = "traced" if self.form == "cuda_graph" else self.form, recording.key
-        program = _compiled.get(key)
+        program = self._cached(recording)
         if program is not None:
             return program
         program = self._compile(recording)
@@ -140,8 +153,14 @@ class TracedGradient:
         else:
             self._check(lambda w: program(w, constants, scalars), v)
         counts.compiled += 1
-        _compiled.put(key, program)
+        _compiled.put(self._key(recording), program)
         return program
+
+    def _cached(self, recording: Recording) -> Callable | native.Plan | None:
+        return _compiled.get(self._key(recording))
+
+    def _key(self, recording: Recording) -> Hashable:
+        return "traced" if self.form == "cuda_graph" else self.form, recording.key
 
     def _compile(self, recording: Recording) -> Callable | native.Plan:
         program = Program(recording)
@@ -175,8 +194,9 @@ class TracedGradient:
 def clear_cache() -> None:
     """Forget all compiled programs and set the counts to zero."""
     _compiled.clear()
+    linked.clear()
     cuda_graph.clear_cache()
-    counts.recorded = counts.compiled = counts.captured = counts.refused = 0
+    counts.recorded = counts.linked = counts.compiled = counts.captured = counts.refused = 0
 
 
 def _log_once(message: str) -> None:

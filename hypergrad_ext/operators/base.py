@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.structure import Space, Tree
 
 
@@ -91,6 +92,7 @@ class LinearOperator(ABC):
         """
         return None
 
+    @never_compiled
     def __matmul__(self, v: Tree) -> Tree:
         """``H v`` in the structure of ``v``: one vector, or a batch with a leading dimension on every leaf."""
         packed = self.space.pack("v", v)

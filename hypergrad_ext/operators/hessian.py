@@ -51,13 +51,15 @@ class Hessian(LinearOperator):
                      a backward pass, else that
     ================ =================================================================================
 
-    The function itself runs in every solve, and every solve is recorded anew, so new batches, other
-    branches, other modes and new random masks are seen; programs are found again by what was recorded and
-    compiled once. Recording costs one to three products, which no count shows, and none of it has been run on a GPU
-    yet. Peak memory, as a multiple of that of a training step (seven models from MLP to LSTM; bench/results): backward
-    passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4, ``"native"`` 4.1 to 8.8; a CUDA graph keeps a copy of what its program
-    saved, and its intermediates, for the next solve. Where that is too much, give the batch in
-    parts (``batches``): no more than one part's graph is held.
+    The function itself runs in every solve, so new batches, other branches, other modes and new random masks are
+    seen. Every solve is recorded anew, and programs are found again by what was recorded and compiled once; on the CPU
+    the third and later solves whose gradients have graphs of one kind are not recorded, but find what was recorded in
+    their graphs (not with Python's autograd functions or hooks, whose doings a graph does not show). Recording costs
+    one to three products, which no count shows, and none of it has been run on a GPU yet. Called inside of
+    ``torch.compile``, all of this breaks the graph and runs as it is. Peak memory, as a multiple of that of a training
+    step (seven models from MLP to LSTM; bench/results): backward passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4,
+    ``"native"`` 4.1 to 8.8; a CUDA graph keeps a copy of what its program saved, and its intermediates, for the next
+    solve. Where that is too much, give the batch in parts (``batches``): no more than one part's graph is held.
 
     With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
     a product then costs a gradient and a backward pass for every batch, and all products of an operator see the same
@@ -215,7 +217,7 @@ class Hessian(LinearOperator):
 
     def prepare(self, products: int, rows: int) -> Hessian:
         """The operator itself; its engine takes note."""
-        self.products.expect(products * rows)
+        self.products.expect(products, rows)
         return self
 
     def neumann_series(
@@ -243,7 +245,7 @@ class Hessian(LinearOperator):
         return x, state, taken
 
     def _bound(self, b: Tensor, backend: str | None) -> native.Bound | cuda_graph.Bound | None:
-        return self.products.bound(self.space.views(b[0]), backend) if self.space.exact else None
+        return self.products.bound(self.space.views(b), backend) if self.space.exact else None
 
     def _key(self) -> Hashable:
         """Which function this is, as far as speed is concerned."""

@@ -1,0 +1,126 @@
+#include "graph.h"
+
+#include <ATen/Context.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+
+#include <map>
+#include <string_view>
+#include <typeinfo>
+#include <unordered_set>
+
+namespace hg::plan {
+namespace {
+
+using torch::autograd::Node;
+using namespace torch::dynamo::autograd;
+using NodePtr = decltype(NodeCall::node);
+
+// A node's key has 16 bits for its length; what one edge and one saved tensor add to it stays far below 64 bytes.
+constexpr size_t kMostEdges = 256, kMostTensors = 512;
+
+// Nodes of torch's table of derivatives: ops and nothing else, on state that they show to compiled_args. What others
+// do (Python's functions, for one) their state does not tell.
+bool generated(const Node& node) {
+  const std::string_view type = typeid(node).name();
+  return type.rfind("N5torch8autograd9generated", 0) == 0 || type == "N5torch8autograd10CopySlicesE" ||
+         type == "N5torch8autograd13CopyBackwardsE";
+}
+
+bool has_hooks(Node& node) {
+  return !node.tensor_pre_hooks().empty() || !node.retains_grad_hooks().empty() || !node.pre_hooks().empty() ||
+         !node.post_hooks().empty();
+}
+
+}  // namespace
+
+Place place_of(const at::Tensor& t) {
+  // Every unpacking of a saved tensor makes a new object for the same memory.
+  const void* place = t.numel() > 0 ? t.const_data_ptr() : static_cast<const void*>(t.unsafeGetTensorImpl());
+  return {place, t.scalar_type(), t.sizes().vec(), t.strides().vec()};
+}
+
+bool plain(const at::Tensor& t) {
+  constexpr c10::DispatchKeySet special({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::Conjugate, c10::DispatchKey::Negative,
+                                         c10::DispatchKey::ZeroTensor, c10::DispatchKey::NestedTensor});
+  return t.layout() == at::kStrided && t.is_cpu() && !t.is_quantized() && t.has_storage() &&
+         !t.key_set().has_any(special);
+}
+
+void put(std::string& key, int64_t value) { key.append(reinterpret_cast<const char*>(&value), sizeof value); }
+
+void put_layout(std::string& key, const at::Tensor& t) {
+  put(key, static_cast<int64_t>(t.scalar_type())), put(key, t.dim());
+  for (const int64_t size : t.sizes()) put(key, size);
+  for (const int64_t stride : t.strides()) put(key, stride);
+}
+
+Graph::Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves) {
+  try {
+    look(outputs, leaves);
+  } catch (const std::exception& error) {
+    // A backward pass will say it in its own words, or cope.
+    refusal = error.what();
+  }
+  if (!refusal.empty()) key.clear(), tensors.clear();
+}
+
+void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves) {
+  AutogradCompilerCall call(SizeInput::DYNAMIC);
+  std::vector<NodePtr> todo;
+  std::unordered_set<const Node*> seen;
+  const auto edge_to = [&](const at::Tensor& t) {
+    const auto edge = torch::autograd::impl::gradient_edge(t);
+    TORCH_CHECK(edge.is_valid(), "a tensor has no graph");
+    put(key, call.node_calls.lookup(edge.function).id), put(key, edge.input_nr);
+    return edge.function;
+  };
+  const auto go_on = [&](const NodePtr& node) {
+    if (node && seen.insert(node.get()).second) todo.push_back(node);
+  };
+  for (const at::Tensor& t : outputs) go_on(edge_to(t)), put_layout(key, t);
+  while (!todo.empty()) {
+    const NodePtr node = std::move(todo.back());
+    todo.pop_back();
+    NodeCall& visited = call.node_calls.lookup(node);
+    put(key, visited.id), put(key, reinterpret_cast<intptr_t>(typeid(*node).name()));
+    if (has_hooks(*node)) return void(refusal = node->name() + " has hooks");
+    if (dynamic_cast<const torch::autograd::AccumulateGrad*>(node.get())) continue;  // its state does not matter
+    if (!generated(*node)) return void(refusal = node->name() + " may do anything");
+    const size_t before = call.tensor_args.inputs.size();
+    CompiledNodeArgs arguments(call, visited);
+    node->compiled_args(arguments);
+    arguments.collect(node->next_edges());
+    if (node->next_edges().size() > kMostEdges || call.tensor_args.inputs.size() - before > kMostTensors)
+      return void(refusal = node->name() + " has many edges");
+    const CacheKey own = arguments.key();
+    put(key, own.key_size), key.append(reinterpret_cast<const char*>(own.key), own.key_size);
+    for (const auto& edge : node->next_edges()) go_on(edge.function);
+  }
+  for (const at::Tensor& t : leaves) edge_to(t), put_layout(key, t);
+  if (!call.hooks.empty() || !call.cpp_tensor_pre_hooks.empty() || !call.packed_inputs.empty() ||
+      !call.lifted_ivalue_args.args.empty())
+    return void(refusal = "a saved tensor has hooks");
+  put(key, call.all_size_inputs.size());
+  for (const SizeInput& size : call.all_size_inputs) put(key, size.value);
+
+  std::map<Place, size_t> places;
+  tensors = std::move(call.tensor_args.inputs);
+  put(key, tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& t = tensors[i];
+    if (!plain(t)) return void(refusal = "a saved tensor is not a plain one on the CPU");
+    put(key, places.emplace(place_of(t), i).first->second);
+    put_layout(key, t), put(key, t.storage_offset()), put(key, t.unsafeGetTensorImpl()->is_wrapped_number());
+  }
+  // What ops may depend on besides their arguments.
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  put(key, local.included_.raw_repr()), put(key, local.excluded_.raw_repr());
+  put(key, at::globalContext().deterministicAlgorithms()), put(key, at::globalContext().userEnabledMkldnn());
+  put(key, static_cast<int64_t>(c10::get_default_dtype_as_scalartype()));
+}
+
+}  // namespace hg::plan
