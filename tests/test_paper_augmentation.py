@@ -176,6 +176,27 @@ class TestAugmentation:
         assert (test["K=3"] > test["none"]).sum() >= 3
 
 
+SMALL = {
+    "distillation": ("K=0", {"steps": 2, "validation": 200, "warm_up": 2}),
+    "overfit_validation": ("cnn K=3", {"max_steps": 1}),
+    "hyper_cleaning": ("CG", {"train": 100, "validation": 50, "test": 50, "hyper_steps": 1}),
+    "reweighting": ("net of the loss", {"train": 100, "validation": 50, "steps": 8, "first": 0}),
+    "split_study": ("per weight, N=60", {"steps": 2}),
+    "baselines": ("Neumann, many", {"train": 50, "max_steps": 5, "max_seconds": 0.0, "judged_by": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_system_takes_cifar(name, tmp_path):
+    made_up_cifar(tmp_path)
+    arm, changes = SMALL[name]
+    known = cli.experiments()[name]
+    settings = Settings("cifar10", tmp_path, quick=True, out=tmp_path)
+    assert "cifar10" in known.datasets and arm in [*known.arms(known.protocol(settings)), "per weight, N=60"]
+    numbers = dataclasses.replace(known.protocol(settings), **changes)
+    assert known.run(Job(settings, numbers, arm, 0, tmp_path / "paused.pt"))
+
+
 def made_up_cifar(folder) -> None:
     """Files in the format of CIFAR-10, whose images are noise around a colour per class."""
     folder = folder / "cifar-10-batches-py"

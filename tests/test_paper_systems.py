@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import baselines, distillation, inverse_hessian, inverse_problems, models, overfit_validation
+from bench.paper import baselines, cli, distillation, inverse_hessian, inverse_problems, models, overfit_validation
 from bench.paper.experiment import Experiment, Job, Paused, Settings
 
 
@@ -55,6 +55,12 @@ class TestDistillation:
         ]
         for x, y in zip(*found, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+    def test_images_are_recognised_by_their_class_mean(self):
+        data = distillation.Examples(torch.rand(200, 30), torch.arange(200) % 10)
+        means = distillation.class_means(data)
+        assert distillation.recognised(3 * means + 1, data) == 10
+        assert distillation.recognised(means.roll(1, 0), data) == 0
 
     def test_a_short_run(self, tmp_path):
         (record,) = runs(distillation.EXPERIMENT, "K=5", 1, tmp_path, steps=2)
@@ -126,6 +132,30 @@ class TestInverseHessian:
         for steps, error in ((20, 3e-2), (50, 1e-5)):
             x = hg.solve(hg.DenseMatrix(matrix), b, hg.CG(tol=1e-15, max_steps=steps)).value
             assert float((x - exact).norm() / exact.norm()) <= error
+
+    def test_the_paths_of_training(self, tmp_path):
+        """Penalties stay until the warm-up is over, and the weights come near the minimum."""
+        problem = inverse_problems.ridge(job(inverse_hessian.EXPERIMENT, "diabetes ridge", 0, tmp_path))
+        before = problem.lam.detach().clone()
+        distance, moved = [], []
+        for steps, here in inverse_problems.in_training(problem, (5, 300, 310), lr=0.01, outer_lr=0.01, warm_up=300):
+            assert steps == (5, 300, 310)[len(moved)]
+            distance.append(float((here.w - problem.w).detach().norm()))
+            moved.append(not torch.equal(problem.lam.detach(), before))
+        assert distance[1] < 0.1 * distance[0]
+        assert moved == [False, False, True]
+
+    def test_a_small_comparison_and_its_report(self, tmp_path):
+        small = {"examples": 40, "hidden": 2, "terms": (0, 1, 5, 20), "training_steps": (20,), "convex_steps": (2, 4)}
+        settings = Settings(seeds=1, quick=True, out=tmp_path)
+        experiment = dataclasses.replace(
+            inverse_hessian.EXPERIMENT,
+            protocol=lambda settings: dataclasses.replace(inverse_hessian.Protocol(), **small),
+        )
+        report = cli.run(experiment, settings)
+        assert {"distance", "inverse", "training", "penalties"} == set(report.figures)
+        assert {row["problem"] for row in report.rows} == {"logistic regression", "diabetes ridge", "indefinite MLP"}
+        assert len(report.claims) == 4
 
     @pytest.mark.slow
     def test_the_order_of_the_methods_at_a_minimum(self, tmp_path):
@@ -215,8 +245,6 @@ class TestBaselines:
     def test_every_method_keeps_to_its_budget_and_none_to_less(self, tmp_path):
         budget = {"max_steps": 60, "max_seconds": 0.05, "cold_steps": 20, "judged_by": 50}
         for arm in baselines.protocol(Settings(quick=True)).arms:
-            if arm.startswith("Bayesian"):
-                pytest.importorskip("optuna")
             (record,) = runs(baselines.EXPERIMENT, arm, 1, tmp_path, **budget)
             if arm != baselines.MEMORY:
                 steps, seconds, loss = zip(*record["points"], strict=True)
@@ -225,6 +253,11 @@ class TestBaselines:
                 # A search reads its clock after the point was noted: what lies between is not on record.
                 assert steps[-1] >= 60 and (seconds[-1] >= 0.045 or arm.startswith("grid"))
                 assert all(0 < record[key][0] < 2.4 and record[key][1] > 0.5 for key in ("steps", "seconds"))
+
+    def test_without_optuna_the_other_searches_remain(self, monkeypatch):
+        monkeypatch.setattr(baselines.search, "bayesian_available", lambda: False)
+        arms = baselines.protocol(Settings()).arms
+        assert "random, 10" in arms and not any("Bayesian" in arm for arm in arms)
 
     def test_memory_of_unrolling_grows_and_of_a_series_does_not(self, tmp_path):
         (record,) = runs(baselines.EXPERIMENT, baselines.MEMORY, 1, tmp_path)

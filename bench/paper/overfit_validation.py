@@ -46,10 +46,13 @@ def protocol(settings: Settings) -> Protocol:
         if not settings.quick:
             arms += ["mlp K=0", "mlp unrolled", "cnn unrolled", "linear K=5", "linear K=0", "linear none"]
         return Protocol(tuple(arms), max_steps=400)
-    if settings.data == "cifar10":
+    if settings.data == "cifar10" and settings.device.type == "cuda":
         # The paper's step sizes.
         arms = ["alexnet K=3", "alexnet K=0", "alexnet none"]
         return Protocol(tuple(arms), max_steps=100 if settings.quick else 10_000, inner_lr=1e-4, outer_lr=0.01)
+    if settings.data == "cifar10":
+        arms = ["linear K=5", "linear none", "cnn K=3", "cnn K=0", "cnn none"]
+        return Protocol(tuple(arms), max_steps=50 if settings.quick else 400)
     arms = ["linear K=5", "linear K=0", "linear none", "mlp K=5", "mlp K=0", "mlp none"]
     if settings.device.type == "cuda":
         arms += ["alexnet K=3", "alexnet none"]
@@ -222,7 +225,7 @@ def accuracy_figure(results: Results, tuned: list[str]) -> figures.Figure:
     lines = -(-len(tuned) // columns)
     figure = figures.figure(
         columns,
-        f"{results.data}, {results.settings.seeds} seeds (line: median, band: range). With one penalty per weight the "
+        f"{results.data}, {figures.seeds(results.settings.seeds)}. With one penalty per weight the "
         "validation accuracy climbs to 100 %, as the training accuracy does, while the test accuracy (dots, at the end "
         "of every run) stays clearly below: the validation set has been overfitted.",
         rows=lines,
