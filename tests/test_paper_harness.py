@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -215,40 +216,36 @@ def test_every_finished_run_is_kept_and_not_run_again(tmp_path):
     assert not list(tmp_path.glob("*.new"))
 
 
-KILLED = """
-import os, signal, sys, torch
-from bench.paper import cli
-from tests.test_paper_harness import add, toy
-
-def run(job):
+def add_bit_by_bit(job: Job) -> dict:
+    """Six random numbers, saved one by one; stopped from outside in the middle of a run where the variable says so."""
     state = job.restore() or {"step": 0, "random": torch.get_rng_state(), "sum": torch.zeros(())}
     torch.set_rng_state(state["random"])
     total = state["sum"]
     for step in range(state["step"], 6):
         total = total + torch.randn(())
         job.save({"step": step + 1, "random": torch.get_rng_state(), "sum": total})
-        if step == 3 and (job.arm, job.seed) == ("b", 0) and sys.argv[1] == "killed":
+        if step == 3 and (job.arm, job.seed) == ("b", 0) and "KILL_THE_TEST" in os.environ:
             os.kill(os.getpid(), signal.SIGKILL)
     return {**add(job), "total": float(total)}
-
-sys.exit(cli.main(["--out", sys.argv[2], "--seeds", "2"], only=toy(run)))
-"""
 
 
 def test_a_killed_process_goes_on_where_it_was(tmp_path):
     """Killed in the middle of its second run: the same command ends with what an undisturbed one gives."""
 
-    def start(how: str, folder: str) -> int:
-        command = [sys.executable, "-c", KILLED, how, str(tmp_path / folder)]
-        return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True).returncode
-
     def records(folder: str) -> list[tuple]:
         content = json.loads((tmp_path / folder / "toy_digits.json").read_text())
         return [(run["arm"], run["seed"], run["record"]) for run in content["runs"]]
 
-    assert start("killed", "cut") == -signal.SIGKILL
-    assert [key[:2] for key in records("cut")] == [("a", 0)]
-    assert start("whole", "cut") == 0 and start("whole", "whole") == 0
+    arguments = ["--seeds", "2", "--threads", "1", "--out"]
+    code = "from tests.test_paper_harness import *; cli.main(sys.argv[1:], only=toy(add_bit_by_bit))"
+    command = [sys.executable, "-c", code, *arguments, str(tmp_path / "cut")]
+    environment = os.environ | {"KILL_THE_TEST": "1"}
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [run[:2] for run in records("cut")] == [("a", 0)]
+    assert (tmp_path / "cut" / "toy_digits_state" / "b_0.paused.pt").exists()
+    for folder in ("cut", "whole"):
+        assert cli.main([*arguments, str(tmp_path / folder)], only=toy(add_bit_by_bit)) == 0
     assert records("cut") == records("whole") and len(records("cut")) == 4
 
 

@@ -30,6 +30,8 @@ class Protocol:
 
     arms: tuple[str, ...]
     max_steps: int
+    # Five times so many steps of Adam without tuning: the tuned ones that get there take fewer.
+    untuned_steps: int = 150
     train: int = 50
     validation: int = 50
     log_penalty: float = -4.0
@@ -125,7 +127,7 @@ def run(job: Job) -> Record:
         return {**kept, **optimizers, "step": step, "curves": curves, "grew": grew, "seconds": watch.stop()}
 
     done = False
-    for step in job.steps(p.max_steps, start=state["step"]):
+    for step in job.steps(p.untuned_steps if kind == "none" else p.max_steps, start=state["step"]):
         if step % _LOOK_EVERY == 0:
             job.pause_if_expired(paused)
         for _ in range(p.inner_steps):
