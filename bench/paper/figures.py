@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 
@@ -30,7 +30,10 @@ def plain_ticks(axis: Axis) -> None:
     """Label a logarithmic axis of few decades by plain numbers: 0.5, 1, 2."""
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    if decades < 3:
+    if decades < 0.15:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    elif decades < 3:
         steps = (1.0, 2.0, 5.0) if decades >= 0.7 else tuple(range(1, 10))
         axis.set_major_locator(LogLocator(subs=steps, numticks=12))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
