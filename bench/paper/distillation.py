@@ -223,7 +223,7 @@ def report(results: Results) -> Report:
         ),
         Claim(
             "the learnt images are recognisable: each correlates most with the mean of its class",
-            ", ".join(f"{arm} {results.mean(arm, 'recognised'):.1f} of {CLASSES}" for arm in shown),
+            ", ".join(f"{arm} {results.mean(arm, 'recognised'):g} of {CLASSES}" for arm in shown),
             min(results.values(arm, "recognised").min() for arm in shown) == CLASSES,
         ),
     ]

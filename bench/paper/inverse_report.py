@@ -97,10 +97,10 @@ def distance_figure(results: Results) -> figures.Figure:
     columns = len(results.arms)
     figure = figures.figure(
         columns,
-        f"{_data(results)}, {figures.seeds(results.settings.seeds)}. Hypergradients and inverse HVPs against the exact dense inverse. "
-        "At a minimum CG and MINRES get there first, Neumann and unrolling (the same numbers) slowly, Nystrom with its "
-        "damping not at all, the CG of the paper's code hardly. With negative eigenvalues MINRES alone approaches the "
-        "exact one.",
+        f"{_data(results)}, {figures.seeds(results.settings.seeds)}. Hypergradients and inverse HVPs against the exact "
+        "dense inverse. At a minimum CG and MINRES get there first, Neumann and unrolling (the same numbers) slowly, "
+        "Nystrom with its damping not at all, the CG of the paper's code hardly. With negative eigenvalues MINRES alone "
+        "approaches the exact one.",
         rows=5,
         height=2.8,
     )
@@ -210,9 +210,9 @@ def inverse_figure(results: Results) -> figures.Figure:
     names = [*(f"heat {k}" for k in results.protocol.heat_steps), "heat exact"]
     figure = figures.figure(
         len(names),
-        f"{_data(results)}, seed 0: tanh of the inverse Hessian, of its Neumann approximations with 2, 6 and 21 terms and exact "
-        "(right), first 65 weights at the most. At a minimum more terms come closer; "
-        "on the indefinite network 21 terms show nothing of the exact inverse yet.",
+        f"{_data(results)}, seed 0: the inverse Hessian (first 65 weights at the most; colour: tanh of an entry), by "
+        "Neumann series with K products and exact (right). At a minimum more terms come closer; on the indefinite "
+        "network 21 terms show nothing of the exact inverse yet.",
         rows=len(results.arms),
         width=2.6,
         height=2.5,
@@ -222,6 +222,8 @@ def inverse_figure(results: Results) -> figures.Figure:
         for axis, name in zip(line, names, strict=True):
             image = axis.imshow(results.of(arm)[0][name].numpy(), cmap="coolwarm", vmin=-1, vmax=1)
             axis.set(title=name.replace("heat ", "K = ").replace("K = exact", "exact"), xticks=[], yticks=[])
-        line[0].set_ylabel(arm, fontsize=8)
-        figure.colorbar(image, ax=line[-1])
+        line[0].set_ylabel(f"{arm}\nweight", fontsize=8)
+        figure.colorbar(image, ax=line[-1], label="tanh of the entry")
+    for axis in axes[-1]:
+        axis.set_xlabel("weight", fontsize=8)
     return figure
