@@ -99,8 +99,8 @@ def distance_figure(results: Results) -> figures.Figure:
         columns,
         f"{_data(results)}, {figures.seeds(results.settings.seeds)}. Hypergradients and inverse HVPs against the exact "
         "dense inverse. At a minimum CG and MINRES get there first, Neumann and unrolling (the same numbers) slowly, "
-        "Nystrom with its damping not at all, the CG of the paper's code hardly. With negative eigenvalues MINRES alone "
-        "approaches the exact one.",
+        "Nystrom with its damping not at all, the CG of the paper's code hardly. With negative eigenvalues MINRES "
+        "alone approaches the exact one.",
         rows=5,
         height=2.8,
     )
