@@ -379,7 +379,8 @@ def _pictures_figure(results: Results) -> object:
         f"{results.data}: training images and what the U-Net (K = 3, seed 0) makes of them at noise -1 and +1. "
         "A row shares its scale of grey"
         + (
-            ", written beside it: the U-Net changes brightness and contrast, which the validation images demand."
+            ", written beside it. To see: the noise moves the brightness, as the validation images demand; a pattern "
+            "of the U-Net's own comes with it."
             if results.protocol.shift
             else "."
         ),
