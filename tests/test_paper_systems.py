@@ -147,7 +147,15 @@ class TestInverseHessian:
 
     def test_a_small_comparison_and_its_report(self, tmp_path, monkeypatch):
         monkeypatch.setattr(inverse_hessian, "_TIMES", 1)
-        small = {"examples": 40, "hidden": 2, "terms": (0, 1, 5, 20), "training_steps": (20,), "convex_steps": (2, 4)}
+        monkeypatch.setattr(inverse_hessian, "_STEPS", (1, 5))
+        small = {
+            "examples": 40,
+            "hidden": 2,
+            "terms": (0, 1, 5, 20),
+            "training_steps": (20,),
+            "convex_steps": (2, 4),
+            "other_penalties": (-5.0,),
+        }
         settings = Settings(seeds=1, quick=True, out=tmp_path)
         experiment = dataclasses.replace(
             inverse_hessian.EXPERIMENT,
