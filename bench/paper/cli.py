@@ -177,10 +177,8 @@ def left_table(rows: list[dict[str, object]], width: int = 52) -> str:
     """Rows of equal keys as text, aligned to the left; cells longer than ``width`` go on in the next line."""
     cells = [[textwrap.wrap(cell, width) or [""] for cell in line] for line in measure.cells(rows)]
     widths = [max(len(part) for line in cells for part in line[i]) for i in range(len(cells[0]))]
-    rule = ["-" * w for w in widths]
-    lines: list[Sequence[str]] = []
-    for line in cells:
-        lines += [*itertools.zip_longest(*line, fillvalue=""), rule]
+    lines: list[Sequence[str]] = [part for line in cells for part in itertools.zip_longest(*line, fillvalue="")]
+    lines.insert(max(map(len, cells[0])), ["-" * w for w in widths])
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
