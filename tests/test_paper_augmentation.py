@@ -166,14 +166,61 @@ class TestAugmentation:
         assert "K = 3" in capsys.readouterr().out
         assert (tmp_path / "out" / "augmentation_cifar10_quick_pictures.png").stat().st_size > 1000
 
-    @pytest.mark.slow
-    def test_a_learnt_augmentation_finds_the_shift(self, tmp_path):
-        test = {
-            arm: np.array([record["test"] for record in runs(augmentation.EXPERIMENT, arm, 5, tmp_path)])
-            for arm in ("none", "K=3")
-        }
-        assert test["K=3"].mean() >= test["none"].mean() + 0.03
-        assert (test["K=3"] > test["none"]).sum() >= 3
+    def test_the_very_shift_for_comparison(self, tmp_path):
+        """Training images get one offset each; nothing is tuned."""
+        changes = {"steps": 2, "first": 0, "last": 2}
+        training = augmentation.Training(job(augmentation.EXPERIMENT, augmentation.KNOWN, 0, tmp_path, **changes))
+        before = [t.detach().clone() for t in training.hparams.values()]
+        x = torch.zeros(50, 1, 8, 8)
+        moved = training.augmented(x, torch.zeros(50))
+        assert 0.4 < float(moved.abs().max()) <= 0.8 and float((moved - moved[:, :, :1, :1]).abs().max()) == 0
+        training.run()
+        assert all(torch.equal(a, b) for a, b in zip(before, training.hparams.values(), strict=True))
+
+
+@pytest.fixture(scope="class")
+def accuracies(tmp_path_factory) -> dict[str, np.ndarray]:
+    """Test accuracy of five seeds by arm."""
+    arms = ("none", "K=0", "K=3", augmentation.KNOWN)
+    folder = tmp_path_factory.mktemp("augmentation")
+    return {arm: np.array([r["test"] for r in runs(augmentation.EXPERIMENT, arm, 5, folder)]) for arm in arms}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("learnt augmentation")
+class TestLearntAugmentation:
+    def test_it_finds_the_shift(self, accuracies):
+        none, identity, three, known = (accuracies[arm] for arm in ("none", "K=0", "K=3", augmentation.KNOWN))
+        # Measured: 0.834, 0.843, 0.899, 0.945.
+        assert three.mean() >= identity.mean() + 0.02
+        assert three.mean() >= none.mean() + 0.03
+        assert (three > none).sum() >= 3
+        assert known.mean() > none.mean() + 0.05, "there is something to find"
+
+    @pytest.mark.xfail(reason="0.056 on AVX2 with a standard error of 0.02: another CPU's rounding may miss it")
+    def test_it_beats_the_identity_by_five_points(self, accuracies):
+        assert accuracies["K=3"].mean() >= accuracies["K=0"].mean() + 0.05
+
+
+SMALL = {
+    "distillation": ("K=0", {"steps": 2, "validation": 200, "warm_up": 2}),
+    "overfit_validation": ("cnn K=3", {"max_steps": 1}),
+    "hyper_cleaning": ("CG", {"train": 100, "validation": 50, "test": 50, "hyper_steps": 1}),
+    "reweighting": ("net of the loss", {"train": 100, "validation": 50, "steps": 8, "first": 0}),
+    "split_study": ("per weight, N=60", {"steps": 2}),
+    "baselines": ("Neumann, many", {"train": 50, "max_steps": 5, "max_seconds": 0.0, "judged_by": 5}),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_system_takes_cifar(name, tmp_path):
+    made_up_cifar(tmp_path)
+    arm, changes = SMALL[name]
+    known = cli.experiments()[name]
+    settings = Settings("cifar10", tmp_path, quick=True, out=tmp_path)
+    assert "cifar10" in known.datasets and arm in [*known.arms(known.protocol(settings)), "per weight, N=60"]
+    numbers = dataclasses.replace(known.protocol(settings), **changes)
+    assert known.run(Job(settings, numbers, arm, 0, tmp_path / "paused.pt"))
 
 
 def made_up_cifar(folder) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import pickle
+import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +214,65 @@ def test_every_finished_run_is_kept_and_not_run_again(tmp_path):
     assert (tmp_path / "toy_digits_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "| it adds up | 1.5 | yes |" in (tmp_path / "toy_digits.md").read_text()
     assert not list(tmp_path.glob("*.new"))
+
+
+def add_bit_by_bit(job: Job) -> dict:
+    """Six random numbers, saved one by one; stopped from outside in the middle of a run where the variable says so."""
+    state = job.restore() or {"step": 0, "random": torch.get_rng_state(), "sum": torch.zeros(())}
+    torch.set_rng_state(state["random"])
+    total = state["sum"]
+    for step in range(state["step"], 6):
+        total = total + torch.randn(())
+        job.save({"step": step + 1, "random": torch.get_rng_state(), "sum": total})
+        if step == 3 and (job.arm, job.seed) == ("b", 0) and "KILL_THE_TEST" in os.environ:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return {**add(job), "total": float(total)}
+
+
+def test_a_killed_process_goes_on_where_it_was(tmp_path):
+    """Killed in the middle of its second run: the same command ends with what an undisturbed one gives."""
+
+    def records(folder: str) -> list[tuple]:
+        content = json.loads((tmp_path / folder / "toy_digits.json").read_text())
+        return [(run["arm"], run["seed"], run["record"]) for run in content["runs"]]
+
+    arguments = ["--seeds", "2", "--threads", "1", "--out"]
+    code = "from tests.test_paper_harness import *; cli.main(sys.argv[1:], only=toy(add_bit_by_bit))"
+    command = [sys.executable, "-c", code, *arguments, str(tmp_path / "cut")]
+    environment = os.environ | {"KILL_THE_TEST": "1"}
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert [run[:2] for run in records("cut")] == [("a", 0)]
+    assert (tmp_path / "cut" / "toy_digits_state" / "b_0.paused.pt").exists()
+    for folder in ("cut", "whole"):
+        assert cli.main([*arguments, str(tmp_path / folder)], only=toy(add_bit_by_bit)) == 0
+    assert records("cut") == records("whole") and len(records("cut")) == 4
+
+
+def test_an_experiment_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch):
+    def fail(job):
+        raise ZeroDivisionError("in the middle")
+
+    monkeypatch.setattr(cli, "experiments", lambda: {"toy": toy(fail)})
+    options = cli._parser({"toy": toy(fail)}, None).parse_args(["toy", "--out", str(tmp_path)])
+    (status, claims), text = cli._in_process(("toy", options, None))
+    assert (status, claims) == (1, []) and "in the middle" in text
+
+
+def test_a_wide_table_goes_on_in_the_next_line():
+    text = cli.left_table([{"claim": "a b c d", "ours": 0.5}, {"claim": "e", "ours": 1}], width=3)
+    assert text.splitlines() == ["cla  our", "im   s", "---  ---", "a b  0.5", "c d", "e    1"]
+
+
+def test_logarithmic_axes_of_few_decades_have_plain_labels():
+    for values, labels in (((0.6, 1.0), {"0.7", "0.8"}), ((0.1, 9.0), {"0.2", "1", "5"})):
+        axis = figures.figure(1, "What to see.").subplots()
+        figures.band(axis, values, [values], "seed")
+        axis.set(xscale="log", yscale="log")
+        figures.plain_ticks(axis.xaxis)
+        axis.figure.draw_without_rendering()
+        assert labels <= {text.get_text() for text in axis.get_xticklabels()}
+        assert not any(text.get_text() for text in axis.get_xticklabels(minor=True))
 
 
 def test_fresh_begins_anew_and_other_numbers_are_refused(tmp_path):

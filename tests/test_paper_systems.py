@@ -16,7 +16,7 @@ pytest.importorskip("tqdm")
 pytest.importorskip("bench.paper", reason="bench/ is not part of the package")
 
 import hypergrad_ext as hg
-from bench.paper import baselines, distillation, inverse_hessian, inverse_problems, models, overfit_validation
+from bench.paper import baselines, cli, distillation, inverse_hessian, inverse_problems, models, overfit_validation
 from bench.paper.experiment import Experiment, Job, Paused, Settings
 from hypergrad_ext.solvers import System
 from hypergrad_ext.solvers.lanczos import lanczos
@@ -57,6 +57,12 @@ class TestDistillation:
         ]
         for x, y in zip(*found, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+    def test_images_are_recognised_by_their_class_mean(self):
+        data = distillation.Examples(torch.rand(200, 30), torch.arange(200) % 10)
+        means = distillation.class_means(data)
+        assert distillation.recognised(3 * means + 1, data) == 10
+        assert distillation.recognised(means.roll(1, 0), data) == 0
 
     def test_a_short_run(self, tmp_path):
         (record,) = runs(distillation.EXPERIMENT, "K=5", 1, tmp_path, steps=2)
@@ -129,6 +135,39 @@ class TestInverseHessian:
             x = hg.solve(hg.DenseMatrix(matrix), b, hg.CG(tol=1e-15, max_steps=steps)).value
             assert float((x - exact).norm() / exact.norm()) <= error
 
+    def test_the_paths_of_training(self, tmp_path):
+        """Penalties stay until the warm-up is over, by when the loss is near its minimum."""
+        problem = inverse_problems.ridge(job(inverse_hessian.EXPERIMENT, "diabetes ridge", 0, tmp_path))
+        before, least = problem.lam.detach().clone(), float(problem.train(problem.w).detach())
+        above, moved = [], []
+        for steps, here in inverse_problems.in_training(problem, (5, 300, 310), lr=0.01, outer_lr=0.01, warm_up=300):
+            assert steps == (5, 300, 310)[len(moved)]
+            above.append(float(here.train(here.w).detach()) - least)
+            moved.append(not torch.equal(problem.lam.detach(), before))
+        assert 0 < above[1] < 0.05 * above[0]
+        assert moved == [False, False, True]
+
+    def test_a_small_comparison_and_its_report(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(inverse_hessian, "_TIMES", 1)
+        monkeypatch.setattr(inverse_hessian, "_STEPS", (1, 5))
+        small = {
+            "examples": 40,
+            "hidden": 2,
+            "terms": (0, 1, 5, 20),
+            "training_steps": (20,),
+            "convex_steps": (2, 4),
+            "other_penalties": (-5.0,),
+        }
+        settings = Settings(seeds=1, quick=True, out=tmp_path)
+        experiment = dataclasses.replace(
+            inverse_hessian.EXPERIMENT,
+            protocol=lambda settings: dataclasses.replace(inverse_hessian.Protocol(), **small),
+        )
+        report = cli.run(experiment, settings)
+        assert {"distance", "inverse", "training", "penalties"} == set(report.figures)
+        assert {row["problem"] for row in report.rows} == {"logistic regression", "diabetes ridge", "indefinite MLP"}
+        assert len(report.claims) == 4
+
     @pytest.mark.slow
     def test_the_order_of_the_methods_at_a_minimum(self, tmp_path):
         problem = inverse_problems.logistic(job(inverse_hessian.EXPERIMENT, "logistic regression", 0, tmp_path))
@@ -178,7 +217,7 @@ class TestOverfitValidation:
 
     def test_two_steps_of_every_kind(self, tmp_path):
         for kind in ("K=2", "K=0", "unrolled", "none"):
-            (record,) = runs(overfit_validation.EXPERIMENT, f"mlp {kind}", 1, tmp_path, max_steps=2)
+            (record,) = runs(overfit_validation.EXPERIMENT, f"mlp {kind}", 1, tmp_path, max_steps=2, untuned_steps=2)
             assert len(record["train"]) == (0 if kind == "none" else 2)
             assert (record["largest_penalty"] > 0.0184) == (kind != "none"), "e^-4, unless tuned"
 
@@ -238,8 +277,6 @@ class TestBaselines:
     def test_every_method_keeps_to_its_budget_and_none_to_less(self, tmp_path):
         budget = {"max_steps": 60, "max_seconds": 0.05, "cold_steps": 20, "judged_by": 50}
         for arm in baselines.protocol(Settings(quick=True)).arms:
-            if arm.startswith("Bayesian"):
-                pytest.importorskip("optuna")
             (record,) = runs(baselines.EXPERIMENT, arm, 1, tmp_path, **budget)
             if arm != baselines.MEMORY:
                 steps, seconds, loss = zip(*record["points"], strict=True)
@@ -248,6 +285,11 @@ class TestBaselines:
                 # A search reads its clock after the point was noted: what lies between is not on record.
                 assert steps[-1] >= 60 and (seconds[-1] >= 0.045 or arm.startswith("grid"))
                 assert all(0 < record[key][0] < 2.4 and record[key][1] > 0.5 for key in ("steps", "seconds"))
+
+    def test_without_optuna_the_other_searches_remain(self, monkeypatch):
+        monkeypatch.setattr(baselines.search, "bayesian_available", lambda: False)
+        arms = baselines.protocol(Settings()).arms
+        assert "random, 10" in arms and not any("Bayesian" in arm for arm in arms)
 
     def test_memory_of_unrolling_grows_and_of_a_series_does_not(self, tmp_path):
         (record,) = runs(baselines.EXPERIMENT, baselines.MEMORY, 1, tmp_path)

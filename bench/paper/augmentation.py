@@ -24,6 +24,7 @@ from bench.paper.store import Results
 from hypergrad_ext.demo.data import Examples, Split
 
 _SHOWN = 8
+KNOWN = "known shift"
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Protocol:
 
 
 def protocol(settings: Settings) -> Protocol:
-    """The protocol for a data set: scaled for digits, the paper's, shortened, for CIFAR-10."""
-    if settings.data == "digits":
+    """The protocol for a data set: the paper's, shortened, for CIFAR-10, the scaled one for grey images."""
+    if settings.data != "cifar10":
         return Protocol(
             train=200,
             validation=400,
-            test=None,
+            test=None if settings.data == "digits" else 2000,
             steps=700,
             batch=100,
             lr=0.05,
@@ -110,8 +111,11 @@ def protocol(settings: Settings) -> Protocol:
 
 
 def arms(protocol: Protocol) -> list[str]:
-    """Without augmentation, and with K products per hypergradient; K = 0 is the identity."""
-    return ["none", *(f"K={k}" for k in protocol.neumann)]
+    """Without augmentation, with K products per hypergradient (K = 0 is the identity), and with the very shift.
+
+    A student that trains on images shifted as the validation images are tells how much there is to gain.
+    """
+    return ["none", *(f"K={k}" for k in protocol.neumann), *([KNOWN] if protocol.shift else [])]
 
 
 class Training:
@@ -119,7 +123,7 @@ class Training:
 
     def __init__(self, job: Job) -> None:
         self.job, self.p = job, job.protocol
-        self.neumann = None if job.arm == "none" else int(job.arm.removeprefix("K="))
+        self.neumann = int(job.arm.removeprefix("K=")) if job.arm.startswith("K=") else None
         self.split = _load(job)
         channels, side = self.split.train.x.shape[1], self.split.train.x.shape[2]
         layout = torch.channels_last if job.device.type == "cuda" else torch.contiguous_format
@@ -177,6 +181,8 @@ class Training:
 
     def augmented(self, x: Tensor, noise: Tensor) -> Tensor:
         """What the student trains on."""
+        if self.job.arm == KNOWN:
+            return _shifted(x, self.p.shift, self.random)
         return x if self.neumann is None else self.unet(x, noise)
 
     def accuracy(self, data: Examples) -> float:
@@ -253,14 +259,18 @@ def _load(job: Job) -> Split:
     random = torch.Generator().manual_seed(job.seed)
 
     def shifted(part: Examples) -> Examples:
-        offsets = (2 * torch.rand(len(part), 1, 1, 1, generator=random) - 1) * p.shift
-        return Examples(part.x + offsets, part.y)
+        return Examples(_shifted(part.x, p.shift, random), part.y)
 
     split = Split(split.train, shifted(split.validation), shifted(split.test))
-    if job.settings.data != "digits":
+    if job.settings.data == "cifar10":
         mean, deviation = split.train.x.mean((0, 2, 3), keepdim=True), split.train.x.std((0, 2, 3), keepdim=True)
         split = split.map(lambda part: Examples((part.x - mean) / deviation, part.y))
     return split.map(lambda part: part.to(job.device))
+
+
+def _shifted(x: Tensor, most: float, random: torch.Generator) -> Tensor:
+    """Every image brighter or darker by a number of its own."""
+    return x + ((2 * torch.rand(len(x), 1, 1, 1, generator=random) - 1) * most).to(x.device)
 
 
 def run(job: Job) -> Record:
@@ -296,17 +306,17 @@ def report(results: Results) -> Report:
     ]
     none, identity, three = (results.values(arm, "test") for arm in ("none", "K=0", "K=3"))
     better = int((three > none).sum())
-    margins = (0.03, 0.05) if results.settings.data == "digits" else (0.01, 0.0)
+    least = 0.03 if p.shift else 0.01
     claims = [
         Claim(
             f"a learnt augmentation, {_COUNTS[p.convolutions]} hyperparameters, improves the test accuracy",
             f"K = 3 {three.mean():.3f}, none {none.mean():.3f}; {better} of {seeds} seeds improve",
-            three.mean() >= none.mean() + margins[0] and better >= 0.6 * seeds,
+            three.mean() >= none.mean() + least and better >= 0.6 * seeds,
         ),
         Claim(
-            "three Neumann terms beat the identity" + (" (by 0.05)" if margins[1] else ""),
+            "three Neumann terms beat the identity",
             f"K = 3 {three.mean():.3f}, K = 0 {identity.mean():.3f}",
-            three.mean() >= identity.mean() + margins[1],
+            three.mean() > identity.mean(),
         ),
         Claim(
             "smaller variance between restarts",
@@ -314,6 +324,17 @@ def report(results: Results) -> Report:
             _smaller(three.std(), none.std()) if len(three) > 1 else None,
         ),
     ]
+    if p.shift:
+        known = results.mean(KNOWN, "test")
+        claims.insert(
+            2,
+            Claim(
+                "they do by 0.05 (our aim, not the paper's)",
+                f"by {three.mean() - identity.mean():.3f}; training on the very shift, which is the most to be had: "
+                f"{known:.3f}, so {known - identity.mean():.3f} better than K = 0",
+                three.mean() >= identity.mean() + 0.05,
+            ),
+        )
     return Report(rows, claims, {"accuracy": _accuracy_figure(results), "pictures": _pictures_figure(results)})
 
 
@@ -328,7 +349,8 @@ def _accuracy_figure(results: Results) -> object:
     figure = figures.figure(
         1,
         f"{results.data}, {p.train} training images; {shift}Dots: seeds; bars: means (the axis does not start at 0). "
-        "Left to right: no augmentation, learnt with the identity as inverse Hessian, with Hessian products.",
+        "Left to right: no augmentation, learnt with the identity as inverse Hessian, with Hessian products"
+        + (", and, for comparison, training images shifted as those of validation are." if p.shift else "."),
         width=7.0,
         height=4.4,
     )
@@ -341,10 +363,10 @@ def _accuracy_figure(results: Results) -> object:
             axis.plot([i + offset] * len(seeds), seeds, ".", color=colour)
             axis.annotate(f"{seeds.mean():.3f}", (i + offset, 0.02), ha="center", xycoords=("data", "axes fraction"))
     values = [results.values(arm, key).min() for arm in results.arms for key in ("validation", "test")]
-    axis.set(ylabel="accuracy", xlabel="hypergradient", ylim=(max(0.0, min(values) - 0.15), 1.0))
+    axis.set(ylabel="accuracy", xlabel="augmentation of the training images", ylim=(max(0.0, min(values) - 0.15), 1.0))
     axis.set_xticks(range(len(results.arms)), [_TITLES.get(arm, arm) for arm in results.arms])
     axis.set_title(f"A U-Net of {_COUNTS[p.convolutions]} weights as augmentation")
-    axis.legend(loc="upper right")
+    axis.legend(loc="upper left")
     return figure
 
 
@@ -357,7 +379,8 @@ def _pictures_figure(results: Results) -> object:
         f"{results.data}: training images and what the U-Net (K = 3, seed 0) makes of them at noise -1 and +1. "
         "A row shares its scale of grey"
         + (
-            ", written beside it: the U-Net changes brightness and contrast, which the validation images demand."
+            ", written beside it. To see: the noise moves the brightness, as the validation images demand; a pattern "
+            "of the U-Net's own comes with it."
             if results.protocol.shift
             else "."
         ),
@@ -385,7 +408,6 @@ EXPERIMENT = Experiment(
     arms=arms,
     run=run,
     report=report,
-    datasets=("digits", "cifar10"),
     seeds=5,
     quick_seeds=5,
     not_yet_run="--data cifar10 without --quick, for a GPU: --device cuda --time-limit 570, again until done",

@@ -14,7 +14,8 @@ SCALED_WEIGHTS = 3009
 class UNet(nn.Module):
     r"""Augmentation :math:`x + \tanh(u(x, z))`, with one number :math:`z \sim N(0, 1)` per image as a further channel.
 
-    Two levels of 8 and 16 channels, transposed convolution upwards, no normalisation.
+    Two levels of 8 and 16 channels, largest values downwards, transposed convolution upwards, no normalisation: as in
+    the paper's code.
 
     Args:
         channels: Channels of the images, ``(n, channels, height, width)``; height and width are even.
@@ -32,7 +33,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         """Augment ``x`` with one number per image, ``noise``, shape ``(n,)``."""
         fine = self.fine(torch.cat([x, noise.view(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1))
-        coarse = self.coarse(F.avg_pool2d(fine, 2))
+        coarse = self.coarse(F.max_pool2d(fine, 2))
         return x + torch.tanh(self.last(self.merge(torch.cat([self.up(coarse), fine], 1))))
 
 

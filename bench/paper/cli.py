@@ -7,11 +7,14 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import itertools
 import multiprocessing
 import os
 import pkgutil
 import sys
+import textwrap
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,7 +77,12 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
     ]
     if summary:
         print(left_table(summary))
+        told = [row["reproduced"] for row in summary]
+        print(f"\n{told.count('yes')} of {len(told)} claims reproduced, {told.count('NO')} not")
     statuses = [status for status, _ in outcomes]
+    unfinished = [e.name for e, status in zip(chosen, statuses, strict=True) if status]
+    if unfinished:
+        print(f"\nNot in the table: {', '.join(unfinished)}, see above")
     return 1 if 1 in statuses else max(statuses, default=0)
 
 
@@ -94,8 +102,13 @@ def _several(chosen: list[Experiment], options: argparse.Namespace, deadline: fl
 def _in_process(arguments: tuple[str, argparse.Namespace, float | None]) -> tuple[Outcome, str]:
     name, options, deadline = arguments
     said = io.StringIO()
+    outcome: Outcome = 1, []
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        outcome = _one(experiments()[name], options, torch.device(options.device), deadline)
+        try:
+            outcome = _one(experiments()[name], options, torch.device(options.device), deadline)
+        except Exception:
+            # One that fails must not take the others with it.
+            traceback.print_exc()
     return outcome, said.getvalue()
 
 
@@ -160,10 +173,12 @@ def run(experiment: Experiment, settings: Settings, *, fresh: bool = False, save
     return report
 
 
-def left_table(rows: list[dict[str, object]]) -> str:
-    """Rows of equal keys as text, aligned to the left."""
-    lines = measure.cells(rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+def left_table(rows: list[dict[str, object]], width: int = 52) -> str:
+    """Rows of equal keys as text, aligned to the left; cells longer than ``width`` go on in the next line."""
+    cells = [[textwrap.wrap(cell, width) or [""] for cell in line] for line in measure.cells(rows)]
+    widths = [max(len(part) for line in cells for part in line[i]) for i in range(len(cells[0]))]
+    lines: list[Sequence[str]] = [part for line in cells for part in itertools.zip_longest(*line, fillvalue="")]
+    lines.insert(max(map(len, cells[0])), ["-" * w for w in widths])
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
@@ -193,7 +208,7 @@ def _write(store: Store, report: Report) -> list[Path]:
     environments = [f"{where}, commit {' '.join(found)}" for where, found in commits.items()]
     head, *body = measure.cells(report.rows)
     lines = [f"# {store.experiment.name}, {store.content['data']}", "", store.experiment.about, ""]
-    lines += [f"{store.settings.seeds} seeds. {'; '.join(environments)}.", ""]
+    lines += [f"{store.settings.seeds} seed{'s' if store.settings.seeds > 1 else ''}. {'; '.join(environments)}.", ""]
     lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     lines += ["", "| claim | ours | reproduced |", "|---|---|---|"]
     lines += [f"| {c.paper} | {c.ours} | {_word(c.reproduced)} |" for c in report.claims]

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 
@@ -17,6 +19,25 @@ def figure(columns: int, caption: str, *, rows: int = 1, width: float = 5.0, hei
     figure = Figure(figsize=(columns * width, rows * height + 0.25 * len(lines)), layout="constrained")
     figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9.5)
     return figure
+
+
+def seeds(count: int) -> str:
+    """What a caption says of the seeds that `band` draws."""
+    return "1 seed" if count == 1 else f"{count} seeds (line: median, band: least to largest)"
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis of few decades by plain numbers: 0.5, 1, 2."""
+    low, high = axis.get_view_interval()
+    decades = np.log10(high / low)
+    if decades < 0.15:
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    elif decades < 3:
+        steps = (1.0, 2.0, 5.0) if decades >= 0.7 else tuple(range(1, 10))
+        axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def band(axis: Axes, x: Sequence[float], seeds: np.ndarray, label: str, **style: object) -> None:

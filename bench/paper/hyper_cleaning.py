@@ -142,9 +142,9 @@ def _claims(results: Results) -> list[Claim]:
 def _figure(results: Results) -> object:
     figure = figures.figure(
         3,
-        f"{results.data}, {results.protocol.train} training examples, half of the labels redrawn. Lines: medians over "
-        "seeds, bands: least to largest. Grey: training on everything, and on the right labels alone; if wrong labels "
-        "cost accuracy at all, cleaning ends between them. Middle: how well the weights rank right above "
+        f"{results.data}, {results.protocol.train} training examples, half of the labels redrawn, "
+        f"{figures.seeds(results.settings.seeds)}. Grey: training on everything, and on the right labels alone; if "
+        "wrong labels cost accuracy at all, cleaning ends between them. Middle: how well the weights rank right above "
         "wrong labels (0.5 is chance). Right: the weights at the end.",
     )
     left, middle, right = figure.subplots(1, 3)
@@ -170,7 +170,6 @@ EXPERIMENT = Experiment(
     arms=arms,
     run=run,
     report=report,
-    datasets=("digits", "mnist", "fashion"),
     seeds=3,
     quick_seeds=3,
 )

@@ -42,6 +42,8 @@ def report(results: Results) -> Report:
         "inverse": inverse_figure(results),
         "training": training_figure(results),
     }
+    if "logistic regression" in results.arms:
+        shown["penalties"] = penalty_figure(results)
     convex = convex_claims(results) if "logistic regression" in results.arms else []
     return Report(rows, [*convex, *indefinite_claims(results)], shown)
 
@@ -87,24 +89,29 @@ def indefinite_claims(results: Results) -> list[Claim]:
     ]
 
 
+def _data(results: Results) -> str:
+    return f"{results.data}{' and diabetes' if 'diabetes ridge' in results.arms else ''}"
+
+
 def distance_figure(results: Results) -> figures.Figure:
     columns = len(results.arms)
     figure = figures.figure(
         columns,
-        f"{results.data}{' and diabetes' if 'diabetes ridge' in results.arms else ''}, {results.settings.seeds} seeds "
-        "(line: median, band: range). Hypergradients and inverse HVPs against the exact dense inverse. At a minimum CG "
-        "and MINRES get there first, Neumann and unrolling (the same numbers) slowly, Nystrom with its damping not at "
-        "all, the CG of the paper's code hardly. With negative eigenvalues MINRES alone approaches the exact one.",
-        rows=4,
-        height=3.0,
+        f"{_data(results)}, {figures.seeds(results.settings.seeds)}. Hypergradients and inverse HVPs against the exact "
+        "dense inverse. At a minimum CG and MINRES get there first, Neumann and unrolling (the same numbers) slowly, "
+        "Nystrom with its damping not at all, the CG of the paper's code hardly. With negative eigenvalues MINRES "
+        "alone approaches the exact one.",
+        rows=5,
+        height=2.8,
     )
     panels = [
-        (4, 1, "Hessian products, one for the residual", "cosine similarity"),
+        (0, 1, "terms, steps or rank K", "cosine similarity"),
+        (0, 2, "terms, steps or rank K", "relative L2 distance"),
         (4, 2, "Hessian products, one for the residual", "relative L2 distance"),
         (4, 3, "Hessian products, one for the residual", "residual |b - Hx| / |b|"),
         (5, 2, "milliseconds", "relative L2 distance"),
     ]
-    axes = figure.subplots(4, columns, squeeze=False)
+    axes = figure.subplots(len(panels), columns, squeeze=False)
     for column, arm in zip(axes.T, results.arms, strict=True):
         for axis, (across, up, x_title, y_title) in zip(column, panels, strict=True):
             for i, name in enumerate(results.of(arm)[0]["curves"]):
@@ -112,38 +119,90 @@ def distance_figure(results: Results) -> figures.Figure:
                 x, y = np.median(stacks[:, :, across], 0), stacks[:, :, up]
                 if not np.isnan(x).all() and not np.isnan(y).all():
                     figures.band(axis, x, y, name, color=f"C{i}", marker=".")
-            axis.set(xlabel=x_title, ylabel=y_title, xscale="log")
-            axis.xaxis.set_minor_formatter("")
+            axis.set(xlabel=x_title, ylabel=y_title)
+            if across == 0:
+                # K = 0 belongs to the axis.
+                axis.set_xscale("symlog", linthresh=1)
+                axis.set_xticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+            else:
+                axis.set_xscale("log")
+                figures.plain_ticks(axis.xaxis)
             if up > 1:
                 axis.set(yscale="log")
                 axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-10))
+                figures.plain_ticks(axis.yaxis)
         column[0].set_title(arm)
-    axes[0][0].legend(fontsize=8)
+    # Where most of the panel is empty.
+    axes[0][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, loc="upper left")
     return figure
 
 
 def training_figure(results: Results) -> figures.Figure:
-    """Residuals of 20 steps along a training run."""
-    figure = figures.figure(
-        1,
-        f"{results.data}, an MLP in training, {results.settings.seeds} seeds (line: median, band: range). Residual of "
-        "20 steps of every solver against the Hessian of that moment, whose number of negative eigenvalues is written "
-        "above. Below the dotted line something is gained: most by MINRES. Plain CG meets negative curvature and hands "
-        "back the start, on the line.",
-        width=7.0,
+    """Cosine, distance and residual of a few steps along a training run."""
+    columns = len(results.arms)
+    tuned = (
+        f"The penalties are tuned after step {results.protocol.warm_up}, which spreads the eigenvalues: 20 terms no "
+        "longer do. On the 11 weights of the ridge CG and MINRES are exact, below the axis. "
+        if "diabetes ridge" in results.arms
+        else ""
     )
-    axis = figure.subplots()
-    records = [record["training"] for record in results.of("indefinite MLP")]
-    for i, name in enumerate(dict.fromkeys(str(entry[2]) for entry in records[0])):
-        lines = [{entry[0]: entry[5] for entry in record if entry[2] == name} for record in records]
-        steps = sorted(set.intersection(*map(set, lines)))
-        if len(steps) > 1:
-            figures.band(axis, steps, [[line[s] for s in steps] for line in lines], name, color=f"C{i}", marker="o")
-    for steps, negative in {entry[0]: entry[1] for entry in records[0]}.items():
-        axis.annotate(str(negative), (steps, 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom")
-    axis.axhline(1, color="black", linestyle=":")
-    axis.set(xlabel="steps of Adam", ylabel="residual |b - Hx| / |b|", yscale="log")
+    figure = figures.figure(
+        columns,
+        f"{_data(results)}, {figures.seeds(results.settings.seeds)}. What 0 to 20 terms or steps find of the exact "
+        f"hypergradient and inverse HVP at that moment of training. {tuned}The numbers on top count the negative "
+        "eigenvalues of the network's Hessian (seed 0): with these, plain CG hands back its start, of residual 1 "
+        "(dotted), only MINRES gains much, and nothing comes near the exact hypergradient.",
+        rows=3,
+        width=5.0,
+        height=2.8,
+    )
+    axes = figure.subplots(3, columns, squeeze=False)
+    titles = ((3, "cosine similarity"), (4, "relative L2 distance"), (5, "residual |b - Hx| / |b|"))
+    for column, arm in zip(axes.T, results.arms, strict=True):
+        records = [record["training"] for record in results.of(arm)]
+        steps = list(dict.fromkeys(entry[0] for entry in records[0]))
+        for axis, (entry_of, title) in zip(column, titles, strict=True):
+            for i, name in enumerate(dict.fromkeys(entry[2] for entry in records[0])):
+                lines = [[entry[entry_of] for entry in record if entry[2] == name] for record in records]
+                figures.band(axis, steps, np.array(lines, dtype=float), name, color=f"C{i}", marker="o", markersize=4)
+            axis.set(xlabel="steps of Adam", ylabel=title)
+            if entry_of > 3:
+                axis.set(yscale="log")
+                axis.set_ylim(bottom=max(axis.get_ylim()[0], 1e-8))
+                axis.axhline(1, color="black", linestyle=":")
+                figures.plain_ticks(axis.yaxis)
+        column[0].set_title(arm, pad=20)
+        for entry in records[0]:
+            if entry[1]:
+                column[0].annotate(
+                    str(entry[1]), (entry[0], 1.0), xycoords=("data", "axes fraction"), ha="center", va="bottom"
+                )
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def penalty_figure(results: Results) -> figures.Figure:
+    """The distance over the steps, at three condition numbers."""
+    records = [record["penalties"] for record in results.of("logistic regression")]
+    penalties = sorted(records[0], key=float, reverse=True)
+    figure = figures.figure(
+        len(penalties),
+        f"{results.data}, logistic regression, {figures.seeds(results.settings.seeds)}. The weaker the penalty, the "
+        "larger the condition number, and the more steps every method needs: Neumann in proportion to it, the others "
+        "in proportion to its root.",
+        width=4.2,
+        height=3.4,
+    )
+    for axis, penalty in zip(figure.subplots(1, len(penalties), sharey=True, squeeze=False)[0], penalties, strict=True):
+        for i, name in enumerate(records[0][penalty]["curves"]):
+            curves = np.array([record[penalty]["curves"][name] for record in records], dtype=float)
+            figures.band(axis, curves[0, :, 0], curves[:, :, 2], name, color=f"C{i}", marker=".")
+        condition = np.median([record[penalty]["condition"] for record in records])
+        axis.set(title=f"log penalty {penalty}: condition number {condition:.0f}", xlabel="steps K", xscale="log")
+        axis.set(yscale="log", ylim=(1e-10, 2))
+        figures.plain_ticks(axis.xaxis)
     axis.legend(fontsize=8)
+    figure.axes[0].set_ylabel("relative L2 distance")
     return figure
 
 
@@ -151,9 +210,9 @@ def inverse_figure(results: Results) -> figures.Figure:
     names = [*(f"heat {k}" for k in results.protocol.heat_steps), "heat exact"]
     figure = figures.figure(
         len(names),
-        f"{results.data}: tanh of the inverse Hessian, of its Neumann approximations with 2, 6 and 21 terms and exact "
-        "(right), first 65 weights at the most. At a minimum more terms come closer; "
-        "on the indefinite network 21 terms show nothing of the exact inverse yet.",
+        f"{_data(results)}, seed 0: the inverse Hessian (first 65 weights at the most; colour: tanh of an entry), by "
+        "Neumann series with K products and exact (right). At a minimum more terms come closer; on the indefinite "
+        "network 21 terms show nothing of the exact inverse yet.",
         rows=len(results.arms),
         width=2.6,
         height=2.5,
@@ -163,6 +222,8 @@ def inverse_figure(results: Results) -> figures.Figure:
         for axis, name in zip(line, names, strict=True):
             image = axis.imshow(results.of(arm)[0][name].numpy(), cmap="coolwarm", vmin=-1, vmax=1)
             axis.set(title=name.replace("heat ", "K = ").replace("K = exact", "exact"), xticks=[], yticks=[])
-        line[0].set_ylabel(arm, fontsize=8)
-        figure.colorbar(image, ax=line[-1])
+        line[0].set_ylabel(f"{arm}\nweight", fontsize=8)
+        figure.colorbar(image, ax=line[-1], label="tanh of the entry")
+    for axis in axes[-1]:
+        axis.set_xlabel("weight", fontsize=8)
     return figure

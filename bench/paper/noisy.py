@@ -68,7 +68,8 @@ def curves(
         figures.band(error, across(arm), results.values(arm, "error"), arm, **style)
         if arm in weighing:
             figures.band(ranking, across(arm), results.values(arm, "auc"), arm, **style)
-    error.set(title="test error", ylabel="share of test images misclassified")
+    error.set(title="test error", ylabel="share of test images misclassified", yscale="log")
+    figures.plain_ticks(error.yaxis)
     ranking.set(title="ranking of the labels", ylabel="AUC, right against wrong labels")
     for axis in (error, ranking):
         axis.grid(alpha=0.3)

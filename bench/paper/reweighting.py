@@ -142,8 +142,8 @@ def _figure(results: Results) -> object:
     p: Protocol = results.protocol
     figure = figures.figure(
         2,
-        f"{results.data}, {p.train} training examples, half of whose labels are redrawn. Lines: medians over seeds, "
-        "bands: least to largest. With equal weights the student learns the wrong labels by heart; a "
+        f"{results.data}, {p.train} training examples, half of whose labels are redrawn, "
+        f"{figures.seeds(results.settings.seeds)}. With equal weights the student learns the wrong labels by heart; a "
         "network that weighs examples, tuned on clean validation examples, keeps it from that.",
     )
     left, right = figure.subplots(1, 2)
@@ -161,7 +161,6 @@ EXPERIMENT = Experiment(
     arms=arms,
     run=run,
     report=report,
-    datasets=("digits", "mnist", "fashion"),
     seeds=3,
     quick_seeds=3,
 )

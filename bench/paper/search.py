@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -70,6 +71,11 @@ def random_search(evaluate: Evaluate, space: Space, budget: Budget, *, seed: int
             }
 
     return _try(evaluate, draw(), budget)
+
+
+def bayesian_available() -> bool:
+    """Whether Optuna is installed."""
+    return importlib.util.find_spec("optuna") is not None
 
 
 def bayesian_search(evaluate: Evaluate, space: Space, budget: Budget, *, seed: int) -> History:

@@ -165,7 +165,7 @@ def _figure(results: Results) -> object:
     p: Protocol = results.protocol
     figure = figures.figure(
         len(p.sizes),
-        "Line: median over seeds, band: least to largest. Solid: weights as tuned; dashed: trained anew on all N "
+        f"{figures.seeds(results.settings.seeds)}. Solid: weights as tuned; dashed: trained anew on all N "
         "examples with the penalties found. One penalty gains nothing from a larger validation share and loses "
         "training examples; one per weight makes up for part of them. After training anew the share matters little.",
         width=5.6 if len(p.sizes) == 1 else 4.6,
@@ -177,7 +177,7 @@ def _figure(results: Results) -> object:
                 seeds = results.values(f"{kind}, N={n}", key)
                 penalties = "one penalty" if kind == "global" else "one per weight"
                 figures.band(axis, p.shares, seeds, f"{penalties}, {title}", color=colour, linestyle=style, marker="o")
-        axis.set(title=f"{results.data}, N = {n}", xlabel="validation share", ylabel="test accuracy")
+        axis.set(title=f"{results.data}, N = {n}", xlabel="share of the N examples held out", ylabel="test accuracy")
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="lower left")
     return figure
@@ -190,7 +190,6 @@ EXPERIMENT = Experiment(
     arms=arms,
     run=run,
     report=report,
-    datasets=("digits", "mnist", "fashion"),
     seeds=6,
     quick_seeds=6,
 )
