@@ -36,10 +36,15 @@ class TestCounts:
         with torch.device("meta"):
             assert count(LanguageModel(10_000, 650)) == 13_280_400
             assert count(Regularisation(650)) == 7
-            assert count(Regularisation(650, many=True)) == 1_691_951
+            assert count(Regularisation(650, many=True, penalties=False)) == 1_691_951
 
-    def test_of_the_small_protocol(self):
-        assert count(Regularisation(48, many=True)) == 3 * 48 + 192 * 48 + 1
+    @pytest.mark.parametrize(("method", "number"), [("seven", 7), ("many", 9_363)])
+    def test_of_the_small_protocol(self, corpus, method, number):
+        assert count(protocol.make(corpus, protocol.SMALL, method, 0).hyper) == number
+
+    @pytest.mark.parametrize(("method", "number"), [("seven", 7), ("many", 1_691_951)])
+    def test_of_the_full_protocol(self, corpus, method, number):
+        assert count(protocol.make(corpus, protocol.FULL, method, 0).hyper) == number
 
 
 class TestText:

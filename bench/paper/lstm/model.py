@@ -32,12 +32,15 @@ class Regularisation(nn.Module):
     Args:
         units: Of every layer and of the embedding.
         many: One rate per unit for `input`, `hidden` and `output`, one per recurrent weight, the same for all layers,
-            and one for `embedding`; the penalties stay what they are. 1,691,951 for 650 units.
+            and one for `embedding`: 1,691,951 for 650 units.
         dropout: Rate at the start, in (0, 1).
         penalty: Both penalties at the start, > 0.
+        penalties: Whether the penalties are hyperparameters, too; else they stay what they are.
     """
 
-    def __init__(self, units: int, many: bool = False, dropout: float = 0.5, penalty: float = 1e-2) -> None:
+    def __init__(
+        self, units: int, many: bool = False, dropout: float = 0.5, penalty: float = 1e-2, penalties: bool = True
+    ) -> None:
         """See the class."""
         super().__init__()
         shapes = {
@@ -48,10 +51,10 @@ class Regularisation(nn.Module):
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape if many else ())))
         for name in ("activation", "temporal"):
-            if many:
-                self.register_buffer(name, torch.zeros(()))
-            else:
+            if penalties:
                 setattr(self, name, nn.Parameter(torch.zeros(())))
+            else:
+                self.register_buffer(name, torch.zeros(()))
         self.assign({name: penalty if name in PENALTIES else dropout for name in NAMES})
 
     @torch.no_grad()

@@ -51,6 +51,7 @@ SMALL = Protocol(
     stop_after=None,
     evaluate_every=100,
     dropout=0.2,
+    many_penalties=True,
     hyper_rate=1e-2,
     hyper_every=4,
     hyper_after=50,

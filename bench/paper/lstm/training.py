@@ -34,6 +34,7 @@ class Setting:
         evaluate_every: Steps between evaluations; None is an epoch.
         dropout: Rates at the start.
         penalty: Penalties at the start.
+        many_penalties: Whether ``"many"`` tunes the two penalties, too; the paper's count is without them.
         hyper_rate: Learning rate of Adam for the hyperparameters.
         hyper_every: Inner steps per hyper-step.
         hyper_after: Inner steps before the first.
@@ -56,6 +57,7 @@ class Setting:
     evaluate_every: int | None = None
     dropout: float = 0.5
     penalty: float = 1e-2
+    many_penalties: bool = False
     hyper_rate: float = 1e-3
     hyper_every: int = 1
     hyper_after: int = 0
@@ -111,7 +113,9 @@ class Run:
             torch.set_float32_matmul_precision("highest" if setting.precision == "fp32" else "high")
         self.corpus, self.setting, self.method = corpus, setting, method
         self.model = LanguageModel(len(corpus.words), setting.units).to(setting.device)
-        hyper = Regularisation(setting.units, method == "many", setting.dropout, setting.penalty)
+        many = method == "many"
+        penalties = setting.many_penalties or not many
+        hyper = Regularisation(setting.units, many, setting.dropout, setting.penalty, penalties)
         self.hyper = None if method == "none" else hyper.to(setting.device)
         self.optimiser = self.inner_optimiser(self.model)
         self.outer = torch.optim.Adam(hyper.parameters(), lr=setting.hyper_rate)
