@@ -125,7 +125,9 @@ class Run:
         self.curve: list[Point] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.losses: list[Tensor] = []
+        # A sum, not a list: a number kept from every step keeps the memory of a step's logits from being used again.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=setting.device)
+        self.losses = 0
         self.failed_solves = 0
 
     def inner_optimiser(self, weights: nn.Module) -> torch.optim.Optimizer:
@@ -193,7 +195,12 @@ class Run:
         loss, penalty, self.train.state = self.loss(*window, self.hyper)
         weights = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.descend(weights, torch.autograd.grad(loss + penalty, weights))
-        self.losses.append(loss.detach())
+        self.note(loss)
+
+    def note(self, loss: Tensor) -> None:
+        """Count a training loss for the next evaluation's line."""
+        self.loss_sum += loss.detach()
+        self.losses += 1
 
     def descend(self, weights: list[Tensor], grads: Sequence[Tensor]) -> None:
         """A clipped step."""
@@ -225,8 +232,9 @@ class Run:
         """Evaluate, keep the weights if they are the best, and lower the learning rate if that is due."""
         valid = self.perplexity(self.corpus.valid, self.setting.eval_batch)
         seconds = self.seconds + self.clock() - start
-        train = math.exp(min(float(torch.stack(self.losses).mean()), 50.0)) if self.losses else math.nan
-        self.losses = []
+        train = math.exp(min(float(self.loss_sum) / self.losses, 50.0)) if self.losses else math.nan
+        self.loss_sum.zero_()
+        self.losses = 0
         point = Point(seconds, self.step, train, valid, self.hyper.means() if self.hyper is not None else {})
         if valid < self.best_valid:
             self.best = {name: t.detach().clone() for name, t in self.evaluation_weights().items()}
@@ -275,6 +283,7 @@ class Run:
             "curve": [vars(point) for point in self.curve],
             "best": self.best,
             "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
             "losses": self.losses,
             "failed_solves": self.failed_solves,
             "random": torch.get_rng_state(),
@@ -289,6 +298,7 @@ class Run:
         self.valid.taken, self.valid.state = saved["windows"]["valid"]
         self.curve = [Point(**point) for point in saved["curve"]]
         self.best, self.seconds, self.losses = saved["best"], saved["seconds"], saved["losses"]
+        self.loss_sum.copy_(saved["loss_sum"])
         self.failed_solves = saved["failed_solves"]
         torch.set_rng_state(saved["random"].cpu())
         if saved["random_cuda"] is not None:
