@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,12 +79,23 @@ NAMES = "embedding", "input", "hidden", "output", "weight", *PENALTIES
 
 
 class LanguageModel(nn.Module):
-    """Embedding, two layers of LSTM, softmax with the embedding's weights: 13,280,400 for 10,000 words, 650 units."""
+    """Embedding, two layers of LSTM, softmax with the embedding's weights: 13,280,400 for 10,000 words, 650 units.
 
-    def __init__(self, words: int, units: int, layers: int = 2) -> None:
+    Args:
+        words: Of the vocabulary.
+        units: Of the embedding and of every layer.
+        layers: Of the LSTM.
+        start: How the embedding is drawn: ``"uniform"`` from -0.1 to 0.1, as the paper does, or ``"normal"`` with
+            variance 1, as `torch.nn.Embedding` does, where the softmax starts sure of itself and soon overfits.
+    """
+
+    def __init__(
+        self, words: int, units: int, layers: int = 2, start: Literal["uniform", "normal"] = "uniform"
+    ) -> None:
         """See the class."""
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(words, units).uniform_(-0.1, 0.1))
+        embedding = torch.empty(words, units)
+        self.embedding = nn.Parameter(embedding.normal_() if start == "normal" else embedding.uniform_(-0.1, 0.1))
         self.lstm = hnn.LSTM(units, units, layers)
         self.bias = nn.Parameter(torch.zeros(words))
 

@@ -22,6 +22,7 @@ class Setting:
 
     Args:
         units: Of the embedding and of every layer.
+        embedding: Its start, see `LanguageModel`.
         batch: Columns of text in training, and in the validation windows of hyper-steps.
         eval_batch: Columns of the validation text in evaluation; the test text is one column.
         bptt: Steps of a window.
@@ -46,6 +47,7 @@ class Setting:
     """
 
     units: int = 650
+    embedding: Literal["uniform", "normal"] = "uniform"
     batch: int = 40
     eval_batch: int = 10
     bptt: int = 70
@@ -112,7 +114,7 @@ class Run:
         if setting.device != "cpu":
             torch.set_float32_matmul_precision("highest" if setting.precision == "fp32" else "high")
         self.corpus, self.setting, self.method = corpus, setting, method
-        self.model = LanguageModel(len(corpus.words), setting.units).to(setting.device)
+        self.model = LanguageModel(len(corpus.words), setting.units, start=setting.embedding).to(setting.device)
         many = method == "many"
         penalties = setting.many_penalties or not many
         hyper = Regularisation(setting.units, many, setting.dropout, setting.penalty, penalties)
