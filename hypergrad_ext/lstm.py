@@ -314,9 +314,12 @@ def _tangent_of_gates(inputs: Any, recurrent: Any, v_bias: Tensor | None, like: 
 
 
 def _by_recurrent_weights(gates: Tensor, h0: Tensor | None, h: Tensor) -> Tensor:
-    """Sum over the steps of ``gates[t]^T h[t - 1]``: h and h0 stay where they are, since memory for a copy is dear.
+    """Sum over the steps of ``gates[t]^T h[t - 1]``; ``h0`` None is zero.
 
-    ``h0`` None is zero.
+    h and h0 stay where they are, since memory for a copy is dear.
+
+    Returns:
+        Like the recurrent weights.
     """
     total = _rows(gates[1:]).T @ _rows(h[:-1])
     return total if h0 is None else total.addmm_(gates[0].T, h0)

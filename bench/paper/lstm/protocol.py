@@ -41,6 +41,7 @@ class Protocol(Setting):
 # 62 thousand weights on Python's help pages: two minutes on two cores.
 SMALL = Protocol(
     units=48,
+    embedding="normal",
     batch=20,
     eval_batch=20,
     bptt=12,
@@ -55,7 +56,7 @@ SMALL = Protocol(
     hyper_rate=1e-2,
     hyper_every=4,
     hyper_after=50,
-    steps=2000,
+    steps=4900,
     trials=4,
 )
 # A text of millions of words on a CPU: 700 thousand weights for 10,000 words.
