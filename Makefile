@@ -62,7 +62,7 @@ build: $(STAMP) ## Rebuild the extension in place (seconds after a small change)
 	$(BIN)/python setup.py build_ext --inplace
 
 bench: $(STAMP) ## Run the benchmarks (QUICK=1 for few rounds, SAVE=1 to keep the results)
-	$(BIN)/python -m pytest bench -o python_files='bench_*.py' $(if $(QUICK),--quick) $(if $(SAVE),--save-results)
+	$(BIN)/python -m pytest bench -o addopts= -o python_files='bench_*.py' $(if $(QUICK),--quick) $(if $(SAVE),--save-results)
 
 clean: ## Remove what was built
 	rm -rf build dist out *.egg-info hypergrad_ext/*.so

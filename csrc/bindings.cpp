@@ -108,95 +108,6 @@ void minres_step_(py::handle x, py::handle v, py::handle v_old, py::handle w, py
 
 py::object wrap(const at::Tensor& t) { return py::reinterpret_steal<py::object>(hg::to_python(t)); }
 
-// The tensors that every op of the GLM family starts with.
-struct GlmArguments {
-  at::Tensor x, weights, v;
-  std::optional<at::Tensor> l2;
-
-  GlmArguments(py::handle x_, py::handle weights_, const char* name, py::handle v_, py::handle l2_)
-      : x(TensorSequence::tensor("x", x_.ptr())),
-        weights(TensorSequence::tensor("weights", weights_.ptr())),
-        v(TensorSequence::tensor(name, v_.ptr())) {
-    if (!l2_.is_none()) l2 = TensorSequence::tensor("l2", l2_.ptr());
-  }
-};
-
-py::object glm_hvp(py::handle x, py::handle weights, py::handle v, py::handle l2, double scale, bool intercept) {
-  const GlmArguments a(x, weights, "v", v, l2);
-  at::Tensor out;
-  {
-    const py::gil_scoped_release release;
-    out = hg::glm_hvp(a.x, a.weights, a.v, a.l2, scale, intercept);
-  }
-  return wrap(out);
-}
-
-py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
-                            double alpha, double damping, int64_t steps, py::handle stop) {
-  const GlmArguments a(x, weights, "b", b, l2);
-  const at::Tensor& limit = TensorSequence::tensor("stop", stop.ptr());
-  std::tuple<at::Tensor, at::Tensor> result;
-  {
-    const py::gil_scoped_release release;
-    result = hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit);
-  }
-  return py::make_tuple(wrap(std::get<0>(result)), wrap(std::get<1>(result)));
-}
-
-py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
-                       double damping, int64_t steps, py::handle state) {
-  const GlmArguments a(x, weights, "b", b, l2);
-  const at::Tensor& scalars = TensorSequence::tensor("state", state.ptr());
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> result;
-  {
-    const py::gil_scoped_release release;
-    result = hg::glm_cg_solve(a.x, a.weights, a.v, a.l2, scale, intercept, damping, steps, scalars);
-  }
-  return py::make_tuple(wrap(std::get<0>(result)), wrap(std::get<1>(result)), wrap(std::get<2>(result)));
-}
-
-// The tensors that both forms of softmax_hessian start with.
-struct SoftmaxArguments {
-  at::Tensor logits, u;
-  std::optional<at::Tensor> weights;
-
-  SoftmaxArguments(py::handle logits_, py::handle u_, py::handle weights_)
-      : logits(TensorSequence::tensor("logits", logits_.ptr())), u(TensorSequence::tensor("u", u_.ptr())) {
-    if (!weights_.is_none()) weights = TensorSequence::tensor("weights", weights_.ptr());
-  }
-};
-
-py::object softmax_hessian(py::handle logits, py::handle u, double scale, py::handle weights) {
-  const SoftmaxArguments a(logits, u, weights);
-  at::Tensor out;
-  {
-    const py::gil_scoped_release release;
-    out = hg::softmax_hessian(a.logits, a.u, scale, a.weights);
-  }
-  return wrap(out);
-}
-
-void softmax_hessian_(py::handle logits, py::handle u, double scale, py::handle weights) {
-  const SoftmaxArguments a(logits, u, weights);
-  const py::gil_scoped_release release;
-  hg::softmax_hessian_(a.logits, a.u, scale, a.weights);
-}
-
-py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends, py::handle deltas,
-                   py::handle probabilities, py::handle v, double scale, bool biases, double l2) {
-  const TensorSequence weight_list("weights", weights), hidden_list("hidden", hidden), slope_list("slopes", slopes);
-  const TensorSequence bend_list("bends", bends), delta_list("deltas", deltas);
-  std::optional<at::Tensor> p;
-  if (!probabilities.is_none()) p = TensorSequence::tensor("probabilities", probabilities.ptr());
-  const at::Tensor& vectors = TensorSequence::tensor("v", v.ptr());
-  at::Tensor out;
-  {
-    const py::gil_scoped_release release;
-    out = hg::mlp_hvp(weight_list, hidden_list, slope_list, bend_list, delta_list, p, vectors, scale, biases, l2);
-  }
-  return wrap(out);
-}
-
 const at::Tensor& tensor(const char* name, py::handle object) { return TensorSequence::tensor(name, object.ptr()); }
 
 std::optional<at::Tensor> optional_tensor(const char* name, py::handle object) {
@@ -204,7 +115,18 @@ std::optional<at::Tensor> optional_tensor(const char* name, py::handle object) {
   return tensor(name, object);
 }
 
-// f's tensors as a Python tuple, computed without the GIL.
+// f's tensor, computed without the GIL.
+template <class F>
+py::object tensor_of(const F& f) {
+  at::Tensor result;
+  {
+    const py::gil_scoped_release release;
+    result = f();
+  }
+  return wrap(result);
+}
+
+// f's tensors as a Python tuple, likewise.
 template <class F>
 py::tuple tensors_of(const F& f) {
   decltype(f()) result;
@@ -213,6 +135,112 @@ py::tuple tensors_of(const F& f) {
     result = f();
   }
   return std::apply([](const auto&... t) { return py::make_tuple(wrap(t)...); }, result);
+}
+
+// The tensors that every op of the GLM family starts with.
+struct GlmArguments {
+  at::Tensor x, weights, v;
+  std::optional<at::Tensor> l2;
+
+  GlmArguments(py::handle x_, py::handle weights_, const char* name, py::handle v_, py::handle l2_)
+      : x(tensor("x", x_)), weights(tensor("weights", weights_)), v(tensor(name, v_)), l2(optional_tensor("l2", l2_)) {}
+};
+
+py::object glm_hvp(py::handle x, py::handle weights, py::handle v, py::handle l2, double scale, bool intercept) {
+  const GlmArguments a(x, weights, "v", v, l2);
+  return tensor_of([&] { return hg::glm_hvp(a.x, a.weights, a.v, a.l2, scale, intercept); });
+}
+
+py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
+                            double alpha, double damping, int64_t steps, py::handle stop) {
+  const GlmArguments a(x, weights, "b", b, l2);
+  const at::Tensor& limit = tensor("stop", stop);
+  return tensors_of(
+      [&] { return hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit); });
+}
+
+py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
+                       double damping, int64_t steps, py::handle state) {
+  const GlmArguments a(x, weights, "b", b, l2);
+  const at::Tensor& scalars = tensor("state", state);
+  return tensors_of(
+      [&] { return hg::glm_cg_solve(a.x, a.weights, a.v, a.l2, scale, intercept, damping, steps, scalars); });
+}
+
+// The tensors that both forms of softmax_hessian start with.
+struct SoftmaxArguments {
+  at::Tensor logits, u;
+  std::optional<at::Tensor> weights;
+
+  SoftmaxArguments(py::handle logits_, py::handle u_, py::handle weights_)
+      : logits(tensor("logits", logits_)), u(tensor("u", u_)), weights(optional_tensor("weights", weights_)) {}
+};
+
+py::object softmax_hessian(py::handle logits, py::handle u, double scale, py::handle weights) {
+  const SoftmaxArguments a(logits, u, weights);
+  return tensor_of([&] { return hg::softmax_hessian(a.logits, a.u, scale, a.weights); });
+}
+
+void softmax_hessian_(py::handle logits, py::handle u, double scale, py::handle weights) {
+  const SoftmaxArguments a(logits, u, weights);
+  const py::gil_scoped_release release;
+  hg::softmax_hessian_(a.logits, a.u, scale, a.weights);
+}
+
+// The tensors that every op of the MLP family starts with.
+struct MlpArguments {
+  TensorSequence weights, hidden, slopes, bends, deltas;
+  std::optional<at::Tensor> probabilities;
+  const at::Tensor& v;
+
+  MlpArguments(py::handle weights_, py::handle hidden_, py::handle slopes_, py::handle bends_, py::handle deltas_,
+               py::handle probabilities_, const char* name, py::handle v_)
+      : weights("weights", weights_),
+        hidden("hidden", hidden_),
+        slopes("slopes", slopes_),
+        bends("bends", bends_),
+        deltas("deltas", deltas_),
+        probabilities(optional_tensor("probabilities", probabilities_)),
+        v(tensor(name, v_)) {}
+
+  // f(weights, ..., v, rest...)
+  template <class F, class... Rest>
+  auto call(const F& f, const Rest&... rest) const {
+    return f(weights, hidden, slopes, bends, deltas, probabilities, v, rest...);
+  }
+};
+
+py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends, py::handle deltas,
+                   py::handle probabilities, py::handle v, double scale, bool biases, double l2) {
+  const MlpArguments a(weights, hidden, slopes, bends, deltas, probabilities, "v", v);
+  return tensor_of([&] { return a.call(hg::mlp_hvp, scale, biases, l2); });
+}
+
+py::tuple mlp_neumann_solve(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends,
+                            py::handle deltas, py::handle probabilities, py::handle b, double scale, bool biases,
+                            double l2, double alpha, double damping, int64_t steps, py::handle stop) {
+  const MlpArguments a(weights, hidden, slopes, bends, deltas, probabilities, "b", b);
+  const at::Tensor& limit = tensor("stop", stop);
+  return tensors_of([&] { return a.call(hg::mlp_neumann_solve, scale, biases, l2, alpha, damping, steps, limit); });
+}
+
+py::tuple mlp_cg_solve(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends, py::handle deltas,
+                       py::handle probabilities, py::handle b, double scale, bool biases, double l2, double damping,
+                       int64_t steps, py::handle state) {
+  const MlpArguments a(weights, hidden, slopes, bends, deltas, probabilities, "b", b);
+  const at::Tensor& scalars = tensor("state", state);
+  return tensors_of([&] { return a.call(hg::mlp_cg_solve, scale, biases, l2, damping, steps, scalars); });
+}
+
+py::tuple dense_neumann_solve(py::handle matrix, py::handle b, double alpha, double damping, int64_t steps,
+                              py::handle stop) {
+  const at::Tensor &a = tensor("matrix", matrix), &rows = tensor("b", b), &limit = tensor("stop", stop);
+  return tensors_of([&] { return hg::dense_neumann_solve(a, rows, alpha, damping, steps, limit); });
+}
+
+py::tuple dense_cg_solve(py::handle matrix, py::handle b, double damping, int64_t steps, py::handle state) {
+  const at::Tensor &a = tensor("matrix", matrix), &rows = tensor("b", b), &scalars = tensor("state", state);
+  return tensors_of([&] { return hg::dense_cg_solve(a, rows, damping, steps, scalars); });
 }
 
 py::tuple lstm_cell(py::handle gates, py::handle c) {
@@ -321,6 +349,16 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("weights") = py::none());
   m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
         py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
+  m.def("mlp_neumann_solve", &mlp_neumann_solve, py::arg("weights"), py::arg("hidden"), py::arg("slopes"),
+        py::arg("bends"), py::arg("deltas"), py::arg("probabilities"), py::arg("b"), py::arg("scale"),
+        py::arg("biases"), py::arg("l2"), py::arg("alpha"), py::arg("damping"), py::arg("steps"), py::arg("stop"));
+  m.def("mlp_cg_solve", &mlp_cg_solve, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
+        py::arg("deltas"), py::arg("probabilities"), py::arg("b"), py::arg("scale"), py::arg("biases"), py::arg("l2"),
+        py::arg("damping"), py::arg("steps"), py::arg("state"));
+  m.def("dense_neumann_solve", &dense_neumann_solve, py::arg("matrix"), py::arg("b"), py::arg("alpha"),
+        py::arg("damping"), py::arg("steps"), py::arg("stop"));
+  m.def("dense_cg_solve", &dense_cg_solve, py::arg("matrix"), py::arg("b"), py::arg("damping"), py::arg("steps"),
+        py::arg("state"));
   m.def("lstm_cell", &lstm_cell, py::arg("gates"), py::arg("c"));
   m.def("lstm_cell_backward", &lstm_cell_backward, py::arg("activations"), py::arg("c"), py::arg("c_next"),
         py::arg("grad_h"), py::arg("grad_c"), py::arg("grad_activations") = py::none());

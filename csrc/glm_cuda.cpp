@@ -115,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const a
     product(problem, v, hv, flag);
     cuda::call("glm_neumann_solve", b.device(), [&](const auto& scratch, auto stream) {
       const char* error =
-          cuda::neumann_step(as_list(v), as_list(p), as_list(hv), k, stats, alpha, damping, scratch, stream, flag);
+          cuda::neumann_step(rows_of(v), rows_of(p), rows_of(hv), k, stats, alpha, damping, scratch, stream, flag);
       return error ? error : cuda::glm_neumann_running(stats, limit, k, flag, stream);
     });
   }
@@ -144,7 +144,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cg_solve(const Problem& problem, 
                [&](const auto&, auto stream) { return cuda::glm_cg_running(rows, k, flag, count, stream); });
     product(problem, p, hp, flag);
     cuda::call("glm_cg_solve", b.device(), [&](const auto& scratch, auto stream) {
-      return cuda::cg_step(as_list(solution), as_list(r), as_list(p), as_list(hp), k, rows, damping, scratch, stream);
+      return cuda::cg_step(rows_of(solution), rows_of(r), rows_of(p), rows_of(hp), k, rows, damping, scratch, stream);
     });
   }
   return {solution, scalars, taken};

@@ -13,12 +13,6 @@ struct Problem {
   const std::optional<at::Tensor>& l2;
 };
 
-// Rows of vectors as a list of one tensor.
-inline VectorList as_list(const at::Tensor& t) {
-  const DType dtype = t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
-  return {{{static_cast<char*>(t.data_ptr()), t.size(1), t.size(1)}}, dtype};
-}
-
 at::Tensor hvp(const Problem& problem, const at::Tensor& v);
 std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const at::Tensor& b, double alpha,
                                                  double damping, int64_t steps, const at::Tensor& stop);

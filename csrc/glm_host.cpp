@@ -5,6 +5,7 @@
 #include "glm_cuda.h"
 #include "host.h"
 #include "kernels.h"
+#include "solve_loop.h"
 #include "tensors.h"
 
 namespace hg {
@@ -64,8 +65,11 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
   return data;
 }
 
-void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& b) {
-  TORCH_CHECK_VALUE(t.device() == b.device(), name, " must be on the device of b, ", b.device(), ", got ", t.device());
+// The product on the CPU.
+Multiply product_with(const GlmData& data) {
+  return [&data](const at::Tensor& v, at::Tensor& out) {
+    cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  };
 }
 
 }  // namespace
@@ -84,30 +88,9 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
                                                      double scale, bool intercept, double alpha, double damping,
                                                      int64_t steps, const at::Tensor& stop) {
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
-  const int64_t k = b.size(0);
-  TORCH_CHECK_VALUE(stop.dim() == 1 && stop.size(0) == k && stop.scalar_type() == at::kDouble && stop.is_contiguous(),
-                    "stop must be float64 with shape (", k, ",), got ", stop.scalar_type(), " ", stop.sizes());
-  TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
-  check_same_device("stop", stop, b);
+  check_stop(b, steps, stop);
   if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
-  at::Tensor v = b.clone(), p = b.clone(), hv = empty_like(b);
-  // Steps that are not taken keep a squared norm of -1.
-  at::Tensor history = full({steps, k, kNeumannStats}, -1.0, stop.options());
-  const VectorList v_list = glm_cuda::as_list(v), p_list = glm_cuda::as_list(p), hv_list = glm_cuda::as_list(hv);
-  const double* limit = stop.const_data_ptr<double>();
-  double* stats = history.mutable_data_ptr<double>();
-  int64_t step = 0;
-  for (bool running = true; running && step < steps; ++step, stats += k * kNeumannStats) {
-    cpu::glm_hvp(data, v.const_data_ptr(), k, hv.mutable_data_ptr());
-    cpu::neumann_step(v_list, p_list, hv_list, k, stats, alpha, damping);
-    running = false;
-    for (int64_t row = 0; row < k; ++row) {
-      const double square = stats[row * kNeumannStats + kNormSquared];
-      // A norm that is not finite goes on being so: nothing to wait for in that row.
-      running |= square > limit[row] && square - square == 0;
-    }
-  }
-  return {p.mul_(alpha), history};
+  return neumann_series(b, alpha, damping, steps, stop, product_with(data));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,
@@ -115,27 +98,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                                                             double scale, bool intercept, double damping, int64_t steps,
                                                             const at::Tensor& state) {
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
-  const int64_t k = b.size(0);
-  TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == k && state.size(1) == kCgState &&
-                        state.scalar_type() == at::kDouble && state.is_contiguous(),
-                    "state must be float64 with shape (", k, ", ", static_cast<int>(kCgState), "), got ",
-                    state.scalar_type(), " ", state.sizes());
-  check_same_device("state", state, b);
+  check_state(b, state);
   if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
-  at::Tensor solution = empty_like(b).zero_(), r = b.clone(), p = b.clone(), hp = empty_like(b);
-  at::Tensor scalars = state.clone();
-  const VectorList x_list = glm_cuda::as_list(solution), r_list = glm_cuda::as_list(r), p_list = glm_cuda::as_list(p),
-                   hp_list = glm_cuda::as_list(hp);
-  double* rows = scalars.mutable_data_ptr<double>();
-  int64_t step = 0;
-  for (; step < steps; ++step) {
-    bool running = false;
-    for (int64_t row = 0; row < k; ++row) running |= CgScalars{rows + row * kCgState}.running();
-    if (!running) break;
-    cpu::glm_hvp(data, p.const_data_ptr(), k, hp.mutable_data_ptr());
-    cpu::cg_step(x_list, r_list, p_list, hp_list, k, rows, damping);
-  }
-  return {solution, scalars, full({}, static_cast<double>(step), at::kLong)};
+  return conjugate_gradients(b, damping, steps, state, product_with(data));
 }
 
 }  // namespace hg

@@ -63,6 +63,26 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
                    at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
                    double scale, bool biases, double l2);
 
+// Whole solves on the CPU, as those of the GLM family.
+std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at::TensorList hidden,
+                                                     at::TensorList slopes, at::TensorList bends, at::TensorList deltas,
+                                                     const std::optional<at::Tensor>& probabilities,
+                                                     const at::Tensor& b, double scale, bool biases, double l2,
+                                                     double alpha, double damping, int64_t steps,
+                                                     const at::Tensor& stop);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_cg_solve(at::TensorList weights, at::TensorList hidden,
+                                                            at::TensorList slopes, at::TensorList bends,
+                                                            at::TensorList deltas,
+                                                            const std::optional<at::Tensor>& probabilities,
+                                                            const at::Tensor& b, double scale, bool biases, double l2,
+                                                            double damping, int64_t steps, const at::Tensor& state);
+
+// The same for a symmetric matrix, (n, n), given by its entries.
+std::tuple<at::Tensor, at::Tensor> dense_neumann_solve(const at::Tensor& matrix, const at::Tensor& b, double alpha,
+                                                       double damping, int64_t steps, const at::Tensor& stop);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dense_cg_solve(const at::Tensor& matrix, const at::Tensor& b,
+                                                              double damping, int64_t steps, const at::Tensor& state);
+
 // The pointwise part of an LSTM step. gates, activations: (rows, 4 units); everything else: (rows, units). Returns h,
 // the next c and the activations.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& gates, const at::Tensor& c);

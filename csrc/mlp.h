@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "kernels.h"
@@ -39,7 +40,9 @@ struct MlpData {
 namespace cpu {
 
 // out = H v. v, out: k vectors, layer after layer, the weight before the bias.
-void mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out);
+using MlpProduct = std::function<void(const void* v, int64_t k, void* out)>;
+// What does not depend on v is done here. `data` must stay as long as the product.
+MlpProduct mlp_product(const MlpData& data);
 
 }  // namespace cpu
 

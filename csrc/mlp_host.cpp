@@ -10,6 +10,7 @@
 #include "host.h"
 #include "mlp.h"
 #include "mlp_layers.h"
+#include "solve_loop.h"
 #include "tensors.h"
 
 namespace hg {
@@ -67,63 +68,106 @@ void check_count(const char* name, at::TensorList tensors, size_t expected) {
   TORCH_CHECK_VALUE(tensors.size() == expected, name, " must hold ", expected, " tensors, got ", tensors.size());
 }
 
+// The tensors of one call: checked, and as kernels take them. v: the vectors, or the right-hand sides.
+struct Model {
+  Matrices rows_of;
+  MlpData data;
+
+  Model(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
+        at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const char* name, const at::Tensor& v,
+        double scale, bool biases, double l2)
+      // A GPU needs no padding.
+      : rows_of(v, cuda::for_cpu(v) ? kMlpPadding / static_cast<int64_t>(v.element_size()) : 1) {
+    const auto dtype = v.scalar_type();
+    TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat, name, " must be float64 or float32, got ", dtype);
+    TORCH_CHECK_VALUE(v.is_cpu() || v.is_cuda(), name, " must be on a CPU or CUDA device, got ", v.device());
+    TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one tensor");
+    const size_t count = weights.size();
+    check_count("hidden", hidden, count);
+    check_count("slopes", slopes, count - 1);
+    if (!bends.empty()) check_count("bends", bends, count - 1);
+    check_count("deltas", deltas, count - 1);
+    data.dtype = dtype == at::kDouble ? DType::f64 : DType::f32;
+    TORCH_CHECK_VALUE(hidden[0].dim() == 2, "hidden must have shape (n, inputs), got ", hidden[0].sizes());
+    data.n = hidden[0].size(0);
+    data.scale = scale, data.biases = biases, data.l2 = l2;
+    data.layers.reserve(count);
+    int64_t numel = 0, in = hidden[0].size(1);
+    for (size_t l = 0; l < count; ++l) {
+      TORCH_CHECK_VALUE(weights[l].dim() == 2, "weights must have shape (outputs, inputs), got ", weights[l].sizes());
+      const int64_t out = weights[l].size(0);
+      TORCH_CHECK_VALUE(in > 0 && out > 0, "weights must have at least one element, got ", weights[l].sizes());
+      MlpLayer layer;
+      layer.in = in, layer.out = out;
+      layer.weight = rows_of("weights", weights[l], out, in);
+      layer.hidden = rows_of("hidden", hidden[l], data.n, in);
+      if (l > 0) layer.delta = rows_of("deltas", deltas[l - 1], data.n, out);
+      if (l + 1 < count) layer.slope = rows_of("slopes", slopes[l], data.n, out);
+      if (l + 1 < count && !bends.empty()) layer.bend = rows_of("bends", bends[l], data.n, out);
+      data.layers.push_back(layer);
+      numel += out * (in + biases);
+      in = out;
+    }
+    if (probabilities) data.probabilities = rows_of("probabilities", *probabilities, data.n, in);
+    TORCH_CHECK_VALUE(v.dim() == 2 && v.size(1) == numel && v.is_contiguous(), name,
+                      " must be contiguous with shape (k, ", numel, "), got ", v.sizes());
+    // Autograd does not see the kernel.
+    TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), name, " must not require grad");
+  }
+
+  Multiply product() const {
+    return [multiply = cpu::mlp_product(data)](const at::Tensor& v, at::Tensor& out) {
+      multiply(v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+    };
+  }
+};
+
+void check_on_cpu(const at::Tensor& b) {
+  TORCH_CHECK_VALUE(cuda::for_cpu(b), "b must be on the CPU, got ", b.device());
+}
+
 }  // namespace
 
 at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
                    at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
                    double scale, bool biases, double l2) {
-  const auto dtype = v.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat, "v must be float64 or float32, got ", dtype);
-  TORCH_CHECK_VALUE(v.is_cpu() || v.is_cuda(), "v must be on a CPU or CUDA device, got ", v.device());
-  TORCH_CHECK_VALUE(!weights.empty(), "weights must hold at least one tensor");
-  const size_t count = weights.size();
-  check_count("hidden", hidden, count);
-  check_count("slopes", slopes, count - 1);
-  if (!bends.empty()) check_count("bends", bends, count - 1);
-  check_count("deltas", deltas, count - 1);
-
-  MlpData data;
-  data.dtype = dtype == at::kDouble ? DType::f64 : DType::f32;
-  TORCH_CHECK_VALUE(hidden[0].dim() == 2, "hidden must have shape (n, inputs), got ", hidden[0].sizes());
-  data.n = hidden[0].size(0);
-  data.scale = scale, data.biases = biases, data.l2 = l2;
-  data.layers.reserve(count);
-  // A GPU needs no padding.
-  Matrices rows_of(v, cuda::for_cpu(v) ? kMlpPadding / static_cast<int64_t>(v.element_size()) : 1);
-  int64_t numel = 0, in = hidden[0].size(1);
-  for (size_t l = 0; l < count; ++l) {
-    TORCH_CHECK_VALUE(weights[l].dim() == 2, "weights must have shape (outputs, inputs), got ", weights[l].sizes());
-    const int64_t out = weights[l].size(0);
-    TORCH_CHECK_VALUE(in > 0 && out > 0, "weights must have at least one element, got ", weights[l].sizes());
-    MlpLayer layer;
-    layer.in = in, layer.out = out;
-    layer.weight = rows_of("weights", weights[l], out, in);
-    layer.hidden = rows_of("hidden", hidden[l], data.n, in);
-    if (l > 0) layer.delta = rows_of("deltas", deltas[l - 1], data.n, out);
-    if (l + 1 < count) layer.slope = rows_of("slopes", slopes[l], data.n, out);
-    if (l + 1 < count && !bends.empty()) layer.bend = rows_of("bends", bends[l], data.n, out);
-    data.layers.push_back(layer);
-    numel += out * (in + biases);
-    in = out;
-  }
-  if (probabilities) data.probabilities = rows_of("probabilities", *probabilities, data.n, in);
-  TORCH_CHECK_VALUE(v.dim() == 2 && v.size(1) == numel && v.is_contiguous(), "v must be contiguous with shape (k, ",
-                    numel, "), got ", v.sizes());
-  // Autograd does not see the kernel.
-  TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
-
+  const Model model(weights, hidden, slopes, bends, deltas, probabilities, "v", v, scale, biases, l2);
   at::Tensor out = empty_like(v);
   if (cuda::for_cpu(v)) {
-    cpu::mlp_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
-  } else {
-    cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
-      const int64_t k = v.size(0);
-      if (launch_bound(data, k))
-        return cuda::mlp_hvp(data, v.const_data_ptr(), k, out.mutable_data_ptr(), scratch, stream);
-      return mlp_hvp_by_layers(data, weights, hidden, deltas, v, out, stream);
-    });
+    model.product()(v, out);
+    return out;
   }
+  cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
+    const int64_t k = v.size(0);
+    if (launch_bound(model.data, k))
+      return cuda::mlp_hvp(model.data, v.const_data_ptr(), k, out.mutable_data_ptr(), scratch, stream);
+    return mlp_hvp_by_layers(model.data, weights, hidden, deltas, v, out, stream);
+  });
   return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at::TensorList hidden,
+                                                     at::TensorList slopes, at::TensorList bends, at::TensorList deltas,
+                                                     const std::optional<at::Tensor>& probabilities,
+                                                     const at::Tensor& b, double scale, bool biases, double l2,
+                                                     double alpha, double damping, int64_t steps,
+                                                     const at::Tensor& stop) {
+  const Model model(weights, hidden, slopes, bends, deltas, probabilities, "b", b, scale, biases, l2);
+  check_on_cpu(b);
+  check_stop(b, steps, stop);
+  return neumann_series(b, alpha, damping, steps, stop, model.product());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_cg_solve(at::TensorList weights, at::TensorList hidden,
+                                                            at::TensorList slopes, at::TensorList bends,
+                                                            at::TensorList deltas,
+                                                            const std::optional<at::Tensor>& probabilities,
+                                                            const at::Tensor& b, double scale, bool biases, double l2,
+                                                            double damping, int64_t steps, const at::Tensor& state) {
+  const Model model(weights, hidden, slopes, bends, deltas, probabilities, "b", b, scale, biases, l2);
+  check_on_cpu(b);
+  check_state(b, state);
+  return conjugate_gradients(b, damping, steps, state, model.product());
 }
 
 }  // namespace hg

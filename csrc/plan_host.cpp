@@ -10,18 +10,10 @@
 #include <numeric>
 
 #include "kernels.h"
+#include "solve_loop.h"
 #include "tensors.h"
 
 namespace hg::plan {
-namespace {
-
-VectorList as_list(const at::Tensor& t) {
-  const DType dtype = t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
-  return {{{static_cast<char*>(t.data_ptr()), t.size(1), t.size(1)}}, dtype};
-}
-
-}  // namespace
-
 int64_t Plan::numel() const { return std::accumulate(leaves.begin(), leaves.end(), int64_t{0}); }
 
 Bound::Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants, std::vector<double> scalars)
@@ -91,49 +83,17 @@ void Bound::rows(const at::Tensor& v, const at::Tensor& out) {
 std::tuple<at::Tensor, at::Tensor> Bound::neumann_series(const at::Tensor& b, double alpha, double damping,
                                                          int64_t steps, const at::Tensor& stop) {
   check_vectors("b", b);
-  const int64_t k = b.size(0);
-  TORCH_CHECK_VALUE(stop.dim() == 1 && stop.size(0) == k && stop.scalar_type() == at::kDouble && stop.is_contiguous(),
-                    "stop must be float64 with shape (", k, ",), got ", stop.scalar_type(), " ", stop.sizes());
-  TORCH_CHECK_VALUE(steps >= 0, "steps must be at least 0, got ", steps);
-  at::Tensor v = b.clone(), p = b.clone(), hv = empty_like(b);
-  at::Tensor history = full({steps, k, kNeumannStats}, -1.0, stop.options());
-  const VectorList v_list = as_list(v), p_list = as_list(p), hv_list = as_list(hv);
-  const double* limit = stop.const_data_ptr<double>();
-  double* stats = history.mutable_data_ptr<double>();
-  for (int64_t step = 0; step < steps; ++step, stats += k * kNeumannStats) {
-    rows(v, hv);
-    cpu::neumann_step(v_list, p_list, hv_list, k, stats, alpha, damping);
-    bool running = false;
-    for (int64_t row = 0; row < k; ++row) {
-      const double square = stats[row * kNeumannStats + kNormSquared];
-      running |= square > limit[row] && finite(square);
-    }
-    if (!running) break;
-  }
-  return {p.mul_(alpha), history};
+  check_stop(b, steps, stop);
+  return hg::neumann_series(b, alpha, damping, steps, stop,
+                            [this](const at::Tensor& v, at::Tensor& hv) { rows(v, hv); });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> Bound::conjugate_gradients(const at::Tensor& b, double damping,
                                                                           int64_t steps, const at::Tensor& state) {
   check_vectors("b", b);
-  const int64_t k = b.size(0);
-  TORCH_CHECK_VALUE(state.dim() == 2 && state.size(0) == k && state.size(1) == kCgState &&
-                        state.scalar_type() == at::kDouble && state.is_contiguous(),
-                    "state must be float64 with shape (", k, ", ", static_cast<int>(kCgState), "), got ",
-                    state.scalar_type(), " ", state.sizes());
-  at::Tensor x = zeros(b.sizes(), b.options()), r = b.clone(), p = b.clone(), hp = empty_like(b),
-             scalars = state.clone();
-  const VectorList x_list = as_list(x), r_list = as_list(r), p_list = as_list(p), hp_list = as_list(hp);
-  double* values = scalars.mutable_data_ptr<double>();
-  int64_t step = 0;
-  for (; step < steps; ++step) {
-    bool running = false;
-    for (int64_t row = 0; row < k; ++row) running |= values[row * kCgState + kFlag] == kRunning;
-    if (!running) break;
-    rows(p, hp);
-    cpu::cg_step(x_list, r_list, p_list, hp_list, k, values, damping);
-  }
-  return {x, scalars, full({}, static_cast<double>(step), at::kLong)};
+  check_state(b, state);
+  return hg::conjugate_gradients(b, damping, steps, state,
+                                 [this](const at::Tensor& p, at::Tensor& hp) { rows(p, hp); });
 }
 
 void Bound::run(const std::vector<char*>& v, char* out) {

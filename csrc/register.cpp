@@ -29,7 +29,14 @@ void register_ops(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) {
+  register_ops(m);
+  // Whole solves that a GPU takes step by step, so that it need not wait for the host.
+  m.impl("mlp_neumann_solve", &mlp_neumann_solve);
+  m.impl("mlp_cg_solve", &mlp_cg_solve);
+  m.impl("dense_neumann_solve", &dense_neumann_solve);
+  m.impl("dense_cg_solve", &dense_cg_solve);
+}
 #if defined(HG_WITH_CUDA)
 TORCH_LIBRARY_IMPL(hypergrad_ext, CUDA, m) { register_ops(m); }
 #endif

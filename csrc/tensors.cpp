@@ -14,4 +14,9 @@ at::Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& op
   return at::full(sizes, value, options);
 }
 
+VectorList rows_of(const at::Tensor& t) {
+  const DType dtype = t.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
+  return {{{static_cast<char*>(t.data_ptr()), t.size(1), t.size(1)}}, dtype};
+}
+
 }  // namespace hg

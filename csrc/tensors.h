@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "vector_list.h"
+
 struct _object;  // PyObject
 
 namespace hg {
@@ -12,6 +14,9 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor empty_like(const at::Tensor& t);
 at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& options);
+
+// Rows of vectors, (k, n), as a list of one tensor.
+VectorList rows_of(const at::Tensor& t);
 
 // The tensor that a Python object is, or null.
 const at::Tensor* from_python(_object* object);

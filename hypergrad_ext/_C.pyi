@@ -46,6 +46,43 @@ def mlp_hvp(
     biases: bool,
     l2: float,
 ) -> Tensor: ...
+def mlp_neumann_solve(
+    weights: _Tensors,
+    hidden: _Tensors,
+    slopes: _Tensors,
+    bends: _Tensors,
+    deltas: _Tensors,
+    probabilities: Tensor | None,
+    b: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+    alpha: float,
+    damping: float,
+    steps: int,
+    stop: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+def mlp_cg_solve(
+    weights: _Tensors,
+    hidden: _Tensors,
+    slopes: _Tensors,
+    bends: _Tensors,
+    deltas: _Tensors,
+    probabilities: Tensor | None,
+    b: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+    damping: float,
+    steps: int,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def dense_neumann_solve(
+    matrix: Tensor, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def dense_cg_solve(
+    matrix: Tensor, b: Tensor, damping: float, steps: int, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def cg_step_(x: _Tensors, r: _Tensors, p: _Tensors, hp: _Tensors, state: Tensor, damping: float = 0.0) -> None: ...
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor: ...
 def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> None: ...

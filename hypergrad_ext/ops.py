@@ -18,6 +18,16 @@ from hypergrad_ext import _native, backends, reference, reference_minres
 
 _library = torch.library.Library("hypergrad_ext", "FRAGMENT")
 
+# What ops of a family take, before what is special to each.
+_GLM = "Tensor x, Tensor weights, Tensor {}, Tensor? l2, float scale, bool intercept"
+_MLP = (
+    "Tensor[] weights, Tensor[] hidden, Tensor[] slopes, Tensor[] bends, Tensor[] deltas, Tensor? probabilities,"
+    " Tensor {}, float scale, bool biases, float l2"
+)
+# How a whole solve goes on from there.
+_NEUMANN = "float alpha, float damping, int steps, Tensor stop) -> (Tensor, Tensor)"
+_CG = "float damping, int steps, Tensor state) -> (Tensor, Tensor, Tensor)"
+
 
 class Op:
     """One fused op and its implementations.
@@ -80,6 +90,14 @@ def _fake_in_place(*args: Tensor | float | None) -> None:
     """In-place ops return nothing, whatever the shapes."""
 
 
+def _fake_neumann(b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(b), stop.new_empty(steps, b.shape[0], 2)
+
+
+def _fake_cg(b: Tensor, damping: float, steps: int, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(b), torch.empty_like(state), torch.empty((), dtype=torch.int64, device=b.device)
+
+
 neumann_step_ = Op(
     "neumann_step_(Tensor(a!)[] v, Tensor(b!)[] p, Tensor[] hv, Tensor(c!) stats, float alpha, float damping=0.0)"
     " -> ()",
@@ -128,32 +146,23 @@ minres_step_ = Op(
 )
 
 glm_hvp = Op(
-    "glm_hvp(Tensor x, Tensor weights, Tensor v, Tensor? l2, float scale, bool intercept) -> Tensor",
+    f"glm_hvp({_GLM.format('v')}) -> Tensor",
     reference=reference.glm_hvp,
     fake=lambda x, weights, v, l2, scale, intercept: torch.empty_like(v),
     device_of=2,
 )
 
 glm_neumann_solve = Op(
-    "glm_neumann_solve(Tensor x, Tensor weights, Tensor b, Tensor? l2, float scale, bool intercept, float alpha,"
-    " float damping, int steps, Tensor stop) -> (Tensor, Tensor)",
+    f"glm_neumann_solve({_GLM.format('b')}, {_NEUMANN}",
     reference=reference.glm_neumann_solve,
-    fake=lambda x, weights, b, l2, scale, intercept, alpha, damping, steps, stop: (
-        torch.empty_like(b),
-        stop.new_empty(steps, b.shape[0], 2),
-    ),
+    fake=lambda x, weights, b, l2, scale, intercept, *solve: _fake_neumann(b, *solve),
     device_of=2,
 )
 
 glm_cg_solve = Op(
-    "glm_cg_solve(Tensor x, Tensor weights, Tensor b, Tensor? l2, float scale, bool intercept, float damping,"
-    " int steps, Tensor state) -> (Tensor, Tensor, Tensor)",
+    f"glm_cg_solve({_GLM.format('b')}, {_CG}",
     reference=reference.glm_cg_solve,
-    fake=lambda x, weights, b, l2, scale, intercept, damping, steps, state: (
-        torch.empty_like(b),
-        torch.empty_like(state),
-        torch.empty((), dtype=torch.int64, device=b.device),
-    ),
+    fake=lambda x, weights, b, l2, scale, intercept, *solve: _fake_cg(b, *solve),
     device_of=2,
 )
 
@@ -172,11 +181,46 @@ softmax_hessian_ = Op(
 )
 
 mlp_hvp = Op(
-    "mlp_hvp(Tensor[] weights, Tensor[] hidden, Tensor[] slopes, Tensor[] bends, Tensor[] deltas,"
-    " Tensor? probabilities, Tensor v, float scale, bool biases, float l2) -> Tensor",
+    f"mlp_hvp({_MLP.format('v')}) -> Tensor",
     reference=reference.mlp_hvp,
     fake=lambda weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2: torch.empty_like(v),
     device_of=6,
+)
+
+mlp_neumann_solve = Op(
+    f"mlp_neumann_solve({_MLP.format('b')}, {_NEUMANN}",
+    reference=reference.mlp_neumann_solve,
+    fake=lambda weights, hidden, slopes, bends, deltas, probabilities, b, scale, biases, l2, *solve: _fake_neumann(
+        b, *solve
+    ),
+    device_of=6,
+    native=("cpp",),
+)
+
+mlp_cg_solve = Op(
+    f"mlp_cg_solve({_MLP.format('b')}, {_CG}",
+    reference=reference.mlp_cg_solve,
+    fake=lambda weights, hidden, slopes, bends, deltas, probabilities, b, scale, biases, l2, *solve: _fake_cg(
+        b, *solve
+    ),
+    device_of=6,
+    native=("cpp",),
+)
+
+dense_neumann_solve = Op(
+    f"dense_neumann_solve(Tensor matrix, Tensor b, {_NEUMANN}",
+    reference=reference.dense_neumann_solve,
+    fake=lambda matrix, b, *solve: _fake_neumann(b, *solve),
+    device_of=1,
+    native=("cpp",),
+)
+
+dense_cg_solve = Op(
+    f"dense_cg_solve(Tensor matrix, Tensor b, {_CG}",
+    reference=reference.dense_cg_solve,
+    fake=lambda matrix, b, *solve: _fake_cg(b, *solve),
+    device_of=1,
+    native=("cpp",),
 )
 
 lstm_cell = Op(
@@ -238,6 +282,10 @@ ALL = (
     softmax_hessian,
     softmax_hessian_,
     mlp_hvp,
+    mlp_neumann_solve,
+    mlp_cg_solve,
+    dense_neumann_solve,
+    dense_cg_solve,
     lstm_cell,
     lstm_cell_backward,
     lstm_cell_double_backward,

@@ -249,13 +249,7 @@ def glm_neumann_solve(
     Returns:
         The sum, like ``b``, and the stats, ``(steps, k, 2)``.
     """
-    v, p = b.clone(), b.clone()
-    history = stop.new_full((steps, b.shape[0], 2), -1.0)
-    for stats in history:
-        neumann_step_([v], [p], [glm_hvp(x, weights, v, l2, scale, intercept)], stats, alpha, damping)
-        if not bool(((stats[:, 0] > stop) & stats[:, 0].isfinite()).any()):
-            break
-    return p * alpha, history
+    return neumann_series(lambda v: glm_hvp(x, weights, v, l2, scale, intercept), b, alpha, damping, steps, stop)
 
 
 def glm_cg_solve(
@@ -270,12 +264,46 @@ def glm_cg_solve(
     state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """At most ``steps`` iterations of `cg_step_` from zero: the solution, the final state, the steps taken."""
+    return conjugate_gradients(lambda p: glm_hvp(x, weights, p, l2, scale, intercept), b, damping, steps, state)
+
+
+def neumann_series(
+    product: Callable[[Tensor], Tensor], b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loop of `glm_neumann_solve` around any product with the rows of a tensor."""
+    v, p = b.clone(), b.clone()
+    history = stop.new_full((steps, b.shape[0], 2), -1.0)
+    for stats in history:
+        neumann_step_([v], [p], [product(v)], stats, alpha, damping)
+        if not bool(((stats[:, 0] > stop) & stats[:, 0].isfinite()).any()):
+            break
+    return p * alpha, history
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor], b: Tensor, damping: float, steps: int, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loop of `glm_cg_solve` around any product with the rows of a tensor."""
     solution, r, p, state = torch.zeros_like(b), b.clone(), b.clone(), state.clone()
     step = 0
     while step < steps and bool((state[:, 3] == 0).any()):
-        cg_step_([solution], [r], [p], [glm_hvp(x, weights, p, l2, scale, intercept)], state, damping)
+        cg_step_([solution], [r], [p], [product(p)], state, damping)
         step += 1
     return solution, state, torch.tensor(step, device=b.device)
+
+
+def dense_neumann_solve(
+    matrix: Tensor, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`glm_neumann_solve` for a matrix given by its entries."""
+    return neumann_series(lambda v: v @ matrix.mT, b, alpha, damping, steps, stop)
+
+
+def dense_cg_solve(
+    matrix: Tensor, b: Tensor, damping: float, steps: int, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`glm_cg_solve` for a matrix given by its entries."""
+    return conjugate_gradients(lambda p: p @ matrix.mT, b, damping, steps, state)
 
 
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None = None) -> Tensor:
@@ -351,6 +379,47 @@ def mlp_hvp(
             if bends:
                 r_delta = r_delta + bends[layer - 1] * r_a[layer - 1]
     return torch.cat(out, 1)
+
+
+def mlp_neumann_solve(
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    probabilities: Tensor | None,
+    b: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+    alpha: float,
+    damping: float,
+    steps: int,
+    stop: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`glm_neumann_solve` for a multilayer perceptron, its arguments as in `mlp_hvp`."""
+    model = weights, hidden, slopes, bends, deltas, probabilities
+    return neumann_series(lambda v: mlp_hvp(*model, v, scale, biases, l2), b, alpha, damping, steps, stop)
+
+
+def mlp_cg_solve(
+    weights: Sequence[Tensor],
+    hidden: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    bends: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    probabilities: Tensor | None,
+    b: Tensor,
+    scale: float,
+    biases: bool,
+    l2: float,
+    damping: float,
+    steps: int,
+    state: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`glm_cg_solve` for a multilayer perceptron, its arguments as in `mlp_hvp`."""
+    model = weights, hidden, slopes, bends, deltas, probabilities
+    return conjugate_gradients(lambda p: mlp_hvp(*model, p, scale, biases, l2), b, damping, steps, state)
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -312,7 +312,7 @@ class TestOperator:
         wide = hg.GLMHessian(torch.randn(40, 300), torch.zeros(300), "logistic")
         small = hg.GLMHessian(torch.randn(1000, 32), torch.zeros(32), "logistic")
         assert tall.plan(100, 1)[0] == "gram"
-        assert wide.plan(100, 1)[0] == small.plan(100, 1)[0] == "products"
+        assert wide.plan(100, 1)[0] == small.plan(10, 1)[0] == "products"
         assert tall.plan(1, 1)[0] == "products"
         assert "million multiply-adds" in tall.plan(100, 1)[1]
 

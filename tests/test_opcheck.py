@@ -35,15 +35,27 @@ def glm_arguments(rows=None, state=torch.float32, product=torch.float32):
     return x, weights, torch.randn(k, 21).to(state), torch.rand(21).to(state), 0.05, True
 
 
-def glm_neumann_arguments(*args):
-    arguments = glm_arguments(*args)
-    return *arguments, 0.5, 0.1, 5, torch.full((len(arguments[2]),), 1e-3, dtype=torch.float64)
+def dense_arguments(rows=None, state=torch.float32, product=torch.float32):
+    return torch.eye(9, dtype=state) + 0.1, torch.randn(rows or 1, 9, dtype=state)
 
 
-def glm_cg_arguments(*args):
-    arguments = glm_arguments(*args)
-    squares = arguments[2].double().square().sum(1)
-    return *arguments, 0.1, 5, torch.stack([squares, 1e-6 * squares, 0 * squares, 0 * squares], 1)
+def neumann_solve_arguments(model, b):
+    """Those of a whole solve: the model's, the right-hand sides in place b, and the solver's."""
+
+    def arguments(*args):
+        of_model = model(*args)
+        return *of_model, 0.2, 0.1, 5, torch.full((len(of_model[b]),), 1e-3, dtype=torch.float64)
+
+    return arguments
+
+
+def cg_solve_arguments(model, b):
+    def arguments(*args):
+        of_model = model(*args)
+        squares = of_model[b].double().square().sum(1)
+        return *of_model, 0.1, 5, torch.stack([squares, 1e-6 * squares, 0 * squares, 0 * squares], 1)
+
+    return arguments
 
 
 def softmax_arguments(rows=None, state=torch.float32, product=torch.float32):
@@ -70,11 +82,15 @@ ARGUMENTS = {
     "neumann_step_": neumann_arguments,
     "cg_step_": cg_arguments,
     "glm_hvp": glm_arguments,
-    "glm_neumann_solve": glm_neumann_arguments,
-    "glm_cg_solve": glm_cg_arguments,
+    "glm_neumann_solve": neumann_solve_arguments(glm_arguments, 2),
+    "glm_cg_solve": cg_solve_arguments(glm_arguments, 2),
+    "dense_neumann_solve": neumann_solve_arguments(dense_arguments, 1),
+    "dense_cg_solve": cg_solve_arguments(dense_arguments, 1),
     "softmax_hessian": softmax_arguments,
     "softmax_hessian_": softmax_arguments,
     "mlp_hvp": mlp_arguments,
+    "mlp_neumann_solve": neumann_solve_arguments(mlp_arguments, 6),
+    "mlp_cg_solve": cg_solve_arguments(mlp_arguments, 6),
     **{name: lstm_arguments(name) for name in LSTM_NAMES},
 }
 

@@ -86,7 +86,7 @@ class Product {
     for (; k-- > 0; v += v_size_, out += v_size_) {
       pack(v, packed);
       for (int64_t t = 0; t < threads; ++t) std::memset(sums + t * thread_size, 0, sum_size_ * sizeof(Real));
-      share(threads, Team{threads, ops_ >= kPatience * kGrainOps}, [&](int64_t t) {
+      share(threads, Team{threads, ops() >= kPatience * kGrainOps}, [&](int64_t t) {
         Real* sum = sums + t * thread_size;
         for (int64_t i = t * blocks / threads; i < (t + 1) * blocks / threads; ++i)
           add_block(v, packed, i * rows, std::min(rows, data_.n - i * rows), sum + sum_size_, sum);
@@ -233,28 +233,29 @@ class Product {
 };
 
 template <class Real>
-void run(const MlpData& data, const Real* v, int64_t k, Real* out) {
-  Product<Real> product(data);
-  product.pack_weights();
-  const int64_t size = product.size(), ops = product.ops();
-  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  // With vectors enough for all threads each does whole products, and there is nothing to add up.
-  if (threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps)
-    share(threads, Team{threads, k * ops >= kPatience * kGrainOps}, [&](int64_t t) {
-      const int64_t first = t * k / threads, last = (t + 1) * k / threads;
-      product.run(v + first * size, last - first, out + first * size, 1);
-    });
-  else
-    product.run(v, k, out, ops >= 2 * kGrainOps ? threads : 1);
+MlpProduct prepared(const MlpData& data) {
+  const auto product = std::make_shared<Product<Real>>(data);
+  product->pack_weights();
+  return [product](const void* vectors, int64_t k, void* products) {
+    const Real* v = static_cast<const Real*>(vectors);
+    Real* out = static_cast<Real*>(products);
+    const int64_t size = product->size(), ops = product->ops();
+    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    // With vectors enough for all threads each does whole products, and there is nothing to add up.
+    if (threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps)
+      share(threads, Team{threads, k * ops >= kPatience * kGrainOps}, [&](int64_t t) {
+        const int64_t first = t * k / threads, last = (t + 1) * k / threads;
+        product->run(v + first * size, last - first, out + first * size, 1);
+      });
+    else
+      product->run(v, k, out, ops >= 2 * kGrainOps ? threads : 1);
+  };
 }
 
 }  // namespace
 
-void mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out) {
-  if (data.dtype == DType::f64)
-    run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
-  else
-    run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+MlpProduct mlp_product(const MlpData& data) {
+  return data.dtype == DType::f64 ? prepared<double>(data) : prepared<float>(data);
 }
 
 }  // namespace hg::cpu

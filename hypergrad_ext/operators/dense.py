@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hypergrad_ext import ops
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.structure import Space, take_apart
 
@@ -45,6 +46,22 @@ class DenseMatrix(LinearOperator):
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``A v`` for every row of ``v[0]``, shape ``(k, n)``."""
         return [v[0] @ self.matrix.mT]
+
+    def neumann_series(
+        self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The whole series in one call, for a matrix on the CPU in the dtype of ``b``."""
+        if b.device.type != "cpu" or self.matrix.dtype != b.dtype:
+            return None
+        return ops.dense_neumann_solve.kernel(b.device, backend)(self.matrix, b, alpha, damping, steps, stop)
+
+    def conjugate_gradients(
+        self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The whole solve in one call, likewise."""
+        if b.device.type != "cpu" or self.matrix.dtype != b.dtype:
+            return None
+        return ops.dense_cg_solve.kernel(b.device, backend)(self.matrix, b, damping, steps, state)
 
     def dense(self) -> Tensor:
         """A copy of the matrix, in the dtype of the solver state."""

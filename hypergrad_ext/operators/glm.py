@@ -30,28 +30,57 @@ class _Rates:
     torch_mm: float  # a multiply-add of torch's matrix product
     torch_step: float  # the same where one of the matrices has a few rows only
     short_row: float  # what the sums at the end of a row of X cost, beside its elements
-    loop_step: float  # a step of the solver's own loop
+    row: float  # what a row of X costs at least, beside reading it
+    loop_step: float  # the calls of a step with the Gram matrix
+    scaling: float  # a number of D x when it is formed
+    forming: float  # the calls that form it
     cache_bytes: float
 
 
 # Measured on AMD: Zen 5 with AVX-512, where the product makes 200 GFLOP/s per core and MKL half of that, and Zen 3,
-# where the product makes 55 and MKL 80.
+# where the product makes 55 and MKL 80. On AVX-512 what rows and calls cost is
+# the time that it was on AVX2.
 _ON_AVX512 = _Rates(
-    from_memory=3.5, from_cache=1.0, torch_mm=2.0, torch_step=2.0, short_row=0.0, loop_step=1e6, cache_bytes=32e6
+    from_memory=3.5,
+    from_cache=1.0,
+    torch_mm=2.0,
+    torch_step=2.0,
+    short_row=0.0,
+    row=500.0,
+    loop_step=1.2e5,
+    scaling=100.0,
+    forming=1e7,
+    cache_bytes=32e6,
 )
 _ON_AVX2 = _Rates(
-    from_memory=2.0, from_cache=1.4, torch_mm=0.7, torch_step=1.3, short_row=30.0, loop_step=7e5, cache_bytes=32e6
+    from_memory=2.0,
+    from_cache=1.4,
+    torch_mm=0.7,
+    torch_step=1.3,
+    short_row=30.0,
+    row=170.0,
+    loop_step=4e4,
+    scaling=50.0,
+    forming=3e6,
+    cache_bytes=32e6,
 )
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
 _ON_CUDA = _Rates(
-    from_memory=3.0, from_cache=1.2, torch_mm=0.55, torch_step=0.55, short_row=0.0, loop_step=2.5e8, cache_bytes=30e6
+    from_memory=3.0,
+    from_cache=1.2,
+    torch_mm=0.55,
+    torch_step=0.55,
+    short_row=0.0,
+    row=0.0,
+    loop_step=2.5e8,
+    scaling=40.0,
+    forming=1.2e9,
+    cache_bytes=30e6,
 )
 
 # Rows per block when the Gram matrix is formed.
 _GRAM_ROWS = 8192
-# What the calls around its products take, in steps of the solver's loop.
-_FORMING_STEPS = 5
 # Gram matrices up to this size are formed: 64 MB in float32.
 _GRAM_LIMIT = 4096
 
@@ -151,10 +180,13 @@ class GLMHessian(LinearOperator):
 
         half = (classes + 1) / (2 * classes)  # blocks of two classes are formed once
         data = n * d * self.inputs.element_size()
-        streaming = products * max(2 * n * (d + rates.short_row) * classes * rows, reading(data))
-        forming = 0.0 if self._gram is not None else max(rates.torch_mm * n * m * m * half, reading(data))
+        streaming = products * max(2 * n * (d + rates.short_row) * classes * rows, reading(data) + n * rates.row)
+        forming = 0.0
+        if self._gram is None:
+            multiplying = rates.torch_mm * n * m * m * half + rates.scaling * n * m * (classes + 1) / 2
+            forming = max(multiplying, reading(data)) + rates.forming
         step = max(rates.torch_step * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
-        forming += products * step + (0.0 if self._gram is not None else _FORMING_STEPS * rates.loop_step)
+        forming += products * step
         choice: Literal["gram", "products"] = "gram" if forming < streaming and m <= _GRAM_LIMIT else "products"
         return choice, f"Gram matrix {forming / 1e6:.3g} against {streaming / 1e6:.3g} million multiply-adds"
 
@@ -247,10 +279,12 @@ class GLMHessian(LinearOperator):
         for c in range(classes):
             for other in range(c):
                 blocks[other, c] = blocks[c, other].T
-        # Rows and columns in the order of the parameters: all weights, then all intercepts.
-        order = torch.arange(classes * width, device=self.space.device).view(classes, width)
-        order = torch.cat([order[:, :d].reshape(-1), order[:, d:].reshape(-1)])
-        gram = blocks.transpose(1, 2).reshape(m, m)[order][:, order].mul_(self.scale)
+        gram = blocks.transpose(1, 2).reshape(m, m).mul_(self.scale)
+        if classes > 1 and self.intercept:
+            # Rows and columns in the order of the parameters: all weights, then all intercepts.
+            order = torch.arange(classes * width, device=self.space.device).view(classes, width)
+            order = torch.cat([order[:, :d].reshape(-1), order[:, d:].reshape(-1)])
+            gram = gram[order][:, order]
         if self.l2 is not None:
             gram.diagonal().add_(self.l2)
         return gram
@@ -260,8 +294,8 @@ class _Gram(DenseMatrix):
     """The Gram matrix as an operator on the model's own parameters."""
 
     def __init__(self, matrix: Tensor, space: Space) -> None:
-        super().__init__(matrix)
-        self.space = space
+        # Without the checks of a matrix from outside, which take as long as forming a small one.
+        self.matrix, self.space, self.symmetric = matrix, space, True
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix."""

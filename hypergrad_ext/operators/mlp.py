@@ -127,33 +127,19 @@ class MLPHessian(LinearOperator):
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
     ) -> tuple[Tensor, Tensor] | None:
-        """The whole series on flat vectors: cutting them up costs more than a small network's product."""
-        if b.device.type != "cpu":  # every step reads its stats, which on a GPU would wait for it
+        """The whole series in one call; on a GPU step by step, since each step's stats would wait for it."""
+        if b.device.type != "cpu":
             return None
-        product, step_ = ops.mlp_hvp.kernel(b.device, backend), ops.neumann_step_.kernel(b.device, backend)
-        v, p = b.clone(), b.clone()
-        history = stop.new_full((steps, len(b), 2), -1.0)
-        limits = stop.tolist()
-        for stats in history:
-            step_([v], [p], [product(*self._model(v))], stats, alpha, damping)
-            squares = stats[:, 0].tolist()
-            if not any(limit < square < math.inf for square, limit in zip(squares, limits, strict=True)):
-                break
-        return p.mul_(alpha), history
+        kernel = ops.mlp_neumann_solve.kernel(b.device, backend)
+        return kernel(*self._model(b), alpha, damping, steps, stop)
 
     def conjugate_gradients(
         self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The whole solve on flat vectors, likewise."""
+        """The whole solve in one call, likewise."""
         if b.device.type != "cpu":
             return None
-        product, step_ = ops.mlp_hvp.kernel(b.device, backend), ops.cg_step_.kernel(b.device, backend)
-        x, r, p, state = torch.zeros_like(b), b.clone(), b.clone(), state.clone()
-        step = 0
-        while step < steps and 0.0 in state[:, 3].tolist():
-            step_([x], [r], [p], [product(*self._model(p))], state, damping)
-            step += 1
-        return x, state, torch.tensor(step)
+        return ops.mlp_cg_solve.kernel(b.device, backend)(*self._model(b), damping, steps, state)
 
     def _model(
         self, v: Tensor

@@ -282,7 +282,7 @@ def _in_one_call(
         x, history = result
         ran = int((history[:, 0, 0] != -1).sum())
         system.hvps += ran * len(rows)
-        if watch is None:
+        if watch is None or watch.calm(history[:ran]):
             return x.view_as(b), ran, alpha
         over, step, shrink = False, 0, 1.0
         for step, stats in enumerate(history[:ran].tolist(), 1):
