@@ -325,7 +325,7 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--set", "size=3"], "--set: expected a name out of units, batch, .*, got 'size'"),
+            (["--set", "size=3"], "--set: expected a name out of units, embedding, .*, got 'size'"),
             (["--set", "units=many"], "--set units: expected a number, true, false or null, got 'many'"),
             (["--set", "methods=none,all"], "methods: expected some of none, .*, got 'all'"),
             (["--data-dir", "/nowhere"], "data-dir: expected one file train.txt"),
