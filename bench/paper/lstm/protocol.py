@@ -38,8 +38,8 @@ class Protocol(Setting):
         )
 
 
-# 86 thousand weights on Python's help pages: two minutes a method. The embedding's start makes the model overfit, so that
-# there is something to tune.
+# 86 thousand weights on Python's help pages: two minutes a method. The embedding's start makes the model overfit: else
+# there is little to tune.
 SMALL = Protocol(
     units=48,
     embedding="normal",
