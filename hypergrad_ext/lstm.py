@@ -247,11 +247,10 @@ class _LayerBackward(Function):
             v = [_or_zeros(t, s) for t, s in zip((v_x, v_ih, v_bias, v_hh, v_h0, v_c0), like, strict=True)]
             v = [t for t, is_given in zip(v, given, strict=True) if is_given]
             return None, *_by_torch(functools.partial(_layer_backward, ctx.wanted), inputs, v)
-        v_h0, v_c0 = _or_zeros(v_h0, h0), _or_zeros(v_c0, c0)
         # What the gradients by the gates meet: the tangent of the gates.
         v_gates = _tangent_of_gates([(v_x, w_ih), (x, v_ih)], (h0, h, v_hh), v_bias, activations)
         by_activations, by_c, by_c0, by_grad_h, by_grad_c = ops.lstm_layer_double_backward(
-            activations, c, c0, w_hh, dh, dc, v_gates, v_h0, v_c0
+            activations, c, c0, w_hh, dh, dc, v_gates, _or_zeros(v_h0, h0), _or_zeros(v_c0, c0)
         )
         rows = _rows(gates)
         by_ih = None if v_x is None else rows.T @ _rows(v_x)
@@ -314,9 +313,16 @@ def _tangent_of_gates(inputs: Any, recurrent: Any, v_bias: Tensor | None, like: 
     return total
 
 
-def _by_recurrent_weights(gates: Tensor, h0: Tensor, h: Tensor) -> Tensor:
-    """Sum over the steps of ``gates[t]^T h[t - 1]``: h and h0 stay where they are, since memory for a copy is dear."""
-    return (_rows(gates[1:]).T @ _rows(h[:-1])).addmm_(gates[0].T, h0)
+def _by_recurrent_weights(gates: Tensor, h0: Tensor | None, h: Tensor) -> Tensor:
+    """Sum over the steps of ``gates[t]^T h[t - 1]``; ``h0`` None is zero.
+
+    h and h0 stay where they are, since memory for a copy is dear.
+
+    Returns:
+        Like the recurrent weights.
+    """
+    total = _rows(gates[1:]).T @ _rows(h[:-1])
+    return total if h0 is None else total.addmm_(gates[0].T, h0)
 
 
 def _by_torch(function: Any, inputs: Any, cotangents: Any) -> tuple[Tensor | None, ...]:

@@ -27,8 +27,9 @@ def _load(settings: Settings) -> text.Corpus:
 
 def _protocol(settings: Settings) -> Protocol:
     if settings.data == "help":
-        methods = "none,fixed,seven" if settings.quick else "none,fixed,seven,many,stn,grid,random"
-        return dataclasses.replace(protocol.SMALL, methods=methods)
+        if settings.quick:
+            return dataclasses.replace(protocol.SMALL, methods="none,fixed,seven", steps=2000)
+        return dataclasses.replace(protocol.SMALL, methods="none,fixed,seven,many,stn,grid,random")
     rule = protocol.FULL if settings.device.type == "cuda" else protocol.MEDIUM
     if settings.quick:
         rule = dataclasses.replace(rule, seconds=120.0)

@@ -77,7 +77,7 @@ class Graphed(Run):
             self.inner = Replayed(self._gradients, window[0].device)
         loss, grads, state = self.inner.replay()
         self.descend(list(self.model.parameters()), [grad.clone() for grad in grads])
-        self.losses.append(loss.clone())
+        self.note(loss)
         self.train.state = _copy(state)
 
     def hyper_step(self, window: Window) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,15 @@ class Regularisation(nn.Module):
     Args:
         units: Of every layer and of the embedding.
         many: One rate per unit for `input`, `hidden` and `output`, one per recurrent weight, the same for all layers,
-            and one for `embedding`; the penalties stay what they are. 1,691,951 for 650 units.
+            and one for `embedding`: 1,691,951 for 650 units.
         dropout: Rate at the start, in (0, 1).
         penalty: Both penalties at the start, > 0.
+        penalties: Whether the penalties are hyperparameters, too; else they stay what they are.
     """
 
-    def __init__(self, units: int, many: bool = False, dropout: float = 0.5, penalty: float = 1e-2) -> None:
+    def __init__(
+        self, units: int, many: bool = False, dropout: float = 0.5, penalty: float = 1e-2, penalties: bool = True
+    ) -> None:
         """See the class."""
         super().__init__()
         shapes = {
@@ -48,10 +52,10 @@ class Regularisation(nn.Module):
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.zeros(shape if many else ())))
         for name in ("activation", "temporal"):
-            if many:
-                self.register_buffer(name, torch.zeros(()))
-            else:
+            if penalties:
                 setattr(self, name, nn.Parameter(torch.zeros(())))
+            else:
+                self.register_buffer(name, torch.zeros(()))
         self.assign({name: penalty if name in PENALTIES else dropout for name in NAMES})
 
     @torch.no_grad()
@@ -75,12 +79,23 @@ NAMES = "embedding", "input", "hidden", "output", "weight", *PENALTIES
 
 
 class LanguageModel(nn.Module):
-    """Embedding, two layers of LSTM, softmax with the embedding's weights: 13,280,400 for 10,000 words, 650 units."""
+    """Embedding, two layers of LSTM, softmax with the embedding's weights: 13,280,400 for 10,000 words, 650 units.
 
-    def __init__(self, words: int, units: int, layers: int = 2) -> None:
+    Args:
+        words: Of the vocabulary.
+        units: Of the embedding and of every layer.
+        layers: Of the LSTM.
+        start: How the embedding is drawn: ``"uniform"`` from -0.1 to 0.1, as the paper does, or ``"normal"`` with
+            variance 1, as `torch.nn.Embedding` does, where the softmax starts sure of itself and soon overfits.
+    """
+
+    def __init__(
+        self, words: int, units: int, layers: int = 2, start: Literal["uniform", "normal"] = "uniform"
+    ) -> None:
         """See the class."""
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(words, units).uniform_(-0.1, 0.1))
+        embedding = torch.empty(words, units)
+        self.embedding = nn.Parameter(embedding.normal_() if start == "normal" else embedding.uniform_(-0.1, 0.1))
         self.lstm = hnn.LSTM(units, units, layers)
         self.bias = nn.Parameter(torch.zeros(words))
 

@@ -76,7 +76,7 @@ class SelfTuning(Run):
         loss, penalty, self.train.state = self.loss_at(window, self.response(vector), _At(values))
         learnt = list(self.response.parameters())
         self.descend(learnt, torch.autograd.grad(loss + penalty, learnt))
-        self.losses.append(loss.detach())
+        self.note(loss)
         if self.step > self.setting.hyper_after and self.step % INNER == 0:
             for _ in range(OUTER):
                 self.hyper_step(window)

@@ -17,7 +17,7 @@ from torch import Tensor
 SPLITS = "train", "valid", "test"
 UNKNOWN, END = "<unk>", "<eos>"
 # Tokens of the help pages in each split, and their vocabulary.
-HELP_TOKENS, HELP_WORDS = (12_000, 6_000, 8_000), 500
+HELP_TOKENS, HELP_WORDS = (12_000, 6_000, 8_000), 1_000
 
 
 @dataclass(frozen=True)

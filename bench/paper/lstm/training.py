@@ -22,6 +22,7 @@ class Setting:
 
     Args:
         units: Of the embedding and of every layer.
+        embedding: Its start, see `LanguageModel`.
         batch: Columns of text in training, and in the validation windows of hyper-steps.
         eval_batch: Columns of the validation text in evaluation; the test text is one column.
         bptt: Steps of a window.
@@ -34,6 +35,7 @@ class Setting:
         evaluate_every: Steps between evaluations; None is an epoch.
         dropout: Rates at the start.
         penalty: Penalties at the start.
+        many_penalties: Whether ``"many"`` tunes the two penalties, too; the paper's count is without them.
         hyper_rate: Learning rate of Adam for the hyperparameters.
         hyper_every: Inner steps per hyper-step.
         hyper_after: Inner steps before the first.
@@ -45,6 +47,7 @@ class Setting:
     """
 
     units: int = 650
+    embedding: Literal["uniform", "normal"] = "uniform"
     batch: int = 40
     eval_batch: int = 10
     bptt: int = 70
@@ -56,6 +59,7 @@ class Setting:
     evaluate_every: int | None = None
     dropout: float = 0.5
     penalty: float = 1e-2
+    many_penalties: bool = False
     hyper_rate: float = 1e-3
     hyper_every: int = 1
     hyper_after: int = 0
@@ -110,8 +114,10 @@ class Run:
         if setting.device != "cpu":
             torch.set_float32_matmul_precision("highest" if setting.precision == "fp32" else "high")
         self.corpus, self.setting, self.method = corpus, setting, method
-        self.model = LanguageModel(len(corpus.words), setting.units).to(setting.device)
-        hyper = Regularisation(setting.units, method == "many", setting.dropout, setting.penalty)
+        self.model = LanguageModel(len(corpus.words), setting.units, start=setting.embedding).to(setting.device)
+        many = method == "many"
+        penalties = setting.many_penalties or not many
+        hyper = Regularisation(setting.units, many, setting.dropout, setting.penalty, penalties)
         self.hyper = None if method == "none" else hyper.to(setting.device)
         self.optimiser = self.inner_optimiser(self.model)
         self.outer = torch.optim.Adam(hyper.parameters(), lr=setting.hyper_rate)
@@ -121,7 +127,9 @@ class Run:
         self.curve: list[Point] = []
         self.best: dict[str, Tensor] = {}
         self.seconds = 0.0
-        self.losses: list[Tensor] = []
+        # A sum, not a list: a number kept from every step keeps the memory of a step's logits from being used again.
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=setting.device)
+        self.losses = 0
         self.failed_solves = 0
 
     def inner_optimiser(self, weights: nn.Module) -> torch.optim.Optimizer:
@@ -189,7 +197,12 @@ class Run:
         loss, penalty, self.train.state = self.loss(*window, self.hyper)
         weights = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.descend(weights, torch.autograd.grad(loss + penalty, weights))
-        self.losses.append(loss.detach())
+        self.note(loss)
+
+    def note(self, loss: Tensor) -> None:
+        """Count a training loss for the next evaluation's line."""
+        self.loss_sum += loss.detach()
+        self.losses += 1
 
     def descend(self, weights: list[Tensor], grads: Sequence[Tensor]) -> None:
         """A clipped step."""
@@ -221,8 +234,9 @@ class Run:
         """Evaluate, keep the weights if they are the best, and lower the learning rate if that is due."""
         valid = self.perplexity(self.corpus.valid, self.setting.eval_batch)
         seconds = self.seconds + self.clock() - start
-        train = math.exp(min(float(torch.stack(self.losses).mean()), 50.0)) if self.losses else math.nan
-        self.losses = []
+        train = math.exp(min(float(self.loss_sum) / self.losses, 50.0)) if self.losses else math.nan
+        self.loss_sum.zero_()
+        self.losses = 0
         point = Point(seconds, self.step, train, valid, self.hyper.means() if self.hyper is not None else {})
         if valid < self.best_valid:
             self.best = {name: t.detach().clone() for name, t in self.evaluation_weights().items()}
@@ -271,6 +285,7 @@ class Run:
             "curve": [vars(point) for point in self.curve],
             "best": self.best,
             "seconds": self.seconds,
+            "loss_sum": self.loss_sum,
             "losses": self.losses,
             "failed_solves": self.failed_solves,
             "random": torch.get_rng_state(),
@@ -285,6 +300,7 @@ class Run:
         self.valid.taken, self.valid.state = saved["windows"]["valid"]
         self.curve = [Point(**point) for point in saved["curve"]]
         self.best, self.seconds, self.losses = saved["best"], saved["seconds"], saved["losses"]
+        self.loss_sum.copy_(saved["loss_sum"])
         self.failed_solves = saved["failed_solves"]
         torch.set_rng_state(saved["random"].cpu())
         if saved["random_cuda"] is not None:
