@@ -254,7 +254,7 @@ def _solve_packed(
             relative = torch.where(lost, start / scale / b_norm, relative)
             if bound is not None:
                 bound = torch.where(lost, start / scale / (norms / bound), bound)
-    refuse_found(system, outcome.solver or solver, outcome)
+    refuse_found(system, outcome.solver or solver, outcome, relative)
     if any(bad):
         x = torch.where(finite[..., None], x, torch.nan)
         outcome.statuses = [

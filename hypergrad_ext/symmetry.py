@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Status
@@ -13,7 +14,7 @@ _WAY_OUT = (
     "solve with Direct, or give CG the normal equations: hg.Callable(lambda v: A_transposed(A(v)), like=b) and "
     "A_transposed(b) in the place of b"
 )
-# Ends of a solve that an operator other than symmetric may be behind; without a tolerance all steps are the plan.
+# Ends of a solve that an operator other than symmetric may be behind; and all steps, if what is left is no less than b.
 _SUSPECT = (Status.STAGNATED, Status.NEGATIVE_CURVATURE, Status.SINGULAR, Status.DIVERGED)
 # Of the Frobenius norm: rounding inside a product is below that, or below so many eps of a lower precision.
 _ASYMMETRY = 1e-2
@@ -31,7 +32,7 @@ def refuse_declared(operator: LinearOperator, solver: Solver) -> None:
         raise ValueError(f"operator: expected a symmetric operator for {name}, got one that is not; {_WAY_OUT}")
 
 
-def refuse_found(system: System, solver: Solver, outcome: Outcome) -> None:
+def refuse_found(system: System, solver: Solver, outcome: Outcome, relative: Tensor | None) -> None:
     r"""After a solve that went wrong: refuse an operator that is only said to be symmetric, and is not.
 
     For Gaussian u and v, :math:`u \cdot H v - v \cdot H u` is about the Frobenius norm of :math:`H - H^\top`.
@@ -45,6 +46,7 @@ def refuse_found(system: System, solver: Solver, outcome: Outcome) -> None:
     if operator.surely_symmetric or not solver.needs_symmetry:
         return
     missed = Status.MAX_STEPS in outcome.statuses and getattr(solver, "tol", None) is not None
+    missed = missed and relative is not None and float(relative.max()) >= 1
     if not missed and not any(status in _SUSPECT for status in outcome.statuses):
         return
     space = operator.space
