@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from bench import measure
-from bench.ceilings import floor
+from bench.ceilings import at_the_floor, floor, percent_of_floor
 from bench.measure import interleave, median, ratio
 from hypergrad_ext import ops, reference
 
@@ -158,15 +158,14 @@ def exact(problem: Problem, operator: hg.GLMHessian | None = None) -> list[Tenso
 def run(
     table: str, row: dict, variants: dict, problem: Problem, products: int, threads: int, benchmark, report
 ) -> None:
+    limits = floor(4 * problem.x.numel() * problem.classes * problem.k, problem.x, threads, products)
     with measure.threads(threads):
-        seconds = interleave(variants, 300, warmup=1, clock=measure.clock_for(threads), budget=BUDGET)
-        lowest = floor(4 * problem.x.numel() * problem.classes * problem.k, problem.x, threads)
+        seconds = interleave(variants | limits, 300, warmup=1, clock=measure.clock_for(threads), budget=BUDGET)
         benchmark.pedantic(variants["fused"], rounds=1)
     row["fused ms"] = median(seconds["fused"]) * 1e3
-    if lowest is not None:
-        best = min(median(seconds["torch rows"]), median(seconds["torch columns"]))
-        row["% of floor"] = 100 * products * lowest / median(seconds["fused"])
-        row["x torch at the floor"] = best / (products * lowest)
+    better = min(("torch rows", "torch columns"), key=lambda name: median(seconds[name]))
+    row["% of floor"] = percent_of_floor(seconds, "fused")
+    row["x torch at the floor"] = at_the_floor(seconds, better)
     for other in [*variants][1:]:
         row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
     report(table, row)

@@ -2,8 +2,7 @@
 
 The baselines are the retained double backward that any other package runs (one vector after another),
 ``torch.func.linearize`` of the gradient, and the same closed form in plain torch. Every timed call makes
-four products, as a solver does, and the previous variant has emptied the caches before the first; "in one call"
-are four whole steps of the Neumann series, by the op that solvers call.
+four products, as a solver does, and the previous variant has emptied the caches before the first.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from bench import measure
-from bench.ceilings import floor
+from bench.ceilings import at_the_floor, floor, percent_of_floor
 from bench.measure import interleave, median, ratio
 from hypergrad_ext import ops, reference
 
@@ -72,11 +71,6 @@ class Problem:
 
     def fused(self) -> Tensor:
         return self.kernel(*self.operator._model(self.v))
-
-    def series(self) -> Tensor:
-        """As many steps of a whole solve in one call."""
-        alpha, never = 1e-3, torch.full((len(self.v),), -1.0, dtype=torch.float64)
-        return ops.mlp_neumann_solve(*self.operator._model(self.v), alpha, 0.0, PRODUCTS, never)[0]
 
     def in_torch(self) -> Tensor:
         return reference.mlp_hvp(*self.operator._model(self.v))
@@ -153,21 +147,15 @@ def test_mlp_hvp(problem, k, threads, benchmark, report, quick):
     if jax is not None:
         products["jitted JAX"] = at.jax_product()
     variants = {name: repeat(product) for name, product in products.items()}
-    variants["in one call"] = at.series
     with measure.threads(threads):
+        variants |= floor(at.flops(), at.x, threads, PRODUCTS)
         seconds = interleave(variants, 100, warmup=1, clock=measure.clock_for(threads), budget=1.0 if quick else BUDGET)
-        lowest = floor(at.flops(), at.x, threads)
         benchmark.pedantic(variants["fused"], rounds=1)
     row = {"network": IDS[PROBLEMS.index(problem)], "k": k, "threads": threads, "rel. error": error}
-    fused, by_torch = (median(seconds[name]) / PRODUCTS for name in ("fused", "double backward"))
-    row["fused ms"] = fused * 1e3
-    row["step in one call, ms"] = median(seconds["in one call"]) / PRODUCTS * 1e3
-    if lowest is not None:
-        row |= {"% of floor": 100 * lowest / fused, "x double backward at the floor": by_torch / lowest}
+    row["fused ms"] = median(seconds["fused"]) / PRODUCTS * 1e3
+    row["% of floor"] = percent_of_floor(seconds, "fused")
+    row["x double backward at the floor"] = at_the_floor(seconds, "double backward")
     for other in ("double backward", "closed form in torch", "linearize", "jitted JAX"):
         known = other in variants
         row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused")) if known else "-"
-    row["in one call, x double backward"] = "{:.2f} ({:.2f}-{:.2f})".format(
-        *ratio(seconds, "double backward", "in one call")
-    )
     report("mlp_hvp", row)

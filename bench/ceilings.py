@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.measure import clock_for
+from bench.measure import ratio
 
-STEPS = 2_000_000
+ARITHMETIC, READING = "multiply-adds in registers", "plain reading"
 
 
 @functools.cache
@@ -41,28 +41,36 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _best(job: Callable[[int], object], threads: int, rounds: int = 7) -> float:
-    """Shortest time in which all threads do the job; with one thread, by the process's own clock."""
-    clock, times = clock_for(threads), []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(rounds):
-            start = clock()
-            list(pool.map(job, range(threads)))
-            times.append(clock() - start)
-    return min(times)
+def floor(flops: float, x: Tensor, threads: int, products: int = 1) -> dict[str, Callable[[], object]]:
+    """Variants to time beside a kernel that reads float32 ``x`` once per product and makes so many flops for it.
 
-
-def floor(flops: float, x: Tensor, threads: int) -> float | None:
-    """Seconds that a kernel takes at least which reads float32 ``x`` once and makes so many flops.
-
-    None where there is no compiler.
+    They do this much of either and nothing else. Measured in the same rounds, because a machine that is shared is
+    now faster, now slower. Empty where there is no compiler.
     """
     library = _library()
     if library is None or x.dtype != torch.float32 or not x.is_contiguous():
+        return {}
+    steps, share = round(products * flops / (threads * 12 * 8 * 2)), x.numel() // threads
+    pool = ThreadPoolExecutor(threads)
+
+    def on_all(job: Callable[[int], object]) -> Callable[[], object]:
+        return (lambda: job(0)) if threads == 1 else (lambda: list(pool.map(job, range(threads))))
+
+    return {
+        ARITHMETIC: on_all(lambda _: library.multiply_add(steps)),
+        READING: on_all(lambda t: library.read_all(x.data_ptr() + 4 * t * share, share, products)),
+    }
+
+
+def percent_of_floor(seconds: dict[str, list[float]], kernel: str) -> float | None:
+    """How near a kernel is to the floor: the median over the rounds; None where nothing was measured."""
+    if ARITHMETIC not in seconds:
         return None
-    arithmetic = _best(lambda _: library.multiply_add(STEPS), threads) * flops / (threads * STEPS * 12 * 8 * 2)
-    share = x.numel() // threads
-    # A small matrix is read often enough for the start of the threads not to count.
-    times = max(1, 2**23 // x.numel())
-    reading = _best(lambda t: library.read_all(x.data_ptr() + 4 * t * share, share, times), threads) / times
-    return max(arithmetic, reading)
+    return 100 * max(ratio(seconds, limit, kernel)[0] for limit in (ARITHMETIC, READING))
+
+
+def at_the_floor(seconds: dict[str, list[float]], other: str) -> float | None:
+    """How many times faster than another variant a kernel at the floor would be; None likewise."""
+    if ARITHMETIC not in seconds:
+        return None
+    return min(ratio(seconds, other, limit)[0] for limit in (ARITHMETIC, READING))

@@ -5,17 +5,33 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../mlp.h"
 #include "simd.h"
 
 namespace hg::cpu {
 
-// A term of a product: element (i, j) is the sum over t < depth of a(i, t) b[t * b_stride + j].
+// A matrix that is read along its rows, panel by panel: groups of columns that fill a cache line. Element (r, c) is at
+// r * stride + c / P * panel + c % P. In the rows of a usual matrix `panel` is P; panels one after another, their rows
+// `stride` = P apart, are read from end to end, where long rows lie too far apart for the hardware to fetch ahead.
+template <class Real>
+struct Panels {
+  static constexpr int64_t P = kMlpPadding / static_cast<int64_t>(sizeof(Real));
+  const Real* data;
+  int64_t stride, panel = P;
+
+  // One after another. A distance of a multiple of 4 KiB would make all panels share a few sets of the cache.
+  static Panels apart(const Real* data, int64_t rows) { return {data, P, height(rows) * P}; }
+  static int64_t height(int64_t rows) { return rows % (2 * P) ? rows : rows + 1; }
+  static int64_t size(int64_t rows, int64_t columns) { return height(rows) * ((columns + P - 1) / P * P); }
+};
+
+// A term of a product: element (i, j) is the sum over t < depth of a(i, t) b(t, j).
 template <class Real>
 struct Factors {
   const Real* a;  // (i, t) at i * a_stride + t, or, transposed, at t * a_stride + i
   int64_t a_stride;
-  const Real* b;
-  int64_t b_stride, depth;
+  Panels<Real> b;
+  int64_t depth;
 };
 
 // Ra = product + bias; Rh = act'(a) Ra, and what the way back needs, act''(a) dL/dh Ra.
@@ -124,11 +140,12 @@ struct Gemm {
         const Factors<Real>& f = g.factors[term];
         constexpr bool kTransposed = Finish<Real>::kTransposed;
         const int64_t across = kTransposed ? 1 : f.a_stride, along = kTransposed ? f.a_stride : 1;
-        const Real *a = f.a + i * across, *b = f.b + j;
-        for (int64_t t = 0; t < f.depth; ++t, a += along, b += f.b_stride) {
+        constexpr int64_t P = Panels<Real>::P;
+        const Real *a = f.a + i * across, *b = f.b.data + j / P * f.b.panel + j % P;
+        for (int64_t t = 0; t < f.depth; ++t, a += along, b += f.b.stride) {
           V row[C];
 #pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) row[c] = S::load(b + c * W);
+          for (int c = 0; c < C; ++c) row[c] = S::load(b + c * W / P * f.b.panel + c * W % P);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -149,7 +166,7 @@ struct Gemm {
 };
 
 // Ra of a last layer much narrower than a register: sums along the depth, of which no lane is padding. Here b is the
-// matrix itself: element (i, j) is the sum over t < depth of a(i, t) b[j * b_stride + t].
+// matrix itself, in its own rows: element (i, j) is the sum over t < depth of a(i, t) b(j, t).
 template <class Real>
 struct NarrowGemm {
   Factors<Real> factors[2];
@@ -176,7 +193,7 @@ struct NarrowGemm {
       Real rest[R] = {}, out[4];
       for (int term = 0; term < g.terms; ++term) {
         const Factors<Real>& f = g.factors[term];
-        const Real *a = f.a + i * f.a_stride, *b = f.b + j * f.b_stride;
+        const Real *a = f.a + i * f.a_stride, *b = f.b.data + j * f.b.stride;
         int64_t t = 0;
         for (; t + S::width <= f.depth; t += S::width) {
           const V by = S::load(b + t);

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
 // Last layers that fill at most one of so many parts of a padded row are multiplied along their inputs.
 constexpr int64_t kNarrow = 4;
-// Widest rows that are fetched ahead by hand.
-constexpr int64_t kFetchStride = 144;
+// Matrices with longer rows are put into panels apart; the rows of others are fetched ahead by hand.
+constexpr int64_t kWideBytes = 576;
 // Multiply-adds per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 
@@ -28,6 +28,8 @@ struct Layout {
   int64_t in_row, out_row;  // from row to row of matrices of these widths
   int64_t v_weight, v_bias;
   int64_t transposed, rows, bias;  // in the packed copy; rows is -1 where v itself will do
+  int64_t w_transposed, w_rows;    // in the packed copy of W; -1 where it is not needed, or W itself will do
+  int64_t hidden;                  // in a block's packed rows of the network; -1 where its own will do
   int64_t sum, sum_bias;
   int64_t tangent;  // row elements before this layer's, in a block's tangents
 };
@@ -42,8 +44,14 @@ class Product {
       at.in_row = spread(at.in), at.out_row = spread(at.out);
       at.v_weight = take(v_size_, layer.in * layer.out);
       at.v_bias = take(v_size_, data.biases ? layer.out : 0);
-      at.transposed = take(packed_size_, layer.in * at.out_row);
-      at.rows = at.in_row == layer.in ? -1 : take(packed_size_, layer.out * at.in_row);
+      const int64_t transposed = Panels<Real>::size(layer.in, layer.out);
+      const int64_t rows = Panels<Real>::size(layer.out, layer.in);
+      const bool back = !layout_.empty();  // the input has no tangent
+      at.transposed = take(packed_size_, transposed);
+      at.rows = back && (wide(at.in) || at.in != layer.in) ? take(packed_size_, rows) : -1;
+      at.w_transposed = back ? take(weights_size_, transposed) : -1;
+      at.w_rows = back && wide(at.in) ? take(weights_size_, rows) : -1;
+      at.hidden = wide(at.in) ? take(hidden_columns_, at.in) : -1;
       at.bias = take(packed_size_, at.out);
       at.sum = take(sum_size_, layer.out * at.in_row);
       at.sum_bias = take(sum_size_, at.out);
@@ -59,16 +67,16 @@ class Product {
   int64_t size() const { return v_size_; }
   int64_t ops() const { return ops_ * data_.n; }
 
-  // W^T of every layer but the first, whose input has no tangent.
   void pack_weights() {
-    int64_t size = 0;
-    for (size_t l = 1; l < layers_.size(); ++l) size += layers_[l].in * layout_[l].out_row;
-    weights_ = std::make_unique<Buffer<Real>>(size);
-    Real* out = weights_->get();
-    for (size_t l = 1; l < layers_.size(); out += layers_[l].in * layout_[l].out_row, ++l) {
+    weights_ = std::make_unique<Buffer<Real>>(weights_size_);
+    for (size_t l = 0; l < layers_.size(); ++l) {
       const MlpLayer& layer = layers_[l];
-      Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, out, layout_[l].out_row});
-      transposed_.push_back(out);
+      const Layout& at = layout_[l];
+      Real* packed = weights_->get();
+      if (at.w_transposed >= 0)
+        Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_transposed});
+      if (at.w_rows >= 0)
+        hg::cpu::pack(real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_rows);
     }
   }
 
@@ -80,7 +88,8 @@ class Product {
     const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + 7) / 8 * 8, 8, max_rows_);
     blocks = (data_.n + rows - 1) / rows;
     // In one piece, because an allocator returns large pieces to the system: it would fault them in again.
-    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_), thread_size = sum_size_ + scratch_size;
+    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_) + Panels<Real>::size(rows, hidden_columns_);
+    const int64_t thread_size = sum_size_ + scratch_size;
     const Buffer<Real> memory(packed_size_ + threads * thread_size);
     Real *packed = memory.get(), *sums = packed + packed_size_;
     for (; k-- > 0; v += v_size_, out += v_size_) {
@@ -107,24 +116,20 @@ class Product {
     constexpr int64_t kUnit = kMlpPadding / sizeof(Real);
     return width % (8 * kUnit) ? width : width + kUnit;
   }
+  static bool wide(int64_t columns) { return columns * static_cast<int64_t>(sizeof(Real)) > kWideBytes; }
   static int64_t take(int64_t& total, int64_t size) { return (total += size) - size; }
   static const Real* real(const Rows& m, int64_t row = 0) {
     return m.data ? static_cast<const Real*>(m.data) + row * m.stride : nullptr;
   }
 
-  // V^T for the way forward; V with padded rows for the way back; padded biases.
+  // V^T for the way forward; V for the way back; padded biases.
   void pack(const Real* v, Real* packed) const {
     for (size_t l = 0; l < layers_.size(); ++l) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const Real* weight = v + at.v_weight;
-      Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed, at.out_row});
-      if (at.rows >= 0 && l > 0)
-        for (int64_t o = 0; o < layer.out; ++o) {
-          Real* row = packed + at.rows + o * at.in_row;
-          std::memcpy(row, weight + o * layer.in, layer.in * sizeof(Real));
-          std::memset(row + layer.in, 0, (at.in - layer.in) * sizeof(Real));
-        }
+      Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed});
+      if (at.rows >= 0) hg::cpu::pack(weight, layer.in, layer.out, layer.in, packed + at.rows);
       std::memset(packed + at.bias, 0, at.out * sizeof(Real));
       if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
     }
@@ -147,21 +152,33 @@ class Product {
   void add_block(const Real* v, const Real* packed, int64_t begin, int64_t rows, Real* scratch, Real* sum) const {
     Real *tangents = scratch, *curved = tangents + rows * tangent_size_;
     Real *delta = curved + rows * tangent_size_, *next_delta = delta + rows * widest_;
+    Real* hidden = next_delta + rows * widest_;
     const size_t last = layers_.size() - 1;
+    using Matrix = Panels<Real>;
+    const auto inputs = [&](size_t l) {
+      const int64_t at = layout_[l].hidden;
+      return at < 0 ? Matrix{real(layers_[l].hidden, begin), layers_[l].hidden.stride}
+                    : Matrix::apart(hidden + at * Matrix::height(rows), rows);
+    };
     for (size_t l = 0; l <= last; ++l) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      const Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, packed + at.transposed, at.out_row,
-                               layer.in};
+      if (at.hidden >= 0)
+        hg::cpu::pack(real(layer.hidden, begin), layer.hidden.stride, rows, layer.in,
+                      hidden + at.hidden * Matrix::height(rows));
+      const Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride,
+                               Matrix::apart(packed + at.transposed, layer.in), layer.in};
       Factors<Real> by_w{};
-      if (l > 0) by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row, transposed_[l - 1], at.out_row, layer.in};
+      if (l > 0)
+        by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row,
+                Matrix::apart(weights_->get() + at.w_transposed, layer.in), layer.in};
       const int terms = l > 0 ? 2 : 1;
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
           fetch(*m, begin, rows);
       if (l == last && kNarrow * layer.out <= at.out) {
-        const Factors<Real> along_v{by_v.a, by_v.a_stride, v + at.v_weight, layer.in, layer.in};
-        const Factors<Real> along_w{by_w.a, by_w.a_stride, real(layer.weight), layer.weight.stride, layer.in};
+        const Factors<Real> along_v{by_v.a, by_v.a_stride, {v + at.v_weight, layer.in}, layer.in};
+        const Factors<Real> along_w{by_w.a, by_w.a_stride, {real(layer.weight), layer.weight.stride}, layer.in};
         NarrowGemm<Real>::run({{along_v, along_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
       } else if (l == last) {
         Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out_row}});
@@ -179,7 +196,7 @@ class Product {
     for (size_t l = last + 1; l-- > 0; std::swap(delta, next_delta)) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      const Factors<Real> of_delta{delta, at.out_row, real(layer.hidden, begin), layer.hidden.stride, rows};
+      const Factors<Real> of_delta{delta, at.out_row, inputs(l), rows};
       if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, at.out, sum + at.sum_bias});
       if (l == 0) {
         Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, at.in, {sum + at.sum, at.in_row}});
@@ -188,11 +205,14 @@ class Product {
       const MlpLayer& before = layers_[l - 1];
       for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
       const Real* tangent = tangents + rows * layout_[l - 1].tangent;
-      const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, at.in_row, rows};
+      const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, {tangent, at.in_row}, rows};
       Gemm<Real, Accumulate>::run({{of_delta, of_tangent}, 2, layer.out, at.in, {sum + at.sum, at.in_row}});
-      const Factors<Real> by_w{delta, at.out_row, real(layer.weight), layer.weight.stride, layer.out};
-      const Factors<Real> by_v{real(layer.delta, begin), layer.delta.stride,
-                               at.rows < 0 ? v + at.v_weight : packed + at.rows, at.in_row, layer.out};
+      const Matrix weight = at.w_rows < 0 ? Matrix{real(layer.weight), layer.weight.stride}
+                                          : Matrix::apart(weights_->get() + at.w_rows, layer.out);
+      const Matrix vector =
+          at.rows < 0 ? Matrix{v + at.v_weight, layer.in} : Matrix::apart(packed + at.rows, layer.out);
+      const Factors<Real> by_w{delta, at.out_row, weight, layer.out};
+      const Factors<Real> by_v{real(layer.delta, begin), layer.delta.stride, vector, layer.out};
       Gemm<Real, BackThroughActivation>::run(
           {{by_w, by_v},
            2,
@@ -205,7 +225,7 @@ class Product {
 
   // Sends for the rows of a block ahead of their use: layers are too short for the hardware to see where it goes.
   static void fetch(const Rows& m, int64_t begin, int64_t rows) {
-    if (!m.data || m.stride > kFetchStride) return;
+    if (!m.data || wide(m.stride)) return;
     const char* at = static_cast<const char*>(m.data) + begin * m.stride * sizeof(Real);
     for (const char* end = at + rows * m.stride * sizeof(Real); at < end; at += kMlpPadding)
       __builtin_prefetch(at, 0, 2);
@@ -227,9 +247,9 @@ class Product {
   const MlpData& data_;
   const std::vector<MlpLayer>& layers_;
   std::vector<Layout> layout_;
-  int64_t v_size_ = 0, packed_size_ = 0, sum_size_ = 0, tangent_size_ = 0, widest_ = 0, max_rows_ = 0, ops_ = 0;
+  int64_t v_size_ = 0, packed_size_ = 0, weights_size_ = 0, sum_size_ = 0, tangent_size_ = 0, hidden_columns_ = 0;
+  int64_t widest_ = 0, max_rows_ = 0, ops_ = 0;
   std::unique_ptr<Buffer<Real>> weights_;
-  std::vector<const Real*> transposed_;
 };
 
 template <class Real>

@@ -1,21 +1,40 @@
-// What the matrix products of a multilayer perceptron need besides: transposes with padded rows, and column sums.
+// What the matrix products of a multilayer perceptron need besides: matrices and transposes in panels, column sums.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
+#include "mlp_gemm.h"
 #include "simd.h"
 
 namespace hg::cpu {
 
-// out[j * out_stride + i] = in[i * in_stride + j], with zeros for i up to the padding.
+// The same matrix in panels apart, with zeros beside the last column.
+template <class Real>
+void pack(const Real* in, int64_t stride, int64_t rows, int64_t columns, Real* out) {
+  constexpr int64_t P = Panels<Real>::P;
+  for (int64_t j = 0; j < columns; j += P, out += Panels<Real>::height(rows) * P) {
+    const int64_t filled = std::min(P, columns - j);
+    for (int64_t r = 0; r < rows; ++r) {
+      if (filled == P) {
+        std::memcpy(out + r * P, in + r * stride + j, P * sizeof(Real));
+        continue;
+      }
+      std::memcpy(out + r * P, in + r * stride + j, filled * sizeof(Real));
+      std::memset(out + r * P + filled, 0, (P - filled) * sizeof(Real));
+    }
+  }
+}
+
+// The transpose, likewise.
 template <class Real>
 struct Transpose {
+  static constexpr int64_t P = Panels<Real>::P;
   const Real* in;
   int64_t in_stride, rows, columns;
   Real* out;
-  int64_t out_stride;
 
   template <class Tiles>
   struct Body {
@@ -24,31 +43,33 @@ struct Transpose {
     static constexpr int W = S::width;
 
     static HG_INLINE void run(const Transpose& m) {
-      for (int64_t j = 0; j < m.columns; j += W)
-        for (int64_t i = 0; i < m.out_stride; i += W)
-          if (i + W <= m.rows && j + W <= m.columns)
-            whole(m, i, j, std::make_integer_sequence<int, W>());
-          else
-            part(m, i, j);
+      Real* panel = m.out;
+      for (int64_t p = 0; p < m.rows; p += P, panel += Panels<Real>::height(m.columns) * P)
+        for (int64_t j = 0; j < m.columns; j += W)
+          for (int64_t i = p; i < p + P; i += W)
+            if (i + W <= m.rows && j + W <= m.columns)
+              whole(m, i, j, panel + j * P + i - p, std::make_integer_sequence<int, W>());
+            else
+              part(m, i, j, panel + j * P + i - p);
     }
 
-    static HG_INLINE void part(const Transpose& m, int64_t i, int64_t j) {
-      const int64_t filled = std::min<int64_t>(i + W, m.rows), last = std::min<int64_t>(j + W, m.columns);
-      for (int64_t c = j; c < last; ++c) {
-        Real* out = m.out + c * m.out_stride;
-        int64_t r = i;
-        for (; r < filled; ++r) out[r] = m.in[r * m.in_stride + c];
-        for (; r < i + W; ++r) out[r] = 0;
+    static HG_INLINE void part(const Transpose& m, int64_t i, int64_t j, Real* out) {
+      const int64_t filled = std::clamp<int64_t>(m.rows - i, 0, W), last = std::min<int64_t>(j + W, m.columns);
+      for (int64_t c = j; c < last; ++c, out += P) {
+        int64_t r = 0;
+        for (; r < filled; ++r) out[r] = m.in[(i + r) * m.in_stride + c];
+        for (; r < W; ++r) out[r] = 0;
       }
     }
 
     // Swaps off-diagonal quarters of ever larger blocks, all in registers.
     template <int... L>
-    static HG_INLINE void whole(const Transpose& m, int64_t i, int64_t j, std::integer_sequence<int, L...> lanes) {
+    static HG_INLINE void whole(const Transpose& m, int64_t i, int64_t j, Real* out,
+                                std::integer_sequence<int, L...> lanes) {
       V x[W];
       for (int r = 0; r < W; ++r) x[r] = S::load(m.in + (i + r) * m.in_stride + j);
       swap<1>(x, lanes), swap<2>(x, lanes), swap<4>(x, lanes), swap<8>(x, lanes);
-      for (int c = 0; c < W; ++c) S::store(m.out + (j + c) * m.out_stride + i, x[c]);
+      for (int c = 0; c < W; ++c) S::store(out + c * P, x[c]);
     }
 
     template <int Step, int... L>
