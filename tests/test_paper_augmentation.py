@@ -191,15 +191,12 @@ def accuracies(tmp_path_factory) -> dict[str, np.ndarray]:
 class TestLearntAugmentation:
     def test_it_finds_the_shift(self, accuracies):
         none, identity, three, known = (accuracies[arm] for arm in ("none", "K=0", "K=3", augmentation.KNOWN))
-        # Measured: 0.834, 0.843, 0.899, 0.945.
+        # Measured: 0.834, 0.843, 0.899, 0.945. The difference of 0.056 has a standard error of 0.02, and other CPUs
+        # round otherwise: no more than this is asked of all of them.
         assert three.mean() >= identity.mean() + 0.02
         assert three.mean() >= none.mean() + 0.03
         assert (three > none).sum() >= 3
         assert known.mean() > none.mean() + 0.05, "there is something to find"
-
-    @pytest.mark.xfail(reason="0.056 on AVX2 with a standard error of 0.02: another CPU's rounding may miss it")
-    def test_it_beats_the_identity_by_five_points(self, accuracies):
-        assert accuracies["K=3"].mean() >= accuracies["K=0"].mean() + 0.05
 
 
 SMALL = {
