@@ -2,8 +2,15 @@
 
 #include <ATen/Context.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/version.h>
+
+// The visitor is no part of torch's public interface: it is used with the versions whose headers it was written for,
+// and with others every product is recorded.
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 10 && TORCH_VERSION_MINOR <= 13
+#define HG_HAVE_VISITOR
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
+#endif
 
 #include <map>
 #include <string_view>
@@ -11,6 +18,8 @@
 #include <unordered_set>
 
 namespace hg::plan {
+
+#if defined(HG_HAVE_VISITOR)
 namespace {
 
 using torch::autograd::Node;
@@ -34,6 +43,7 @@ bool has_hooks(Node& node) {
 }
 
 }  // namespace
+#endif
 
 Place place_of(const at::Tensor& t) {
   // Every unpacking of a saved tensor makes a new object for the same memory.
@@ -68,6 +78,7 @@ Graph::Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tenso
   if (!refusal.empty()) key.clear(), tensors.clear();
 }
 
+#if defined(HG_HAVE_VISITOR)
 void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves) {
   AutogradCompilerCall call(SizeInput::DYNAMIC);
   std::vector<NodePtr> todo;
@@ -122,5 +133,11 @@ void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::T
   put(key, at::globalContext().deterministicAlgorithms()), put(key, at::globalContext().userEnabledMkldnn());
   put(key, static_cast<int64_t>(c10::get_default_dtype_as_scalartype()));
 }
+
+#else
+void Graph::look(const std::vector<at::Tensor>&, const std::vector<at::Tensor>&) {
+  refusal = "graphs are not looked at with torch " TORCH_VERSION;
+}
+#endif
 
 }  // namespace hg::plan
