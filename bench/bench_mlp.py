@@ -18,7 +18,7 @@ import hypergrad_ext as hg
 from bench import measure
 from bench.ceilings import at_the_floor, floor, percent_of_floor
 from bench.measure import interleave, median, ratio
-from hypergrad_ext import ops, reference
+from hypergrad_ext import ops, reference_mlp
 
 try:
     import jax
@@ -73,7 +73,7 @@ class Problem:
         return self.kernel(*self.operator._model(self.v))
 
     def in_torch(self) -> Tensor:
-        return reference.mlp_hvp(*self.operator._model(self.v))
+        return reference_mlp.mlp_hvp(*self.operator._model(self.v))
 
     def exact(self) -> Tensor:
         """The retained double backward in float64."""

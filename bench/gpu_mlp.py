@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from bench.measure import environment, table, write
-from hypergrad_ext import backends, ops, reference
+from hypergrad_ext import backends, ops, reference_mlp
 
 # Name, layer sizes, batch, activation.
 PROBLEMS = [
@@ -102,7 +102,7 @@ def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) 
     truth = problem.double_backward(torch.float64)()
     variants = {"double backward": problem.double_backward()}
     variants |= {b: problem.closed_form(b) for b in ("cuda", "triton") if not backends.unavailable(b, DEVICE.type)}
-    variants["closed form in torch"] = lambda: reference.mlp_hvp(*problem.operator._model(problem.v))
+    variants["closed form in torch"] = lambda: reference_mlp.mlp_hvp(*problem.operator._model(problem.v))
     errors = {}
     for variant, run in variants.items():
         errors[variant] = float((run() - truth).norm() / truth.norm())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from hypergrad_ext import ops, reference
+from hypergrad_ext import ops, reference_lstm
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ class _CellBackward(Function):
         activations, c, *_, grad_activations = ctx.saved_tensors
         v = _or_zeros(v_gates, activations), _or_zeros(v_c, c)
         if grad_activations is not None:  # only in a third derivative
-            return _by_torch(reference.lstm_cell_backward, ctx.saved_tensors, v)
+            return _by_torch(reference_lstm.lstm_cell_backward, ctx.saved_tensors, v)
         return *_CellDoubleBackward.apply(*ctx.saved_tensors[:5], *v), None
 
 
@@ -146,7 +146,7 @@ class _CellDoubleBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _by_torch(reference.lstm_cell_double_backward, ctx.saved_tensors, grads)
+        return _by_torch(reference_lstm.lstm_cell_double_backward, ctx.saved_tensors, grads)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Tensor) -> tuple:
@@ -190,7 +190,7 @@ class _CellBackwardInAllModes(_CellBackward):
         tangents = tuple(_or_zeros(d, t) for d, t in zip(tangents, primals, strict=False))
         # The adjoint of the adjoint: inside forward mode there is no second forward mode.
         _, c, *_ = primals
-        pullback = torch.func.vjp(reference.lstm_cell_backward, *primals)[1]
+        pullback = torch.func.vjp(reference_lstm.lstm_cell_backward, *primals)[1]
         pushforward = torch.func.vjp(pullback, (torch.zeros_like(primals[0]), torch.zeros_like(c)))[1]
         return pushforward(tangents)[0]
 
@@ -282,7 +282,9 @@ def _through_gates(wanted: tuple, gates: Tensor, h: Tensor, x: Tensor, w_ih: Ten
 
 def _layer_backward(wanted, activations, h, c, x, w_ih, w_hh, h0, c0, grad_h, grad_c, grad_activations):
     """The differentiable outputs of `_LayerBackward` in plain torch, without those that are None."""
-    gates, grad_c0, _, _ = reference.lstm_layer_backward(activations, c, c0, w_hh, grad_h, grad_c, grad_activations)
+    gates, grad_c0, _, _ = reference_lstm.lstm_layer_backward(
+        activations, c, c0, w_hh, grad_h, grad_c, grad_activations
+    )
     grads = *_through_gates(wanted, gates, h, x, w_ih, w_hh, h0), grad_c0
     return tuple(grad for grad in grads if grad is not None)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext.kernels as triton_kernels
-from hypergrad_ext import _native, backends, reference, reference_minres
+from hypergrad_ext import _native, backends, reference, reference_lstm, reference_minres, reference_mlp
 
 _library = torch.library.Library("hypergrad_ext", "FRAGMENT")
 
@@ -182,14 +182,14 @@ softmax_hessian_ = Op(
 
 mlp_hvp = Op(
     f"mlp_hvp({_MLP.format('v')}) -> Tensor",
-    reference=reference.mlp_hvp,
+    reference=reference_mlp.mlp_hvp,
     fake=lambda weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2: torch.empty_like(v),
     device_of=6,
 )
 
 mlp_neumann_solve = Op(
     f"mlp_neumann_solve({_MLP.format('b')}, {_NEUMANN}",
-    reference=reference.mlp_neumann_solve,
+    reference=reference_mlp.mlp_neumann_solve,
     fake=lambda weights, hidden, slopes, bends, deltas, probabilities, b, scale, biases, l2, *solve: _fake_neumann(
         b, *solve
     ),
@@ -199,7 +199,7 @@ mlp_neumann_solve = Op(
 
 mlp_cg_solve = Op(
     f"mlp_cg_solve({_MLP.format('b')}, {_CG}",
-    reference=reference.mlp_cg_solve,
+    reference=reference_mlp.mlp_cg_solve,
     fake=lambda weights, hidden, slopes, bends, deltas, probabilities, b, scale, biases, l2, *solve: _fake_cg(
         b, *solve
     ),
@@ -225,7 +225,7 @@ dense_cg_solve = Op(
 
 lstm_cell = Op(
     "lstm_cell(Tensor gates, Tensor c) -> (Tensor, Tensor, Tensor)",
-    reference=reference.lstm_cell,
+    reference=reference_lstm.lstm_cell,
     fake=lambda gates, c: (_fresh(c), _fresh(c), _fresh(gates)),
     device_of=1,
 )
@@ -233,7 +233,7 @@ lstm_cell = Op(
 lstm_cell_backward = Op(
     "lstm_cell_backward(Tensor activations, Tensor c, Tensor c_next, Tensor grad_h, Tensor grad_c,"
     " Tensor? grad_activations=None) -> (Tensor, Tensor)",
-    reference=reference.lstm_cell_backward,
+    reference=reference_lstm.lstm_cell_backward,
     fake=lambda activations, c, *rest: (_fresh(activations), _fresh(c)),
     device_of=1,
 )
@@ -241,14 +241,14 @@ lstm_cell_backward = Op(
 lstm_cell_double_backward = Op(
     "lstm_cell_double_backward(Tensor activations, Tensor c, Tensor c_next, Tensor grad_h, Tensor grad_c,"
     " Tensor v_gates, Tensor v_c) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.lstm_cell_double_backward,
+    reference=reference_lstm.lstm_cell_double_backward,
     fake=lambda activations, c, *rest: (_fresh(activations), *(_fresh(c) for _ in range(4))),
     device_of=1,
 )
 
 lstm_layer = Op(
     "lstm_layer(Tensor x_gates, Tensor w_hh, Tensor h0, Tensor c0) -> (Tensor, Tensor, Tensor)",
-    reference=reference.lstm_layer,
+    reference=reference_lstm.lstm_layer,
     fake=lambda x_gates, w_hh, h0, c0: (*(c0.new_empty(len(x_gates), *c0.shape) for _ in range(2)), _fresh(x_gates)),
     device_of=3,
 )
@@ -256,7 +256,7 @@ lstm_layer = Op(
 lstm_layer_backward = Op(
     "lstm_layer_backward(Tensor activations, Tensor c, Tensor c0, Tensor w_hh, Tensor grad_h, Tensor? grad_c=None,"
     " Tensor? grad_activations=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.lstm_layer_backward,
+    reference=reference_lstm.lstm_layer_backward,
     fake=lambda activations, c, c0, *rest: (_fresh(activations), _fresh(c0), _fresh(c), _fresh(c)),
     device_of=2,
 )
@@ -264,7 +264,7 @@ lstm_layer_backward = Op(
 lstm_layer_double_backward = Op(
     "lstm_layer_double_backward(Tensor activations, Tensor c, Tensor c0, Tensor w_hh, Tensor dh, Tensor dc,"
     " Tensor v_gates, Tensor v_h0, Tensor v_c0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference=reference.lstm_layer_double_backward,
+    reference=reference_lstm.lstm_layer_double_backward,
     fake=lambda activations, c, c0, *rest: (_fresh(activations), _fresh(c), _fresh(c0), _fresh(c), _fresh(c)),
     device_of=2,
 )

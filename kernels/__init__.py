@@ -126,42 +126,42 @@ def softmax_hessian_(logits: Tensor, u: Tensor, scale: float, weights: Tensor | 
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_cell`."""
+    """See `hypergrad_ext.reference_lstm.lstm_cell`."""
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_cell(gates, c)
 
 
 def lstm_cell_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_cell_backward`."""
+    """See `hypergrad_ext.reference_lstm.lstm_cell_backward`."""
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_cell_backward(*args)
 
 
 def lstm_cell_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_cell_double_backward`."""
+    """See `hypergrad_ext.reference_lstm.lstm_cell_double_backward`."""
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_cell_double_backward(*args)
 
 
 def lstm_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_layer`."""
+    """See `hypergrad_ext.reference_lstm.lstm_layer`."""
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_layer(*args)
 
 
 def lstm_layer_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_layer_backward`."""
+    """See `hypergrad_ext.reference_lstm.lstm_layer_backward`."""
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_layer_backward(*args)
 
 
 def lstm_layer_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_layer_double_backward`."""
+    """See `hypergrad_ext.reference_lstm.lstm_layer_double_backward`."""
     from hypergrad_ext.kernels import lstm
 
     return lstm.lstm_layer_double_backward(*args)
@@ -179,7 +179,7 @@ def mlp_hvp(
     biases: bool,
     l2: float,
 ) -> Tensor:
-    """See `hypergrad_ext.reference.mlp_hvp`."""
+    """See `hypergrad_ext.reference_mlp.mlp_hvp`."""
     from hypergrad_ext.kernels import mlp
 
     return mlp.mlp_hvp(weights, hidden, slopes, bends, deltas, probabilities, v, scale, biases, l2)

@@ -13,7 +13,7 @@ import triton.language as tl
 from hypergrad_ext.kernels import lists
 from torch import Tensor
 
-from hypergrad_ext import reference
+from hypergrad_ext import reference_lstm
 
 
 @triton.jit
@@ -201,7 +201,7 @@ def _empty(*tensors: Tensor) -> list[Tensor]:
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_cell`."""
+    """See `hypergrad_ext.reference_lstm.lstm_cell`."""
     gates, c = _checked(c, {}, {"gates": gates})  # type: ignore[assignment]
     h, c_next, activations = _empty(c, c, gates)
     _launch(forward_kernel, c, gates, c, h, c_next, activations)
@@ -216,7 +216,7 @@ def lstm_cell_backward(
     grad_c: Tensor,
     grad_activations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_cell_backward`."""
+    """See `hypergrad_ext.reference_lstm.lstm_cell_backward`."""
     states = {"c_next": c_next, "grad_h": grad_h, "grad_c": grad_c}
     gates = {"activations": activations, "grad_activations": grad_activations}
     activations, more, c, *rest = _checked(c, states, gates)  # type: ignore[assignment]
@@ -229,7 +229,7 @@ def lstm_cell_backward(
 def lstm_cell_double_backward(
     activations: Tensor, c: Tensor, c_next: Tensor, grad_h: Tensor, grad_c: Tensor, v_gates: Tensor, v_c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_cell_double_backward`."""
+    """See `hypergrad_ext.reference_lstm.lstm_cell_double_backward`."""
     states = {"c_next": c_next, "grad_h": grad_h, "grad_c": grad_c, "v_c": v_c}
     activations, v_gates, c, c_next, grad_h, grad_c, v_c = _checked(  # type: ignore[assignment]
         c, states, {"activations": activations, "v_gates": v_gates}
@@ -240,15 +240,15 @@ def lstm_cell_double_backward(
 
 
 def lstm_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_layer`."""
-    return reference.lstm_layer(*args, cell=lstm_cell)
+    """See `hypergrad_ext.reference_lstm.lstm_layer`."""
+    return reference_lstm.lstm_layer(*args, cell=lstm_cell)
 
 
 def lstm_layer_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_layer_backward`."""
-    return reference.lstm_layer_backward(*args, cell=lstm_cell_backward)
+    """See `hypergrad_ext.reference_lstm.lstm_layer_backward`."""
+    return reference_lstm.lstm_layer_backward(*args, cell=lstm_cell_backward)
 
 
 def lstm_layer_double_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `hypergrad_ext.reference.lstm_layer_double_backward`."""
-    return reference.lstm_layer_double_backward(*args, cell=lstm_cell_double_backward)
+    """See `hypergrad_ext.reference_lstm.lstm_layer_double_backward`."""
+    return reference_lstm.lstm_layer_double_backward(*args, cell=lstm_cell_double_backward)

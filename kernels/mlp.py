@@ -132,7 +132,7 @@ def mlp_hvp(
     biases: bool,
     l2: float,
 ) -> Tensor:
-    """See `hypergrad_ext.reference.mlp_hvp`."""
+    """See `hypergrad_ext.reference_mlp.mlp_hvp`."""
     n, last = len(hidden[0]), len(weights) - 1
     sizes = [size for w in weights for size in ([w.numel(), len(w)] if biases else [w.numel()])]
     if v.dtype not in (torch.float64, torch.float32):

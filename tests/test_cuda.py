@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from hypergrad_ext import _native, backends, nn, ops, reference
+from hypergrad_ext import _native, backends, nn, ops, reference, reference_lstm, reference_mlp
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.steps import STEPS, arguments
@@ -338,7 +338,7 @@ def test_lstm(name, dtype, backend):
     """Widths that 16 bytes divide and widths that they do not, and rows that start in the middle of 16 bytes."""
     for rows, units in ((1, 1), (3, 33), (20, 200), (7, 1024)):
         arguments = arguments_of(name, rows, units, dtype)
-        truth, by_torch = (getattr(reference, name)(*a) for a in (wide(arguments), arguments))
+        truth, by_torch = (getattr(reference_lstm, name)(*a) for a in (wide(arguments), arguments))
         for offset in (0, 1):
             on_device = [shifted([t.to(DEVICE)], offset)[0] for t in arguments]
             value = getattr(ops, name).kernel(DEVICE, backend)(*on_device)
@@ -377,17 +377,17 @@ class TestMLPProduct:
         for biases, n, k, l2 in [(True, 63, 1, 0.0), (False, 130, 5, 0.1), (True, 1, 2, 0.1), (True, 9, 0, 0.0)]:
             _, operator, _ = mlp_problem(sizes, n, activation, loss, biases, l2=l2)
             arguments = on_device(operator._model(torch.randn(k, operator.space.numel, dtype=torch.float64)))
-            truth = reference.mlp_hvp(*arguments)
+            truth = reference_mlp.mlp_hvp(*arguments)
             assert_close(kernel(*arguments), truth, 1e-12, f"biases={biases} n={n} k={k}")
             single = cast(arguments, torch.float32)
-            by_torch = reference.mlp_hvp(*single)
+            by_torch = reference_mlp.mlp_hvp(*single)
             assert_no_worse_than_torch(kernel(*single), by_torch, truth, 1e-6, f"biases={biases} n={n} k={k}")
 
     def test_no_padding_and_rows_anywhere(self, backend):
         _, operator, _ = mlp_problem((32, 16, 8, 4), 40)
         arguments = cast(operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64)), torch.float32)
         arguments = on_device(arguments)
-        truth = reference.mlp_hvp(*cast(arguments, torch.float64))
+        truth = reference_mlp.mlp_hvp(*cast(arguments, torch.float64))
         moved = [shifted(x, 1) if isinstance(x, list) else x for x in arguments]
         assert_close(ops.mlp_hvp.kernel(DEVICE, backend)(*moved), truth, 1e-5)
 
@@ -405,7 +405,7 @@ class TestMLPProduct:
             value = kernel(*arguments)
         v.copy_(torch.randn_like(v))
         graph.replay()
-        assert_close(value, reference.mlp_hvp(*arguments), 1e-12)
+        assert_close(value, reference_mlp.mlp_hvp(*arguments), 1e-12)
         torch.cuda.set_sync_debug_mode("error")
         try:
             kernel(*arguments)

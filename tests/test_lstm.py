@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hypergrad_ext import backends, ops, reference
+from hypergrad_ext import backends, ops, reference_lstm
 from tests.compare import assert_close, assert_no_worse_than_torch
 
 CPU = torch.device("cpu")
@@ -78,7 +78,7 @@ class TestAgainstReference:
             for rows in (1, 2, 6, 7, 13):
                 arguments = arguments_of(name, rows, units, rest=rest)
                 value = getattr(ops, name).kernel(CPU, backend)(*arguments)
-                truth = getattr(reference, name)(*arguments)
+                truth = getattr(reference_lstm, name)(*arguments)
                 for ours, theirs in zip(value, truth, strict=True):
                     assert ours.shape == theirs.shape and ours.is_contiguous()
                     assert_close(ours, theirs, 1e-13, f"{rows} x {units}")
@@ -89,9 +89,9 @@ class TestAgainstReference:
         for units in (5, 33, 200):
             arguments = arguments_of(name, 40, units, dtype)
             value, by_torch = (
-                f(*arguments) for f in (getattr(ops, name).kernel(CPU, backend), getattr(reference, name))
+                f(*arguments) for f in (getattr(ops, name).kernel(CPU, backend), getattr(reference_lstm, name))
             )
-            truth = getattr(reference, name)(*wide(arguments))
+            truth = getattr(reference_lstm, name)(*wide(arguments))
             for ours, theirs, exact in zip(value, by_torch, truth, strict=True):
                 assert ours.dtype == dtype
                 assert_no_worse_than_torch(ours, theirs, exact, FLOOR[dtype], f"{units} units")
@@ -133,7 +133,7 @@ class TestAgainstReference:
         for name in NAMES[3:]:
             arguments = arguments_of(name, 3, 17, steps=steps)
             value = getattr(ops, name).kernel(CPU, backend)(*arguments)
-            assert_close(list(value), list(getattr(reference, name)(*arguments)), 1e-13, name)
+            assert_close(list(value), list(getattr(reference_lstm, name)(*arguments)), 1e-13, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -167,26 +167,28 @@ class TestReference:
 
     def test_cell_backward(self):
         gates, c = (t.requires_grad_() for t in arguments_of("lstm_cell", 5, 7))
-        outputs = reference.lstm_cell(gates, c)
+        outputs = reference_lstm.lstm_cell(gates, c)
         grads = [torch.randn_like(t) for t in outputs]
         truth = torch.autograd.grad(outputs, (gates, c), grads)
         h, c_next, activations = (t.detach() for t in outputs)
-        assert_close(list(reference.lstm_cell_backward(activations, c.detach(), c_next, *grads)), list(truth), 1e-14)
+        assert_close(
+            list(reference_lstm.lstm_cell_backward(activations, c.detach(), c_next, *grads)), list(truth), 1e-14
+        )
 
     def test_cell_double_backward(self):
         *inputs, v_gates, v_c = arguments_of("lstm_cell_double_backward", 5, 7)
         inputs = [t.requires_grad_() for t in inputs]
-        truth = torch.autograd.grad(reference.lstm_cell_backward(*inputs), inputs, (v_gates, v_c))
+        truth = torch.autograd.grad(reference_lstm.lstm_cell_backward(*inputs), inputs, (v_gates, v_c))
         inputs = [t.detach() for t in inputs]
-        assert_close(list(reference.lstm_cell_double_backward(*inputs, v_gates, v_c)), list(truth), 1e-14)
+        assert_close(list(reference_lstm.lstm_cell_double_backward(*inputs, v_gates, v_c)), list(truth), 1e-14)
 
     def test_layer_backward(self):
         inputs = x_gates, w_hh, h0, c0 = [t.requires_grad_() for t in arguments_of("lstm_layer", 5, 7)]
-        outputs = reference.lstm_layer(*inputs)
+        outputs = reference_lstm.lstm_layer(*inputs)
         grads = [torch.randn_like(t) for t in outputs]
         by_x, by_w, by_h0, by_c0 = torch.autograd.grad(outputs, inputs, grads)
         h, c, activations = (t.detach() for t in outputs)
-        value = reference.lstm_layer_backward(activations, c, c0.detach(), w_hh.detach(), *grads)
+        value = reference_lstm.lstm_layer_backward(activations, c, c0.detach(), w_hh.detach(), *grads)
         assert_close(list(value[:2]), [by_x, by_c0], 1e-14)
         before = torch.cat([h0.detach()[None], h[:-1]])
         assert_close(value[0].flatten(0, 1).T @ before.flatten(0, 1), by_w, 1e-14)
@@ -196,10 +198,10 @@ class TestReference:
         activations, c, c0, w_hh, grad_h, grad_c, _ = arguments_of("lstm_layer_backward", 5, 7)
         v_gates, v_h0, v_c0 = (torch.randn_like(t) for t in (activations, c0, c0))
         leaves = [t.requires_grad_() for t in (activations, c, c0, grad_h, grad_c)]
-        grad_gates, grad_c0, dh, dc = reference.lstm_layer_backward(*leaves[:3], w_hh, *leaves[3:])
+        grad_gates, grad_c0, dh, dc = reference_lstm.lstm_layer_backward(*leaves[:3], w_hh, *leaves[3:])
         truth = torch.autograd.grad((grad_gates, grad_gates[0] @ w_hh, grad_c0), leaves, (v_gates, v_h0, v_c0))
         with torch.no_grad():
-            value = reference.lstm_layer_double_backward(*leaves[:3], w_hh, dh, dc, v_gates, v_h0, v_c0)
+            value = reference_lstm.lstm_layer_double_backward(*leaves[:3], w_hh, dh, dc, v_gates, v_h0, v_c0)
         assert_close(list(value), list(truth), 1e-14)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
-from hypergrad_ext import backends, ops, reference
+from hypergrad_ext import backends, ops, reference_mlp
 from tests.compare import assert_close, assert_no_worse_than_torch
 
 ACTIVATIONS = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu, "softplus": F.softplus, "sigmoid": torch.sigmoid}
@@ -65,7 +65,7 @@ class TestProduct:
             _, operator, _ = problem(sizes, n, activation, loss, biases, l2=0.1)
             arguments = operator._model(torch.randn(k, operator.space.numel, dtype=torch.float64))
             value = ops.mlp_hvp.kernels["cpp"](*arguments)
-            assert_close(value, reference.mlp_hvp(*arguments), 1e-13, f"biases={biases} n={n} k={k}")
+            assert_close(value, reference_mlp.mlp_hvp(*arguments), 1e-13, f"biases={biases} n={n} k={k}")
 
     @pytest.mark.parametrize("n", [1, 2, 31, 63, 64, 65, 129, 200, 515])
     @pytest.mark.parametrize("sizes", [(33, 17, 48, 10), (24,) * 7], ids=str)
@@ -74,20 +74,20 @@ class TestProduct:
         for k in range(1, 6):
             arguments = operator._model(torch.randn(k, operator.space.numel, dtype=torch.float64))
             value = ops.mlp_hvp.kernel(CPU, backend)(*arguments)
-            assert_close(value, reference.mlp_hvp(*arguments), 1e-13, f"k={k}")
+            assert_close(value, reference_mlp.mlp_hvp(*arguments), 1e-13, f"k={k}")
 
     @pytest.mark.parametrize(("activation", "loss"), [("relu", "squared"), ("tanh", "cross_entropy")])
     @pytest.mark.parametrize(("biases", "l2"), [(True, 0.0), (False, 0.1)])
     def test_products_of_many_multiply_adds(self, activation, loss, biases, l2, backend):
         _, operator, _ = problem((130, 260, 129, 5), 300, activation, loss, biases, l2=l2)
         arguments = operator._model(torch.randn(8, operator.space.numel, dtype=torch.float64))
-        assert_close(ops.mlp_hvp.kernel(CPU, backend)(*arguments), reference.mlp_hvp(*arguments), 1e-13)
+        assert_close(ops.mlp_hvp.kernel(CPU, backend)(*arguments), reference_mlp.mlp_hvp(*arguments), 1e-13)
 
     @pytest.mark.parametrize("width", range(1, 36))
     def test_any_width(self, width, backend):
         _, operator, _ = problem((width, 36 - width, width), 19)
         arguments = operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64))
-        assert_close(ops.mlp_hvp.kernel(CPU, backend)(*arguments), reference.mlp_hvp(*arguments), 1e-13)
+        assert_close(ops.mlp_hvp.kernel(CPU, backend)(*arguments), reference_mlp.mlp_hvp(*arguments), 1e-13)
 
     @pytest.mark.parametrize("loss", LOSSES)
     @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
@@ -97,17 +97,17 @@ class TestProduct:
     def test_float32_is_no_less_accurate_than_torch(self, sizes, n, activation, loss, backend):
         _, operator, _ = problem(sizes, n, activation, loss)
         single = cast(operator._model(torch.randn(3, operator.space.numel, dtype=torch.float64)), torch.float32)
-        truth = reference.mlp_hvp(*cast(single, torch.float64))
+        truth = reference_mlp.mlp_hvp(*cast(single, torch.float64))
         value = ops.mlp_hvp.kernel(CPU, backend)(*single)
         assert value.dtype == torch.float32
-        assert_no_worse_than_torch(value, reference.mlp_hvp(*single), truth, 1e-7)
+        assert_no_worse_than_torch(value, reference_mlp.mlp_hvp(*single), truth, 1e-7)
 
     def test_padding_is_never_used(self):
         if reason := backends.unavailable("cpp", "cpu"):
             pytest.skip(reason)
         _, operator, _ = problem((5, 7, 9, 3), 21)
         arguments = operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64))
-        truth = reference.mlp_hvp(*arguments)
+        truth = reference_mlp.mlp_hvp(*arguments)
         poisoned = []
         for x in arguments:
             if isinstance(x, list):
@@ -120,7 +120,7 @@ class TestProduct:
             pytest.skip(reason)
         _, operator, _ = problem((5, 7, 9, 3), 21)
         arguments = operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64))
-        truth = reference.mlp_hvp(*arguments)
+        truth = reference_mlp.mlp_hvp(*arguments)
         assert_close(ops.mlp_hvp.kernels["cpp"](*cast(arguments, torch.float64)), truth, 1e-13)
         transposed = [[t.T.contiguous().T for t in x] if isinstance(x, list) else x for x in arguments]
         assert_close(ops.mlp_hvp.kernels["cpp"](*transposed), truth, 1e-13)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
-from hypergrad_ext import ops, reference, reference_minres
+from hypergrad_ext import ops, reference, reference_lstm, reference_minres, reference_mlp
 from tests.cases import spd
 from tests.compare import assert_close, assert_no_worse_than_torch
 from tests.steps import STEPS, arguments
@@ -277,7 +277,7 @@ def test_lstm_against_reference(name, dtype, rest):
     for rows, units in ((1, 1), (3, 5), (2, 33)):
         arguments = arguments_of(name, rows, units, dtype, rest=rest)
         value = getattr(ops, name).kernel(CPU, "triton")(*arguments)
-        by_torch, truth = (getattr(reference, name)(*a) for a in (arguments, wide(arguments)))
+        by_torch, truth = (getattr(reference_lstm, name)(*a) for a in (arguments, wide(arguments)))
         for ours, theirs, exact in zip(value, by_torch, truth, strict=True):
             assert ours.shape == theirs.shape and ours.dtype == dtype
             # The interpreter cuts off the bits that bfloat16 has no room for, in each of a layer's three steps; a GPU
@@ -331,13 +331,13 @@ class TestMLPProduct:
             _, operator, _ = mlp_problem(sizes, n, activation, loss, biases, l2=l2)
             arguments = operator._model(torch.randn(k, operator.space.numel, dtype=torch.float64))
             value = self.kernel(*arguments)
-            assert_close(value, reference.mlp_hvp(*arguments), 1e-13, f"biases={biases} n={n} k={k}")
+            assert_close(value, reference_mlp.mlp_hvp(*arguments), 1e-13, f"biases={biases} n={n} k={k}")
 
     def test_float32_is_no_less_accurate_than_torch(self):
         _, operator, _ = mlp_problem((9, 16, 11, 10), 12)
         single = cast(operator._model(torch.randn(2, operator.space.numel, dtype=torch.float64)), torch.float32)
-        truth = reference.mlp_hvp(*cast(single, torch.float64))
-        assert_no_worse_than_torch(self.kernel(*single), reference.mlp_hvp(*single), truth, 3e-7)
+        truth = reference_mlp.mlp_hvp(*cast(single, torch.float64))
+        assert_no_worse_than_torch(self.kernel(*single), reference_mlp.mlp_hvp(*single), truth, 3e-7)
 
     def test_not_finite_stays_visible(self):
         _, operator, _ = mlp_problem((5, 7, 3), 9)
