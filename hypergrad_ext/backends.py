@@ -33,6 +33,11 @@ def unavailable(backend: str, device_type: str) -> str:
     return triton_kernels.unavailable(device_type)
 
 
+def asked_for(requested: str | None) -> str:
+    """The backend that a call, else the environment, asks for."""
+    return requested or os.environ.get(ENVIRONMENT, "auto")
+
+
 def select(kernels: Mapping[str, Callable], device_type: str, requested: str | None = None) -> tuple[str, str]:
     """Name of the backend to use for one op, and why.
 
@@ -47,7 +52,7 @@ def select(kernels: Mapping[str, Callable], device_type: str, requested: str | N
         ValueError: If the name is unknown.
         RuntimeError: If the backend asked for cannot run, with the reason.
     """
-    asked = requested or os.environ.get(ENVIRONMENT, "auto")
+    asked = asked_for(requested)
     if asked not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
     if asked != "auto":

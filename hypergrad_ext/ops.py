@@ -72,6 +72,11 @@ class Op:
             return self.registered
         return self.kernels[backends.select(self.kernels, device.type, backend)[0]]
 
+    def kernel_if_any(self, device: torch.device, backend: str | None = None) -> Callable | None:
+        """The same, or None where the backend asked for has none: for ops that others can stand in for, step by step."""
+        asked = backends.asked_for(backend)
+        return None if asked in backends.NAMES[1:] and asked not in self.kernels else self.kernel(device, backend)
+
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend chosen for its device."""
         return self.kernel(args[self._device_of].device)(*args)

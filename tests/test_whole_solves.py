@@ -109,6 +109,14 @@ class TestEdges:
             with pytest.raises(error, match=message):
                 solve(*arguments, 0.2, 0.1, 5, never)
 
+    def test_a_backend_without_them_goes_step_by_step(self, name, monkeypatch):
+        op = getattr(ops, f"{name}_cg_solve")
+        assert op.kernel_if_any(CPU, "triton") is None and op.kernel_if_any(CPU, "torch") is not None
+        monkeypatch.setenv(backends.ENVIRONMENT, "triton")
+        assert op.kernel_if_any(CPU) is None
+        with pytest.raises(ValueError, match="backend must be one of"):
+            op.kernel_if_any(CPU, "fortran")
+
     @pytest.mark.parametrize("solver", [hg.Neumann(30), hg.CG(tol=1e-4)], ids=["Neumann", "CG"])
     def test_operators_use_them(self, name, solver, backend, monkeypatch):
         _, operator, _ = problem((7, 8, 3), l2=1.0)

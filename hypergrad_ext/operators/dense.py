@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,17 +53,19 @@ class DenseMatrix(LinearOperator):
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
     ) -> tuple[Tensor, Tensor] | None:
         """The whole series in one call, for a matrix on the CPU in the dtype of ``b``."""
-        if b.device.type != "cpu" or self.matrix.dtype != b.dtype:
-            return None
-        return ops.dense_neumann_solve.kernel(b.device, backend)(self.matrix, b, alpha, damping, steps, stop)
+        kernel = self._kernel(ops.dense_neumann_solve, b, backend)
+        return None if kernel is None else kernel(self.matrix, b, alpha, damping, steps, stop)
 
     def conjugate_gradients(
         self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The whole solve in one call, likewise."""
-        if b.device.type != "cpu" or self.matrix.dtype != b.dtype:
-            return None
-        return ops.dense_cg_solve.kernel(b.device, backend)(self.matrix, b, damping, steps, state)
+        kernel = self._kernel(ops.dense_cg_solve, b, backend)
+        return None if kernel is None else kernel(self.matrix, b, damping, steps, state)
+
+    def _kernel(self, op: ops.Op, b: Tensor, backend: str | None) -> Callable | None:
+        fits = b.device.type == "cpu" and self.matrix.dtype == b.dtype
+        return op.kernel_if_any(b.device, backend) if fits else None
 
     def dense(self) -> Tensor:
         """A copy of the matrix, in the dtype of the solver state."""

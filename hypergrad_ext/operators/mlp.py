@@ -130,18 +130,15 @@ class MLPHessian(LinearOperator):
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
     ) -> tuple[Tensor, Tensor] | None:
         """The whole series in one call; on a GPU step by step, since each step's stats would wait for it."""
-        if b.device.type != "cpu":
-            return None
-        kernel = ops.mlp_neumann_solve.kernel(b.device, backend)
-        return kernel(*self._model(b), alpha, damping, steps, stop)
+        kernel = ops.mlp_neumann_solve.kernel_if_any(b.device, backend) if b.device.type == "cpu" else None
+        return None if kernel is None else kernel(*self._model(b), alpha, damping, steps, stop)
 
     def conjugate_gradients(
         self, b: Tensor, damping: float, steps: int, state: Tensor, backend: str | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The whole solve in one call, likewise."""
-        if b.device.type != "cpu":
-            return None
-        return ops.mlp_cg_solve.kernel(b.device, backend)(*self._model(b), damping, steps, state)
+        kernel = ops.mlp_cg_solve.kernel_if_any(b.device, backend) if b.device.type == "cpu" else None
+        return None if kernel is None else kernel(*self._model(b), damping, steps, state)
 
     def _model(
         self, v: Tensor
