@@ -73,7 +73,7 @@ class Op:
         return self.kernels[backends.select(self.kernels, device.type, backend)[0]]
 
     def kernel_if_any(self, device: torch.device, backend: str | None = None) -> Callable | None:
-        """The same, or None where the backend asked for has none: for ops that others can stand in for, step by step."""
+        """The same, or None where the backend asked for has none: others can stand in for the op, step by step."""
         asked = backends.asked_for(backend)
         return None if asked in backends.NAMES[1:] and asked not in self.kernels else self.kernel(device, backend)
 
