@@ -60,7 +60,8 @@ class Op:
         _library.impl(self.name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"hypergrad_ext::{self.name}", fake, lib=_library)
         self.kernels: dict[str, Callable] = {"torch": reference}
-        if _native._C is not None and hasattr(_native._C, self.name):
+        runs = "cuda" if _native.EMULATED else "cpp"
+        if runs in native and _native._C is not None and hasattr(_native._C, self.name):
             self.kernels |= dict.fromkeys(native, getattr(_native._C, self.name))
         if hasattr(triton_kernels, self.name):
             self.kernels["triton"] = getattr(triton_kernels, self.name)
@@ -73,9 +74,11 @@ class Op:
         return self.kernels[backends.select(self.kernels, device.type, backend)[0]]
 
     def kernel_if_any(self, device: torch.device, backend: str | None = None) -> Callable | None:
-        """The same, or None where the backend asked for has none: others can stand in for the op, step by step."""
+        """The same for an op that others can stand in for, step by step: None where no kernel of its own would run."""
         asked = backends.asked_for(backend)
-        return None if asked in backends.NAMES[1:] and asked not in self.kernels else self.kernel(device, backend)
+        has = asked in self.kernels or (asked == "auto" and len(self.kernels) > 1)
+        # Unknown names are refused as everywhere.
+        return self.kernel(device, backend) if has or asked not in backends.NAMES else None
 
     def __call__(self, *args: Any) -> Any:
         """Run the op on the backend chosen for its device."""
