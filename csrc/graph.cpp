@@ -68,9 +68,10 @@ void put_layout(std::string& key, const at::Tensor& t) {
   for (const int64_t stride : t.strides()) put(key, stride);
 }
 
-Graph::Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves) {
+Graph::Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves,
+             const std::vector<at::Tensor>& seeds) {
   try {
-    look(outputs, leaves);
+    look(outputs, leaves, seeds);
   } catch (const std::exception& error) {
     // A backward pass will say it in its own words, or cope.
     refusal = error.what();
@@ -79,7 +80,8 @@ Graph::Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tenso
 }
 
 #if defined(HG_HAVE_VISITOR)
-void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves) {
+void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves,
+                 const std::vector<at::Tensor>& seeds) {
   AutogradCompilerCall call(SizeInput::DYNAMIC);
   std::vector<NodePtr> todo;
   std::unordered_set<const Node*> seen;
@@ -120,6 +122,7 @@ void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::T
 
   std::map<Place, size_t> places;
   tensors = std::move(call.tensor_args.inputs);
+  tensors.insert(tensors.end(), seeds.begin(), seeds.end());
   put(key, tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& t = tensors[i];
@@ -135,7 +138,7 @@ void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::T
 }
 
 #else
-void Graph::look(const std::vector<at::Tensor>&, const std::vector<at::Tensor>&) {
+void Graph::look(const std::vector<at::Tensor>&, const std::vector<at::Tensor>&, const std::vector<at::Tensor>&) {
   refusal = "graphs are not looked at with torch " TORCH_VERSION;
 }
 #endif

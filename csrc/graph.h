@@ -23,16 +23,19 @@ void put_layout(std::string& key, const at::Tensor& t);
 
 // A graph as torch's compiled autograd would see it: every node with all of its state.
 struct Graph {
-  Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves);
+  // Seeds: what passes begin with.
+  Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves,
+        const std::vector<at::Tensor>& seeds = {});
 
   // Equal for two graphs if and only if passes from `outputs` to `leaves` make the same ops, as far as no op's result
   // decides about others, on saved tensors of the same layouts, the same ones at the same places in the graph.
   std::string key;
-  std::vector<at::Tensor> tensors;  // that its nodes have saved, in an order that the key decides
+  std::vector<at::Tensor> tensors;  // that its nodes have saved, in an order that the key decides, and seeds
   std::string refusal;              // why there is no key
 
  private:
-  void look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves);
+  void look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves,
+            const std::vector<at::Tensor>& seeds);
 };
 
 }  // namespace hg::plan

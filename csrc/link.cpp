@@ -128,6 +128,10 @@ bool Origins::result(const c10::IValue& value) {
   const at::Tensor& t = value.toTensor();
   if (t.defined() && !plain(t)) refuse("a constant is not a plain tensor on the CPU");
   if (t.defined()) known_.insert_or_assign(t.unsafeGetTensorImpl(), Known{{'r', results_}, Shell(t.getIntrusivePtr())});
+  if (t.defined() && plain(t)) {
+    results_at_.insert_or_assign(place_of(t), results_);
+    alive_.push_back(t.storage());
+  }
   memory_.push_back(t.defined() && plain(t) ? memory(t) : nullptr);
   ++results_;
   return true;
@@ -150,6 +154,8 @@ Source Origins::of(const at::Tensor& t) {
   if (!plain(t)) refuse("a constant is not a plain tensor on the CPU");
   const auto saved = saved_.find(place_of(t));
   if (saved != saved_.end()) return {'g', saved->second};
+  const auto result = results_at_.find(place_of(t));
+  if (result != results_at_.end()) return {'r', result->second};
   // A number that was made a tensor comes from the state of a node, as its literals do.
   if (t.numel() > 0 && !t.unsafeGetTensorImpl()->is_wrapped_number())
     refuse("no op and no node of the graph has shown a tensor");

@@ -88,6 +88,10 @@ class Origins {
   std::string refusal_;
   std::map<Place, int64_t> saved_;
   std::unordered_map<const at::TensorImpl*, Known> known_;
+  // Results by place: a node that has saved one makes a new object of it. They stay alive, so that no memory is used
+  // again by another.
+  std::map<Place, int64_t> results_at_;
+  std::vector<c10::Storage> alive_;
   std::vector<Step> steps_;
   std::vector<size_t> writes_;  // steps that write to their first argument
   std::vector<Source> sources_;

@@ -4,6 +4,7 @@
 // results that ATen allocates, and the product's parts. Offsets and strides are in elements.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -50,6 +51,24 @@ struct Gemm {
   bool accumulate;
 };
 
+// y (batch, outputs, rows, columns) is the cross-correlation of x (batch, inputs, rows, columns) with w (outputs, inputs,
+// rows, columns); or w is the gradient by w, of which y is given.
+struct Convolution {
+  View x, w, y;
+  std::array<int64_t, 2> stride, padding, dilation;
+  bool by_weight;   // whether w is the result
+  bool flipped;     // w is read from its last row and column to its first
+  bool accumulate;  // add to what is there
+};
+
+// A kernel that was compiled for this plan; it takes the places of views, and numbers.
+struct Compiled {
+  void (*run)(void* const* places, const double* numbers);
+  std::vector<View> views;
+  std::vector<int64_t> numbers;
+};
+constexpr int kMaxPlaces = 128;
+
 }  // namespace hg::plan
 
 namespace hg::cpu {
@@ -59,6 +78,7 @@ struct PlanKernels {
   static void pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers);
   static void sum(const plan::Sum& s, Real* const* slots);
   static void softmax(const plan::Softmax& s, Real* const* slots);
+  static void convolve(const plan::Convolution& c, Real* const* slots);
 };
 
 }  // namespace hg::cpu

@@ -64,6 +64,22 @@ class Reader {
                        view(fields[3]),
                        view(fields[4]),
                        view(fields[5])};
+    } else if (kind == "convolution") {
+      const auto pair = [&](int at) { return py::cast<std::array<int64_t, 2>>(fields[at]); };
+      i.work = Convolution{view(fields[0]),
+                           view(fields[1]),
+                           view(fields[2]),
+                           pair(3),
+                           pair(4),
+                           pair(5),
+                           py::cast<bool>(fields[6]),
+                           py::cast<bool>(fields[7]),
+                           py::cast<bool>(fields[8])};
+    } else if (kind == "compiled") {
+      Compiled kernel{reinterpret_cast<decltype(Compiled::run)>(py::cast<intptr_t>(fields[0])), {},
+                      integers(fields[2])};
+      for (const py::handle v : fields[1]) kernel.views.push_back(view(v));
+      i.work = std::move(kernel);
     } else {
       i.work = aten(fields);
     }
@@ -223,8 +239,8 @@ py::list list_of(const std::vector<Name>& names) {
 
 void bind_links(py::module_& m) {
   py::class_<Graph>(m, "Graph")
-      .def(py::init([](const py::sequence& outputs, const py::sequence& leaves) {
-        return std::make_unique<Graph>(tensors(outputs), tensors(leaves));
+      .def(py::init([](const py::sequence& outputs, const py::sequence& leaves, const py::sequence& seeds) {
+        return std::make_unique<Graph>(tensors(outputs), tensors(leaves), tensors(seeds));
       }))
       .def_property_readonly("key", [](const Graph& self) { return py::bytes(self.key); })
       .def_readonly("refusal", &Graph::refusal);

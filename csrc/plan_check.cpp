@@ -61,6 +61,29 @@ void check(Plan& plan) {
     } else if (const auto* m = std::get_if<Softmax>(&instruction.work)) {
       for (const View* view : {&m->grad, &m->probabilities, &m->out})
         inside({view->slot, view->offset, {m->rows, m->columns}, {m->columns, 1}});
+    } else if (const auto* c = std::get_if<Convolution>(&instruction.work)) {
+      for (const View* view : {&c->x, &c->w, &c->y}) {
+        TORCH_CHECK_VALUE(view->sizes.size() == 4, "a convolution has ", view->sizes.size(), " dimensions");
+        inside(*view);
+      }
+      for (int d = 0; d < 2; ++d) {
+        TORCH_CHECK_VALUE(c->stride[d] > 0 && c->dilation[d] > 0 && c->padding[d] >= 0,
+                          "a convolution has a stride or dilation that is not positive, or a negative padding");
+        const int64_t room = c->x.sizes[2 + d] + 2 * c->padding[d] - c->dilation[d] * (c->w.sizes[2 + d] - 1) - 1;
+        TORCH_CHECK_VALUE(room >= 0 && room / c->stride[d] + 1 == c->y.sizes[2 + d], "a convolution of ", c->x.sizes,
+                          " with ", c->w.sizes, " is not ", c->y.sizes);
+      }
+      TORCH_CHECK_VALUE(c->x.sizes[0] == c->y.sizes[0] && c->x.sizes[1] == c->w.sizes[1] &&
+                            c->y.sizes[1] == c->w.sizes[0] && (c->by_weight || c->y.strides[3] == 1) &&
+                            !(c->by_weight && c->flipped),
+                        "a convolution of ", c->x.sizes, " with ", c->w.sizes, " is not ", c->y.sizes);
+    } else if (const auto* k = std::get_if<Compiled>(&instruction.work)) {
+      TORCH_CHECK_VALUE(k->run && k->views.size() <= kMaxPlaces && k->numbers.size() <= kMaxPlaces, "a kernel takes ",
+                        k->views.size(), " views and ", k->numbers.size(), " numbers");
+      for (const View& view : k->views) inside(view);
+      for (const int64_t number : k->numbers)
+        TORCH_CHECK_VALUE(number >= 0 && number < plan.scalars + static_cast<int64_t>(plan.immediates.size()),
+                          "no such number: ", number);
     } else {
       const Aten& call = std::get<Aten>(instruction.work);
       for (const Argument& a : call.arguments) {

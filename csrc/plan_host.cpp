@@ -6,6 +6,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <numeric>
 
@@ -14,6 +15,19 @@
 #include "tensors.h"
 
 namespace hg::plan {
+namespace {
+
+template <class Real>
+void call(const Compiled& kernel, Real* const* slots, const std::vector<double>& numbers) {
+  std::array<void*, kMaxPlaces> places;
+  std::array<double, kMaxPlaces> values;
+  for (size_t i = 0; i < kernel.views.size(); ++i) places[i] = slots[kernel.views[i].slot] + kernel.views[i].offset;
+  for (size_t i = 0; i < kernel.numbers.size(); ++i) values[i] = numbers[kernel.numbers[i]];
+  kernel.run(places.data(), values.data());
+}
+
+}  // namespace
+
 int64_t Plan::numel() const { return std::accumulate(leaves.begin(), leaves.end(), int64_t{0}); }
 
 Bound::Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants, std::vector<double> scalars)
@@ -123,6 +137,12 @@ void Bound::run_as() {
         break;
       case 3:
         Kernels::softmax(std::get<Softmax>(instruction.work), slots);
+        break;
+      case 4:
+        Kernels::convolve(std::get<Convolution>(instruction.work), slots);
+        break;
+      case 5:
+        plan::call<Real>(std::get<Compiled>(instruction.work), slots, numbers_);
         break;
       default:
         call(std::get<Aten>(instruction.work));

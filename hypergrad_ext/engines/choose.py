@@ -82,6 +82,14 @@ def history_of(key: Hashable) -> History:
     return history
 
 
+def expects_replay(key: Hashable, engine: str) -> bool:
+    """Whether single products of a function are likely to be replayed, as far as is known before the first of them."""
+    if engine != "auto":
+        return engine not in ("eager", "cuda_graph")
+    history = _histories.get((key, 1, torch.get_num_threads()))
+    return history is not None and history.replay is not None and not history.refusal
+
+
 def clear_histories() -> None:
     """Forget what was measured."""
     _histories.clear()
@@ -176,7 +184,7 @@ class Products:
         if self._eager or torch._C._len_torch_dispatch_stack() > 0:
             return None
         form = _form(self._device, backend)
-        if form == "traced" or self._asked not in ("auto", form):
+        if form == "traced" or self._asked not in ("auto", form, "compiled" if form == "native" else form):
             return None
         if self._traced is None:
             if not self._worth_it(self._expected - self._made):

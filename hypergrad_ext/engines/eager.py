@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,40 +29,81 @@ class RetainedGradient:
     one solve see the same function.
     """
 
-    def __init__(self, grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> None:
+    def __init__(self, grads: Sequence[Tensor | None] | None, leaves: Sequence[Tensor], loss: Tensor | None = None) -> None:
         """Keep gradients that have a graph.
 
         Args:
-            grads: Gradient by each leaf, built with ``create_graph=True``; None where there is none.
+            grads: Gradient by each leaf, built with ``create_graph=True``; None where there is none. Or None: to be
+                built from the loss when it is needed, which a solve by replay may never do.
             leaves: The tensors it was taken by.
+            loss: The scalar whose gradient it is, with its graph.
         """
         self.leaves = list(leaves)
-        self.used = [g is not None for g in grads]
+        self.loss = loss
+        self._given = grads
         self._zeros: dict[int, Tensor] = {}
-        # A gradient without a graph is constant: its row of the Hessian is zero.
-        self._curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self.outputs = [g for g in grads if g is not None and g.requires_grad]
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
+        # The graph of the loss as it was taken down for the first product; see `linked`.
+        self.graph: Any | None = None
+
+    @functools.cached_property
+    def _grads(self) -> Sequence[Tensor | None]:
+        return self._given if self._given is not None else self.fresh(self.seed)._grads
+
+    @functools.cached_property
+    def seed(self) -> Tensor:
+        """The derivative of the loss by itself."""
+        assert self.loss is not None
+        return torch.ones_like(self.loss.detach())
+
+    @functools.cached_property
+    def used(self) -> list[bool]:
+        """For every leaf, whether there is a gradient."""
+        return [g is not None for g in self._grads]
+
+    @functools.cached_property
+    def _curved(self) -> list[int]:
+        """Leaves whose gradient has a graph. One without is constant: its row of the Hessian is zero."""
+        return [i for i, g in enumerate(self._grads) if g is not None and g.requires_grad]
+
+    @functools.cached_property
+    def outputs(self) -> list[Tensor]:
+        """The gradients that have a graph."""
+        return [g for g in self._grads if g is not None and g.requires_grad]
 
     @property
     def curved(self) -> bool:
         """Whether any part of the gradient depends on anything: else H is zero."""
-        return bool(self.outputs)
+        return bool(self._curved)
+
+    @property
+    def shape(self) -> tuple[list[bool], list[int]]:
+        """Which leaves have a gradient, and which of those a graph."""
+        return self.used, self._curved
+
+    def assume(self, shape: tuple[list[bool], list[int]]) -> None:
+        """Take from another gradient with an equal graph which leaves are used, so that this one need not be built."""
+        self.used, self._curved = shape
 
     @classmethod
     def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
         """Build the gradient graph of a scalar loss."""
+        return cls(None, leaves, loss).fresh()
+
+    def fresh(self, seed: Tensor | None = None) -> RetainedGradient:
+        """The gradient of the same loss, built anew."""
+        assert self.loss is not None
         with torch.enable_grad():
             try:
-                grads = torch.autograd.grad(loss, list(leaves), create_graph=True, allow_unused=True)
+                grads = torch.autograd.grad(self.loss, self.leaves, seed, create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)
-        return cls(grads, leaves)
+        return RetainedGradient(grads, self.leaves, self.loss)
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, one tensor per leaf. Cost: one backward pass through the gradient's graph."""
-        if not self.outputs:
+        if not self.curved:
             return [self._zero(i) for i in range(len(self.leaves))]
         return [self._zero(i) if h is None else h for i, h in enumerate(self._pull(self.leaves, v))]
 

@@ -1,13 +1,14 @@
-"""The constants of a recorded product in a later solve, found in its graph without a backward pass.
+"""The constants of a recorded product in a later solve, found in the graph of its loss without a backward pass.
 
-Which ops a backward pass makes, and on what, is decided by its graph: the nodes, how they are connected, and all that
-they have saved. `_C.Graph` takes that down by the visitor of torch's compiled autograd, as a key and the saved tensors.
-What a recorded pass computed on its own, whatever the vector, was noted as ops on those tensors: a `_C.Link`. In a
-graph of equal key the same ops give the constants of the new solve.
+Which ops backward passes make, and on what, is decided by the graph of the loss: the nodes, how they are connected, and
+all that they have saved. `_C.Graph` takes that down by the visitor of torch's compiled autograd, as a key and the saved
+tensors. What two recorded passes, the gradient's and the product's, computed on their own, whatever the vector, was
+noted as ops on those tensors: a `_C.Link`. In a graph of equal key the same ops give the constants of the new solve,
+which then needs no gradient with a graph of its own.
 
 Nothing is linked where a graph may do what its nodes do not show (Python's functions, hooks, checkpoints), where an
 op reads numbers that decide about others, or writes to its arguments, or where a tensor appears from nowhere. And no
-link is used before it has given, bit by bit, the constants of two recorded passes, in two solves.
+link is used before it has given, bit by bit, the constants of two recorded products, in two solves.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class _Known:
     key: Hashable
     scalars: list[float]
     first: weakref.ref[RetainedGradient]
+    shape: tuple[list[bool], list[int]]
     confirmed: bool = False
 
 
@@ -43,11 +45,29 @@ _known: Recent[_Known] = Recent(64)
 
 
 def look(gradient: RetainedGradient, v: Sequence[Tensor]) -> Any | None:
-    """The graph of a gradient, taken down; None where that cannot be."""
-    if _native._C is None or any(t.device.type != "cpu" or not t.is_contiguous() for t in v):
+    """The graph of a loss, taken down; None where that cannot be."""
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in v):
         return None
-    graph = _native._C.Graph(gradient.outputs, gradient.leaves)
+    graph, gradient.graph = gradient.graph or _graph(gradient), None
+    return graph
+
+
+def _graph(gradient: RetainedGradient) -> Any | None:
+    if _native._C is None or gradient.loss is None or gradient.loss.device.type != "cpu":
+        return None
+    graph = _native._C.Graph([gradient.loss], gradient.leaves, [gradient.seed])
     return None if graph.refusal else graph
+
+
+def recall(gradient: RetainedGradient) -> None:
+    """Spare a gradient to be built whose products will be found by a link."""
+    if len(_known) == 0:
+        return
+    graph = _graph(gradient)
+    known = None if graph is None else _known.get(graph.key)
+    if known is not None and known.link is not None and known.confirmed:
+        gradient.graph = graph
+        gradient.assume(known.shape)
 
 
 def find(graph: Any) -> Recording | None:
@@ -64,16 +84,16 @@ def find(graph: Any) -> Recording | None:
 
 
 def wanted(graph: Any) -> bool:
-    """Whether a recorded pass through this graph is to be followed, to make a link or to confirm one."""
+    """Whether recorded passes from this graph on are to be followed, to make a link or to confirm one."""
     known = _known.get(graph.key)
     return known is None or (known.link is not None and not known.confirmed)
 
 
 def learn(graph: Any, recording: Recording, gradient: RetainedGradient) -> None:
-    """Make a link from a recorded pass, or hold the one that there is against it."""
+    """Make a link from recorded passes, or hold the one that there is against them."""
     known = _known.get(graph.key)
     if known is None:
-        known = _Known(recording.link, recording.key, recording.scalars, weakref.ref(gradient))
+        known = _Known(recording.link, recording.key, recording.scalars, weakref.ref(gradient), gradient.shape)
         _known.put(graph.key, known)
     elif known.link is None or known.confirmed or known.first() is gradient:
         return
@@ -81,7 +101,7 @@ def learn(graph: Any, recording: Recording, gradient: RetainedGradient) -> None:
         known.confirmed = True
     if known.link is None:
         return
-    if (known.key, known.scalars) != (recording.key, recording.scalars):
+    if (known.key, known.scalars, known.shape) != (recording.key, recording.scalars, gradient.shape):
         _refuse(known, "another recording")
     elif not known.link.agrees(graph, recording.constants):
         _refuse(known, "other constants")

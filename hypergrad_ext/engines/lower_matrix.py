@@ -40,7 +40,7 @@ def _gemm(plan: Lowering, out: View, a: View, b: View, accumulate: bool = False)
         return False
     plan.instructions.append(Instruction("gemm", [a, b, out, accumulate], [out.root]))
     if not accumulate:
-        plan.gemms[out.root] = plan.instructions[-1]
+        plan.products[out.root] = plan.instructions[-1]
     return True
 
 
@@ -56,32 +56,46 @@ def _matrix(plan: Lowering, x: View) -> View:
 
 
 def accumulate(plan: Lowering, call: Call, a: Name, b: Name) -> bool:
-    """``x + A B`` where nothing else needs x or A B: the product is added to x in place."""
+    """``x + A B`` where nothing else needs x or A B: the product, or convolution, is added to x in place."""
     name = call.outputs[0] or ""
     out = plan.tensors[name]
     for x_name, product_name in ((a, b), (b, a)):
         x, product = plan.views[x_name], plan.views[product_name]
-        gemm = plan.gemms.get(product.root)
+        made = plan.products.get(product.root)
         once = plan.reads[plan.base(x_name)] == plan.reads[plan.base(product_name)] == 1
-        if gemm is None or not once or x.root.kind != "arena" or x.root is product.root:
+        if made is None or not once or x.root.kind != "arena" or x.root is product.root:
             continue
         if not (x.whole and product.whole and x.sizes == product.sizes == tuple(out.shape)):
             continue
-        left, right, target = gemm.fields[0], gemm.fields[1], _same_walk(gemm.fields[2], product, x)
-        if x.strides != out.stride() or target is None:
+        fields = _added(made, product, x) if x.strides == out.stride() else None
+        if fields is None:
             continue
-        if not rows_are_dense(target):
-            left, right, target = transposed(right), transposed(left), transposed(target)
-        if not rows_are_dense(target):
-            continue
-        plan.instructions.remove(gemm)
+        plan.instructions.remove(made)
         # From here on the memory of x holds the sum, which is no bare product.
-        del plan.gemms[product.root]
-        plan.gemms.pop(x.root, None)
-        plan.instructions.append(Instruction("gemm", [left, right, target, True], [x.root]))
+        del plan.products[product.root]
+        plan.products.pop(x.root, None)
+        plan.instructions.append(Instruction(made.kind, fields, [x.root]))
         plan.views[name] = x
         return True
     return False
+
+
+def _added(made: Instruction, product: View, x: View) -> list[Any] | None:
+    """Fields of an instruction that adds its result to ``x``, where ``product`` shows that result."""
+    if made.kind == "convolution":
+        *operands, stride, padding, dilation, by_weight, flipped, _ = made.fields
+        place = 1 if by_weight else 2
+        target = _same_walk(operands[place], product, x)
+        if target is None or not (by_weight or target.strides[3] == 1):
+            return None
+        operands[place] = target
+        return [*operands, stride, padding, dilation, by_weight, flipped, True]
+    left, right, target = made.fields[0], made.fields[1], _same_walk(made.fields[2], product, x)
+    if target is None:
+        return None
+    if not rows_are_dense(target):
+        left, right, target = transposed(right), transposed(left), transposed(target)
+    return [left, right, target, True] if rows_are_dense(target) else None
 
 
 def _same_walk(product: View, as_read: View, x: View) -> View | None:

@@ -150,13 +150,18 @@ def _sum(plan: Lowering, call: Call) -> bool:
     rank = len(x.sizes)
     dims = call.args[1] if len(call.args) > 1 else None
     reduced = {d % rank for d in dims} if dims else set(range(rank))
-    out = plan.result(call)
-    kept = call.args[2] if len(call.args) > 2 else False
+    summed(plan, x, plan.result(call), reduced, keep=bool(call.args[2]) if len(call.args) > 2 else False)
+    return True
+
+
+def summed(plan: Lowering, x: View, out: View, reduced: set[int], keep: bool = False) -> None:
+    """Sums over some dimensions of ``x``, which ``out`` keeps with size 1 or has not."""
+    rank = len(x.sizes)
     strides, position = [], 0
     for d in range(rank):
         if d in reduced:
             strides.append(0)
-            position += bool(kept)
+            position += keep
         else:
             strides.append(out.strides[position])
             position += 1
@@ -167,7 +172,6 @@ def _sum(plan: Lowering, call: Call) -> bool:
         source = View(x.root, x.offset, target.sizes, tuple(x.strides[d] for d in order))
         sizes, views = coalesced(target.sizes, [target, source])
         plan.instructions.append(Instruction("sum", [sizes, *views], [out.root]))
-    return True
 
 
 def _softmax(plan: Lowering, call: Call) -> bool:

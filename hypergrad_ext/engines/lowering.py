@@ -46,7 +46,7 @@ class Lowering:
         self._derived_names: dict[Any, Name] = {}
         self._scalars = len(recording.scalars)
         self._constants = len(recording.constants)
-        self.gemms: dict[Root, Instruction] = {}
+        self.products: dict[Root, Instruction] = {}
         for name, t in recording.details.tensors.items():
             if name[0] in "vc":
                 root = Root(name[0], int(name[1:]), extent(t.shape, t.stride()))
@@ -59,10 +59,9 @@ class Lowering:
         """Add the instructions of one op."""
         if _is_view(call):
             return self._view(call)
-        if call.single:
-            out = self.tensors[call.outputs[0] or ""]
-            if out.dtype == self.dtype and out.numel() and self._special(call):
-                return None
+        outputs = [self.tensors[name] for name in call.outputs if name]
+        if all(t.dtype == self.dtype and t.numel() for t in outputs) and self._special(call):
+            return None
         return self._aten(call)
 
     def finish(self, outputs: Sequence[Name]) -> list[Instruction]:
@@ -144,10 +143,13 @@ class Lowering:
 
     def result(self, call: Call) -> View:
         """Memory for the result of a call."""
-        t = self.tensors[call.outputs[0] or ""]
-        view = self.arena(tuple(t.shape), t.stride())
-        self.views[call.outputs[0] or ""] = view
-        return view
+        return self.memory(call.outputs[0] or "")
+
+    def memory(self, name: Name) -> View:
+        """Memory for a value, laid out as it was recorded."""
+        t = self.tensors[name]
+        self.views[name] = self.arena(tuple(t.shape), t.stride())
+        return self.views[name]
 
     def arena(self, sizes: tuple[int, ...], strides: tuple[int, ...]) -> View:
         """New memory."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import _native
+from hypergrad_ext.engines import codegen
 from hypergrad_ext.engines.layout import Instruction, allocate, group
 from hypergrad_ext.engines.lowering import Lowering, Unsupported
 from hypergrad_ext.engines.program import Program
@@ -60,18 +61,20 @@ class Bound:
         return self._compiled.conjugate_gradients(b, damping, steps, state)
 
 
-def lower(program: Program, recording: Recording) -> Plan:
+def lower(program: Program, recording: Recording, compile_kernels: bool = False) -> Plan:
     """The native plan of a program.
 
     Args:
         program: What to compute.
         recording: A recording with this program's key, for layouts.
+        compile_kernels: Have all but matrix products and convolutions compiled for these shapes.
 
     Returns:
         The plan.
 
     Raises:
         Unsupported: If the compiled module is missing, or dtype or device are not its own.
+        codegen.NoCompiler: If kernels cannot be compiled.
     """
     if _native._C is None:
         raise Unsupported(_native.MISSING)
@@ -89,6 +92,8 @@ def lower(program: Program, recording: Recording) -> Plan:
     for call in program.calls:
         lowering.call(call)
     instructions = group(lowering.finish(program.outputs))
+    if compile_kernels:
+        instructions = codegen.compiled(instructions, dtype)
     arena = allocate(instructions)
     constants = len(recording.constants) + len(lowering.derived)
     compiled = _native._C.Plan(

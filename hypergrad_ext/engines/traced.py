@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines import cuda_graph, linked, native
+from hypergrad_ext.engines import codegen, cuda_graph, linked, native
 from hypergrad_ext.engines.eager import RetainedGradient
 from hypergrad_ext.engines.lowering import Unsupported
 from hypergrad_ext.engines.program import Program
@@ -100,7 +100,9 @@ class TracedGradient:
             return None
         try:
             follow = graph if graph is not None and linked.wanted(graph) else None
-            recording, result = record(self._gradient.hvp, v, follow)
+            # To be followed from the loss on, the gradient is built once more.
+            product = self._gradient.hvp if follow is None else self._from_loss
+            recording, result = record(product, v, follow)
             counts.recorded += 1
             self.seconds = self._clock() - begin
             self._bind(recording, v)
@@ -113,11 +115,14 @@ class TracedGradient:
         # A product with a graph would be a leak.
         return [t.detach() for t in result]
 
+    def _from_loss(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return self._gradient.fresh(self._gradient.seed).hvp(v)
+
     def _bind(self, recording: Recording, v: Sequence[Tensor]) -> None:
         program = self._program(recording, v)
         begin = self._clock()
         constants, scalars = recording.constants, recording.scalars
-        self._versions = [(t, t._version) for t in constants if not t.is_inference()]
+        self._versions = [(t, t._version) for t in (*self._gradient.leaves, *constants) if not t.is_inference()]
         if isinstance(program, native.Plan):
             self._bound = program.bind(constants, scalars)
         else:
@@ -164,11 +169,15 @@ class TracedGradient:
 
     def _compile(self, recording: Recording) -> Callable | native.Plan:
         program = Program(recording)
-        if self.form == "native":
+        if self.form in ("native", "compiled"):
             try:
-                return native.lower(program, recording)
+                return native.lower(program, recording, compile_kernels=self.form == "compiled")
             except Unsupported as refusal:
-                _log_once(f"Hessian-vector products replayed as torch ops: {refusal}")
+                if self.form == "native":
+                    _log_once(f"Hessian-vector products replayed as torch ops: {refusal}")
+            except codegen.NoCompiler as refusal:
+                _log_once(f"Hessian-vector products replayed by kernels for any shape: {refusal}")
+                return native.lower(program, recording)
         run = torch.compile(program.run, fullgraph=True, dynamic=False) if self.form == "compiled" else program.run
         return torch.no_grad()(run)
 

@@ -257,10 +257,19 @@ class Hessian(LinearOperator):
         r""":math:`x^\top \partial^2 L / \partial w\, \partial \lambda`; None for a tensor that the gradient ignores."""
         return self.gradient.mixed(x, hparams)
 
+    def _gradient_of(self, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
+        """The gradient with its graph; not built yet if replayed products are expected to need none."""
+        if self._batches is None and expects_replay(self._key(), self._engine):
+            gradient = RetainedGradient(None, leaves, loss)
+            recall(gradient)
+            if gradient.graph is not None:
+                return gradient
+        return RetainedGradient.of(loss, leaves)
+
     def _differentiate(self) -> Gradient:
         if isinstance(self._loss, Tensor):
             try:
-                return RetainedGradient.of(self._loss, self.params.tensors)
+                return self._gradient_of(self._loss, self.params.tensors)
             except RuntimeError as error:
                 if "second time" in str(error):
                     raise ValueError(
@@ -273,7 +282,7 @@ class Hessian(LinearOperator):
         def build(loss: Callable[[Tree], Tensor]) -> RetainedGradient:
             with torch.enable_grad(), buffers_kept(self.module):
                 value = evaluate(self._name, loss, self.params, leaves)
-            return RetainedGradient.of(value, leaves)
+            return self._gradient_of(value, leaves)
 
         if self._batches is None:
             return build(self._loss)

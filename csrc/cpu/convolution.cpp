@@ -1,0 +1,320 @@
+// Convolutions of native plans, without a matrix of patches: the registers' tiles of a matrix product whose rows are the
+// rows of a padded image, each tap of the kernel at an offset of its own.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../plan.h"
+#include "buffer.h"
+#include "share.h"
+#include "simd.h"
+
+namespace hg::cpu {
+namespace {
+
+using plan::Convolution;
+using plan::View;
+
+// Multiply-adds below which a second thread is not worth waiting for.
+constexpr int64_t kGrain = 1 << 22;
+// Elements read past the end of an image by the last vectors of its last row.
+constexpr int64_t kSlack = 64;
+
+// One image, padded, and for strides above 1 taken apart: pixels that the same taps meet lie beside each other.
+struct Image {
+  int64_t inputs, rows, columns;  // of a part; a part for every channel and every remainder by the strides
+  std::vector<int64_t> taps;      // where a tap meets the first pixel of the result
+
+  explicit Image(const Convolution& c) {
+    const auto& w = c.w.sizes;
+    const auto steps = [&](int d) { return c.y.sizes[2 + d] + (w[2 + d] - 1) * c.dilation[d] / c.stride[d]; };
+    inputs = w[1], rows = steps(0), columns = steps(1);
+    for (int64_t i = 0; i < inputs; ++i)
+      for (int64_t r = 0; r < w[2]; ++r)
+        for (int64_t q = 0; q < w[3]; ++q) {
+          const int64_t down = r * c.dilation[0], along = q * c.dilation[1];
+          const int64_t part = (i * c.stride[0] + down % c.stride[0]) * c.stride[1] + along % c.stride[1];
+          taps.push_back((part * rows + down / c.stride[0]) * columns + along / c.stride[1]);
+        }
+  }
+  int64_t size(const Convolution& c) const {
+    return inputs * c.stride[0] * c.stride[1] * rows * columns + kSlack;
+  }
+};
+
+template <class Real>
+struct Task {
+  const Convolution& c;
+  const Image& image;
+  const Real *x, *w, *y;  // one of w and y is the result
+  Real* padded;           // the image
+  Real* turned;           // of y: the pixels' vectors of outputs, one after another
+  Real* factors;          // by weight: the sums; else w in the order in which it is read
+  int64_t first, last;    // images
+
+  // The pixels of an image in their places; what is around them was set to zero before.
+  HG_INLINE void pad(int64_t n) const {
+    const View& v = c.x;
+    for (int64_t part = 0, i = 0; i < image.inputs; ++i)
+      for (int64_t a = 0; a < c.stride[0]; ++a)
+        for (int64_t b = 0; b < c.stride[1]; ++b, ++part) {
+          const Real* from = x + n * v.strides[0] + i * v.strides[1];
+          Real* to = padded + part * image.rows * image.columns;
+          // Of column w in the image, w + padding = stride * j + b.
+          const auto [low, high] = inside(1, b);
+          const auto [top, bottom] = inside(0, a);
+          for (int64_t r = top; r < bottom; ++r) {
+            const Real* row = from + (r * c.stride[0] + a - c.padding[0]) * v.strides[2];
+            const int64_t step = c.stride[1] * v.strides[3];
+            const Real* pixel = row + (low * c.stride[1] + b - c.padding[1]) * v.strides[3];
+            Real* at = to + r * image.columns + low;
+            if (step == 1)
+              for (int64_t j = 0; j < high - low; ++j) at[j] = pixel[j];
+            else
+              for (int64_t j = 0; j < high - low; ++j) at[j] = pixel[j * step];
+          }
+        }
+  }
+
+  // Rows (d = 0) or columns (1) of a part that are pixels, not padding.
+  HG_INLINE std::pair<int64_t, int64_t> inside(int d, int64_t remainder) const {
+    const int64_t stride = c.stride[d], shift = c.padding[d] - remainder, most = d ? image.columns : image.rows;
+    const int64_t low = shift > 0 ? (shift + stride - 1) / stride : 0;
+    const int64_t high = (c.x.sizes[2 + d] + shift + stride - 1) / stride;
+    return {low, std::max(low, std::min(most, high))};
+  }
+};
+
+template <class Real>
+struct ConvolutionBodies {
+  // y: a tile is R outputs of some pixels of one row.
+  template <class Tiles>
+  struct Images {
+    using S = Simd<Real, Tiles::bytes>;
+    using V = typename S::V;
+    static constexpr int W = S::width, kOutputs = Tiles::bytes == 64 ? 12 : 6;
+
+    static HG_INLINE void run(const Task<Real>& t) {
+      const int64_t outputs = t.c.y.sizes[1], depth = t.image.taps.size();
+      const int64_t blocks = (outputs + kOutputs - 1) / kOutputs;
+      for (int64_t n = t.first; n < t.last; ++n) {
+        t.pad(n);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t o = block * outputs / blocks, count = (block + 1) * outputs / blocks - o;
+          const Real* factors = t.factors + o * depth;
+          Real* y = const_cast<Real*>(t.y) + n * t.c.y.strides[0] + o * t.c.y.strides[1];
+          for (int64_t r = 0; r < t.c.y.sizes[2]; ++r)
+            for (int64_t j = 0; j < t.c.y.sizes[3]; j += 2 * W)
+              tiles<kOutputs, 2>(t, factors, count, t.padded + r * t.image.columns + j, y + r * t.c.y.strides[2] + j,
+                                 std::min<int64_t>(t.c.y.sizes[3] - j, 2 * W));
+        }
+      }
+    }
+
+    template <int R, int C>
+    static HG_INLINE void tiles(const Task<Real>& t, const Real* factors, int64_t count, const Real* x, Real* y,
+                                int64_t inside) {
+      if constexpr (C > 1)
+        if (inside <= W) return tiles<R, 1>(t, factors, count, x, y, inside);
+      if constexpr (R > 1)
+        if (count < R) return tiles<R - 1, C>(t, factors, count, x, y, inside);
+      tile<R, C>(t, factors, x, y, inside);
+    }
+
+    template <int R, int C>
+    static HG_INLINE void tile(const Task<Real>& t, const Real* factors, const Real* x, Real* y, int64_t inside) {
+      // Unrolled by command: else the sums are zeroed and finished in memory, not in registers.
+      V sums[R][C];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) sums[r][c] = V{};
+      const int64_t *tap = t.image.taps.data(), *end = tap + t.image.taps.size();
+      for (; tap != end; ++tap, factors += R) {
+        V pixels[C];
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) pixels[c] = S::load(x + *tap + c * W);
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int c = 0; c < C; ++c) sums[r][c] += factors[r] * pixels[c];
+      }
+      const bool add = t.c.accumulate;
+      const int64_t stride = t.c.y.strides[1];
+      if (inside == C * W) {
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+          for (int c = 0; c < C; ++c) {
+            Real* at = y + r * stride + c * W;
+            if (add) sums[r][c] += S::load(at);
+            S::store(at, sums[r][c]);
+          }
+        return;
+      }
+      Real values[R][C * W];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) S::store(values[r] + c * W, sums[r][c]);
+      for (int r = 0; r < R; ++r)
+        for (int64_t p = 0; p < inside; ++p) y[r * stride + p] = values[r][p] + (add ? y[r * stride + p] : Real(0));
+    }
+  };
+
+  // The gradient by w: a tile is R taps of some outputs, summed over the pixels of an image.
+  template <class Tiles>
+  struct Weight {
+    using S = Simd<Real, Tiles::bytes>;
+    using V = typename S::V;
+    static constexpr int W = S::width, kTaps = Tiles::bytes == 64 ? 12 : 6;
+
+    static HG_INLINE void run(const Task<Real>& t) {
+      const int64_t outputs = padded(t.c.y.sizes[1]), depth = t.image.taps.size();
+      const int64_t blocks = (depth + kTaps - 1) / kTaps;
+      for (int64_t n = t.first; n < t.last; ++n) {
+        t.pad(n);
+        turn(t, n, outputs);
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t tap = block * depth / blocks, count = (block + 1) * depth / blocks - tap;
+          for (int64_t o = 0; o < outputs; o += 2 * W)
+            tiles<kTaps, 2>(t, outputs, tap, count, o, std::min<int64_t>(outputs - o, 2 * W));
+        }
+      }
+    }
+
+    static HG_INLINE int64_t padded(int64_t outputs) { return (outputs + W - 1) / W * W; }
+
+    static HG_INLINE void turn(const Task<Real>& t, int64_t n, int64_t outputs) {
+      const View& v = t.c.y;
+      const Real* y = t.y + n * v.strides[0];
+      for (int64_t o = 0; o < outputs; o += W) {
+        const int64_t inside = std::min<int64_t>(W, v.sizes[1] - o);
+        Real* to = t.turned + o;
+        for (int64_t r = 0; r < v.sizes[2]; ++r)
+          for (int64_t q = 0; q < v.sizes[3]; ++q, to += outputs) {
+            const Real* from = y + o * v.strides[1] + r * v.strides[2] + q * v.strides[3];
+            if (inside == W)
+#pragma GCC unroll 16
+              for (int l = 0; l < W; ++l) to[l] = from[l * v.strides[1]];
+            else
+              for (int64_t l = 0; l < W; ++l) to[l] = l < inside ? from[l * v.strides[1]] : Real(0);
+          }
+      }
+    }
+
+    template <int R, int C>
+    static HG_INLINE void tiles(const Task<Real>& t, int64_t outputs, int64_t tap, int64_t count, int64_t o,
+                                int64_t inside) {
+      if constexpr (C > 1)
+        if (inside <= W) return tiles<R, 1>(t, outputs, tap, count, o, inside);
+      if constexpr (R > 1)
+        if (count < R) return tiles<R - 1, C>(t, outputs, tap, count, o, inside);
+      tile<R, C>(t, outputs, tap, o);
+    }
+
+    template <int R, int C>
+    static HG_INLINE void tile(const Task<Real>& t, int64_t outputs, int64_t tap, int64_t o) {
+      // Of one image, and then added to those before it: rounding grows more slowly than in one long sum.
+      V sums[R][C];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) sums[r][c] = V{};
+      const Real* from[R];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) from[r] = t.padded + t.image.taps[tap + r];
+      const int64_t height = t.c.y.sizes[2], width = t.c.y.sizes[3];
+      const Real* y = t.turned + o;
+      for (int64_t h = 0; h < height; ++h)
+        for (int64_t p = h * t.image.columns, end = p + width; p < end; ++p, y += outputs) {
+          V gradients[C];
+#pragma GCC unroll 2
+          for (int c = 0; c < C; ++c) gradients[c] = S::load(y + c * W);
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int c = 0; c < C; ++c) sums[r][c] += from[r][p] * gradients[c];
+        }
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+          Real* const result = t.factors + (tap + r) * outputs + o + c * W;
+          S::store(result, S::load(result) + sums[r][c]);
+        }
+    }
+  };
+};
+
+// The factors of a block of outputs, tap by tap, as a tile reads them.
+template <class Real>
+void reorder(const Convolution& c, const Real* w, int64_t most, Real* factors) {
+  const auto &sizes = c.w.sizes, &strides = c.w.strides;
+  const int64_t outputs = sizes[0], blocks = (outputs + most - 1) / most;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t begin = block * outputs / blocks, end = (block + 1) * outputs / blocks;
+    for (int64_t i = 0; i < sizes[1]; ++i)
+      for (int64_t r = 0; r < sizes[2]; ++r)
+        for (int64_t q = 0; q < sizes[3]; ++q)
+          for (int64_t o = begin; o < end; ++o)
+            *factors++ = w[o * strides[0] + i * strides[1] + (c.flipped ? sizes[2] - 1 - r : r) * strides[2] +
+                           (c.flipped ? sizes[3] - 1 - q : q) * strides[3]];
+  }
+}
+
+}  // namespace
+
+template <class Real>
+void PlanKernels<Real>::convolve(const Convolution& c, Real* const* slots) {
+  using Bodies = ConvolutionBodies<Real>;
+  static const auto images = ForTiles<Bodies::template Images, const Task<Real>&>::get();
+  static const auto weight = ForTiles<Bodies::template Weight, const Task<Real>&>::get();
+  constexpr int64_t kWidest = 64 / sizeof(Real);
+  const Image image(c);
+  const auto place = [&](const View& v) { return slots[v.slot] + v.offset; };
+  const int64_t batch = c.y.sizes[0], outputs = c.y.sizes[1], depth = image.taps.size();
+  const int64_t across = (outputs + kWidest - 1) / kWidest * kWidest, pixels = c.y.sizes[2] * c.y.sizes[3];
+  const int64_t padded = image.size(c), turned = c.by_weight ? pixels * across : 0, sums = depth * across;
+  const Team team = team_for(batch * pixels * outputs * depth, kGrain);
+  const int64_t tasks = std::min(team.threads, batch);
+  const int64_t own = (padded + turned + (c.by_weight ? sums : 0) + kWidest) / kWidest * kWidest;
+  const Buffer<Real> buffer(tasks * own + (c.by_weight ? 0 : outputs * depth));
+  Real* const factors = buffer.get() + tasks * own;
+  if (!c.by_weight) reorder(c, place(c.w), isa() == Isa::avx512 ? 12 : 6, factors);
+  share(tasks, team, [&](int64_t task) {
+    Real* const mine = buffer.get() + task * own;
+    std::fill(mine, mine + padded, Real(0));
+    if (c.by_weight) std::fill(mine + padded + turned, mine + padded + turned + sums, Real(0));
+    const Task<Real> t{c,
+                       image,
+                       place(c.x),
+                       place(c.w),
+                       place(c.y),
+                       mine,
+                       mine + padded,
+                       c.by_weight ? mine + padded + turned : factors,
+                       task * batch / tasks,
+                       (task + 1) * batch / tasks};
+    (c.by_weight ? weight : images)(t);
+  });
+  if (!c.by_weight) return;
+  const int64_t lanes = isa() == Isa::avx512 ? 64 : isa() == Isa::avx2 ? 32 : 16, wide = lanes / sizeof(Real);
+  const int64_t row = (outputs + wide - 1) / wide * wide;
+  Real* const w = place(c.w);
+  for (int64_t o = 0; o < outputs; ++o)
+    for (int64_t i = 0, t = 0; i < c.w.sizes[1]; ++i)
+      for (int64_t r = 0; r < c.w.sizes[2]; ++r)
+        for (int64_t q = 0; q < c.w.sizes[3]; ++q, ++t) {
+          Real& at = w[o * c.w.strides[0] + i * c.w.strides[1] + r * c.w.strides[2] + q * c.w.strides[3]];
+          Real sum = c.accumulate ? at : Real(0);
+          for (int64_t task = 0; task < tasks; ++task)
+            sum += buffer.get()[task * own + padded + turned + t * row + o];
+          at = sum;
+        }
+}
+
+template void PlanKernels<float>::convolve(const Convolution&, float* const*);
+template void PlanKernels<double>::convolve(const Convolution&, double* const*);
+
+}  // namespace hg::cpu
