@@ -50,6 +50,10 @@ struct Gemm {
   View a, b, out;
   bool accumulate;
 };
+// Most that a small product adds up, and its most multiply-adds.
+constexpr int64_t kSmallDepth = 128, kSmallOps = 1 << 18;
+// Most rows or columns of a narrow product, and the least that it adds up.
+constexpr int64_t kNarrow = 16, kNarrowDepth = 64;
 
 // y (batch, outputs, rows, columns) is the cross-correlation of x (batch, inputs, rows, columns) with w (outputs, inputs,
 // rows, columns); or w is the gradient by w, of which y is given.
@@ -75,6 +79,11 @@ namespace hg::cpu {
 
 template <class Real>
 struct PlanKernels {
+  // Small products only.
+  static void multiply(const plan::Gemm& g, Real* const* slots);
+  // Narrow ones: of factors that are both dense along what is added up; with few rows, where b and out have dense ones.
+  static void dots(const plan::Gemm& g, Real* const* slots);
+  static void few_rows(const plan::Gemm& g, Real* const* slots);
   static void pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers);
   static void sum(const plan::Sum& s, Real* const* slots);
   static void softmax(const plan::Softmax& s, Real* const* slots);

@@ -90,6 +90,13 @@ bool has_blas() { return sgemm_ != nullptr && dgemm_ != nullptr; }
 
 template <class Real>
 void multiply(const Gemm& g, Real* const* slots) {
+  if (g.a.sizes[2] <= kSmallDepth && work(g) <= g.a.sizes[0] * static_cast<double>(kSmallOps))
+    return cpu::PlanKernels<Real>::multiply(g, slots);
+  const int64_t rows = g.out.sizes[1], columns = g.out.sizes[2], depth = g.a.sizes[2];
+  if (depth >= kNarrowDepth && std::min(rows, columns) <= kNarrow && g.a.strides[2] == 1 && g.b.strides[1] == 1)
+    return cpu::PlanKernels<Real>::dots(g, slots);
+  if (depth >= kNarrowDepth && rows <= kNarrow && columns > kNarrow && g.b.strides[2] == 1)
+    return cpu::PlanKernels<Real>::few_rows(g, slots);
   const Leading a = leading(g.a), b = leading(g.b), out = leading(g.out);
   const int m = g.out.sizes[1], n = g.out.sizes[2], k = g.a.sizes[2];
   const Real one = 1, beta = g.accumulate ? 1 : 0;

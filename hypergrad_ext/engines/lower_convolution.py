@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 def _convolution(plan: Lowering, call: Call) -> bool:
-    x_name, w_name, bias_name, stride, padding, dilation, transposed, _, groups = call.args
+    x_name, w_name, bias_name, stride, padding, dilation, transposed, beyond, groups = call.args
     x, w = plan.operand(x_name), plan.operand(w_name)
     bias = None if bias_name is None else plan.operand(bias_name)
     if x is None or w is None or groups != 1 or call.kwargs or (bias is None) != (bias_name is None):
@@ -32,7 +32,7 @@ def _convolution(plan: Lowering, call: Call) -> bool:
     flipped = False
     if transposed:
         w, flipped, padding = _swapped(w), True, _mirrored(w, stride, padding, dilation)
-        if padding is None:
+        if padding is None or any(beyond):
             return False
     y = plan.result(call)
     if bias is not None:

@@ -17,6 +17,8 @@ from hypergrad_ext.engines import (
     Gradient,
     Products,
     RetainedGradient,
+    expects_replay,
+    recall,
     cuda_graph,
     native,
     twice_differentiable,
