@@ -27,6 +27,8 @@ _EXPRESSIONS = {
     SCALE: "{a} * {n}",
     MULADD: "{a} * {b} + {c}",
 }
+# Inductor writes vectors itself, and switches the compiler's off.
+_FLAGS = ("-march=native", "-ftree-loop-vectorize", "-ffp-contract=fast")
 # Elements that are added up in the plan's own dtype, before the sum goes on in float64.
 _STRIP = 512
 
@@ -71,7 +73,7 @@ def _load(bodies: list[str], real: str) -> list[int]:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load("\n".join(source) + "\n", extra_flags=("-march=native", "-ffp-contract=fast"))
+        library = CppCodeCache.load("\n".join(source) + "\n", extra_flags=_FLAGS)
     except Exception as error:
         raise NoCompiler(f"{type(error).__name__}: {error}") from error
     functions = [getattr(library, f"kernel{at}") for at in range(len(bodies))]
