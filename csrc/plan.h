@@ -55,8 +55,8 @@ constexpr int64_t kSmallDepth = 128, kSmallOps = 1 << 18;
 // Most rows or columns of a narrow product, and the least that it adds up.
 constexpr int64_t kNarrow = 16, kNarrowDepth = 64;
 
-// y (batch, outputs, rows, columns) is the cross-correlation of x (batch, inputs, rows, columns) with w (outputs, inputs,
-// rows, columns); or w is the gradient by w, of which y is given.
+// y (batch, outputs, rows, columns) is the cross-correlation of x (batch, inputs, rows, columns) with w (outputs,
+// inputs, rows, columns); or w is the gradient by w, of which y is given.
 struct Convolution {
   View x, w, y;
   std::array<int64_t, 2> stride, padding, dilation;

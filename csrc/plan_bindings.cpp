@@ -66,18 +66,12 @@ class Reader {
                        view(fields[5])};
     } else if (kind == "convolution") {
       const auto pair = [&](int at) { return py::cast<std::array<int64_t, 2>>(fields[at]); };
-      i.work = Convolution{view(fields[0]),
-                           view(fields[1]),
-                           view(fields[2]),
-                           pair(3),
-                           pair(4),
-                           pair(5),
-                           py::cast<bool>(fields[6]),
-                           py::cast<bool>(fields[7]),
-                           py::cast<bool>(fields[8])};
+      i.work = Convolution{
+          view(fields[0]),           view(fields[1]),           view(fields[2]),          pair(3), pair(4), pair(5),
+          py::cast<bool>(fields[6]), py::cast<bool>(fields[7]), py::cast<bool>(fields[8])};
     } else if (kind == "compiled") {
-      Compiled kernel{reinterpret_cast<decltype(Compiled::run)>(py::cast<intptr_t>(fields[0])), {},
-                      integers(fields[2])};
+      Compiled kernel{
+          reinterpret_cast<decltype(Compiled::run)>(py::cast<intptr_t>(fields[0])), {}, integers(fields[2])};
       for (const py::handle v : fields[1]) kernel.views.push_back(view(v));
       i.work = std::move(kernel);
     } else {

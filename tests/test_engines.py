@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
 from hypergrad_ext import _native
-from hypergrad_ext.engines import traced
+from hypergrad_ext.engines import codegen, traced
 from hypergrad_ext.engines.program import Program
 from hypergrad_ext.engines.record import record
 from tests.cases import mlp
@@ -91,16 +91,46 @@ class TestSameAsEager:
         problem.val(w).backward()
         assert_close([h.grad for h in problem.hparams], truth, 1e-8)
 
-    @pytest.mark.slow
-    def test_compiled_by_inductor(self):
-        model = made("mlp_tanh", torch.float32)
-        loss = loss_of(model, *batch("mlp_tanh", 9, torch.float32))
+    @pytest.mark.skipif(_native._C is None, reason="native plans are C++")
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        "name", ["mlp_tanh", *(pytest.param(n, marks=pytest.mark.slow) for n in MODELS if n != "mlp_tanh")]
+    )
+    def test_compiled(self, name, dtype):
+        """Kernels for these shapes between the plan's own products, and a whole solve with them."""
+        model = made(name, dtype)
+        loss = loss_of(model, *batch(name, 9, dtype))
         vectors = [random_like(model) for _ in range(2)]
+        operator, eager = (hg.Hessian(loss, model, engine=engine) for engine in ("compiled", "eager"))
+        for value, truth in zip(products(operator, vectors), products(eager, vectors), strict=True):
+            assert_close(value, truth, 1e-5 if dtype is torch.float32 else 1e-10)
+        assert operator.engine == "compiled"
+        ours, theirs = (hg.solve(o, vectors[0], hg.Neumann(5, alpha=1e-3), damping=0.5) for o in (operator, eager))
+        assert_close(ours.value, theirs.value, 1e-5 if dtype is torch.float32 else 1e-10)
+
+    @pytest.mark.skipif(_native._C is None, reason="native plans are C++")
+    def test_compiled_without_a_compiler(self, monkeypatch, caplog):
+        def fail(bodies, real):
+            raise codegen.NoCompiler("none found")
+
+        monkeypatch.setattr(codegen, "_load", fail)
+        monkeypatch.setattr(traced, "_logged", set())
+        model = made("mlp_tanh")
+        loss, v = loss_of(model, *batch("mlp_tanh", 9, torch.float64)), random_like(model)
+        with caplog.at_level("WARNING", "hypergrad_ext"):
+            assert_close(
+                hg.Hessian(loss, model, engine="compiled") @ v, hg.Hessian(loss, model, engine="eager") @ v, 1e-10
+            )
+        assert "kernels for any shape: none found" in caplog.text
+
+    @pytest.mark.slow
+    def test_compiled_by_inductor_where_there_is_no_plan(self):
+        model = made("mlp_tanh", torch.bfloat16)
+        loss = loss_of(model, *batch("mlp_tanh", 9, torch.bfloat16))
+        v = random_like(model)
         operator = hg.Hessian(loss, model, engine="compiled")
-        for value, truth in zip(
-            products(operator, vectors), products(hg.Hessian(loss, model, engine="eager"), vectors), strict=True
-        ):
-            assert_close(value, truth, 1e-5)
+        operator @ v
+        assert_close(operator @ v, hg.Hessian(loss, model, engine="eager") @ v, 2e-2)
         assert operator.engine == "compiled"
 
     @pytest.mark.parametrize("engine", REPLAYS)

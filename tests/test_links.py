@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
 from hypergrad_ext import _native
-from hypergrad_ext.engines import linked, traced
+from hypergrad_ext.engines import RetainedGradient, linked, traced
 from tests.compare import assert_close
 from tests.models import MODELS, batch, loss_of, made, random_like
 
@@ -48,6 +48,31 @@ class TestLinked:
         # What the user's own function does is for it to know.
         assert traced.counts.linked == (0 if name == "custom" else 2)
         assert traced.counts.recorded == (4 if name == "custom" else 2) and traced.counts.compiled == 1
+
+    def test_no_gradient_is_built_where_none_is_needed(self, monkeypatch):
+        """But for the mixed derivative, which goes through it."""
+        built = []
+        fresh = RetainedGradient.fresh
+        monkeypatch.setattr(RetainedGradient, "fresh", lambda *args: built.append(1) or fresh(*args))
+        penalty = torch.tensor(0.3, dtype=D, requires_grad=True)
+        for i in range(4):
+            model = made("mlp_tanh")
+            data_loss = loss_of(model, *batch("mlp_tanh", 9, D))
+
+            def loss(p, data_loss=data_loss):
+                return data_loss(p) + penalty.exp() * sum(t.square().sum() for t in p.values())
+
+            v = random_like(model)
+            truth = hg.Hessian(loss, model, engine="eager") @ v
+            built.clear()
+            operator = hg.Hessian(loss, model, engine="native")
+            assert_close(operator @ v, truth, 1e-10)
+            assert len(built) == (2 if i < 2 else 0)
+            assert all(operator.used) and len(built) == (2 if i < 2 else 0)
+        (mixed,) = operator.mixed(list(v.values()), [penalty])
+        dot = sum((v[n] * p).sum() for n, p in model.named_parameters())
+        assert_close(mixed, 2 * penalty.exp() * dot, 1e-10)
+        assert len(built) == 1
 
     def test_one_solve_does_not_confirm_itself(self):
         model = made("mlp_tanh")

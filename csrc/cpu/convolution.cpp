@@ -1,11 +1,9 @@
-// Convolutions of native plans, without a matrix of patches: the registers' tiles of a matrix product whose rows are the
-// rows of a padded image, each tap of the kernel at an offset of its own.
+// Convolutions of native plans, without a matrix of patches: the registers' tiles of a matrix product whose rows are
+// the rows of a padded image, each tap of the kernel at an offset of its own.
 #include <algorithm>
-#include <cstring>
-#include <vector>
 
-#include "../plan.h"
 #include "buffer.h"
+#include "convolution_image.h"
 #include "share.h"
 #include "simd.h"
 
@@ -17,73 +15,6 @@ using plan::View;
 
 // Multiply-adds below which a second thread is not worth waiting for.
 constexpr int64_t kGrain = 1 << 22;
-// Elements read past the end of an image by the last vectors of its last row.
-constexpr int64_t kSlack = 64;
-
-// One image, padded, and for strides above 1 taken apart: pixels that the same taps meet lie beside each other.
-struct Image {
-  int64_t inputs, rows, columns;  // of a part; a part for every channel and every remainder by the strides
-  std::vector<int64_t> taps;      // where a tap meets the first pixel of the result
-
-  explicit Image(const Convolution& c) {
-    const auto& w = c.w.sizes;
-    const auto steps = [&](int d) { return c.y.sizes[2 + d] + (w[2 + d] - 1) * c.dilation[d] / c.stride[d]; };
-    inputs = w[1], rows = steps(0), columns = steps(1);
-    for (int64_t i = 0; i < inputs; ++i)
-      for (int64_t r = 0; r < w[2]; ++r)
-        for (int64_t q = 0; q < w[3]; ++q) {
-          const int64_t down = r * c.dilation[0], along = q * c.dilation[1];
-          const int64_t part = (i * c.stride[0] + down % c.stride[0]) * c.stride[1] + along % c.stride[1];
-          taps.push_back((part * rows + down / c.stride[0]) * columns + along / c.stride[1]);
-        }
-  }
-  int64_t size(const Convolution& c) const {
-    return inputs * c.stride[0] * c.stride[1] * rows * columns + kSlack;
-  }
-};
-
-template <class Real>
-struct Task {
-  const Convolution& c;
-  const Image& image;
-  const Real *x, *w, *y;  // one of w and y is the result
-  Real* padded;           // the image
-  Real* turned;           // of y: the pixels' vectors of outputs, one after another
-  Real* factors;          // by weight: the sums; else w in the order in which it is read
-  int64_t first, last;    // images
-
-  // The pixels of an image in their places; what is around them was set to zero before.
-  HG_INLINE void pad(int64_t n) const {
-    const View& v = c.x;
-    for (int64_t part = 0, i = 0; i < image.inputs; ++i)
-      for (int64_t a = 0; a < c.stride[0]; ++a)
-        for (int64_t b = 0; b < c.stride[1]; ++b, ++part) {
-          const Real* from = x + n * v.strides[0] + i * v.strides[1];
-          Real* to = padded + part * image.rows * image.columns;
-          // Of column w in the image, w + padding = stride * j + b.
-          const auto [low, high] = inside(1, b);
-          const auto [top, bottom] = inside(0, a);
-          for (int64_t r = top; r < bottom; ++r) {
-            const Real* row = from + (r * c.stride[0] + a - c.padding[0]) * v.strides[2];
-            const int64_t step = c.stride[1] * v.strides[3];
-            const Real* pixel = row + (low * c.stride[1] + b - c.padding[1]) * v.strides[3];
-            Real* at = to + r * image.columns + low;
-            if (step == 1)
-              for (int64_t j = 0; j < high - low; ++j) at[j] = pixel[j];
-            else
-              for (int64_t j = 0; j < high - low; ++j) at[j] = pixel[j * step];
-          }
-        }
-  }
-
-  // Rows (d = 0) or columns (1) of a part that are pixels, not padding.
-  HG_INLINE std::pair<int64_t, int64_t> inside(int d, int64_t remainder) const {
-    const int64_t stride = c.stride[d], shift = c.padding[d] - remainder, most = d ? image.columns : image.rows;
-    const int64_t low = shift > 0 ? (shift + stride - 1) / stride : 0;
-    const int64_t high = (c.x.sizes[2 + d] + shift + stride - 1) / stride;
-    return {low, std::max(low, std::min(most, high))};
-  }
-};
 
 template <class Real>
 struct ConvolutionBodies {
@@ -94,7 +25,7 @@ struct ConvolutionBodies {
     using V = typename S::V;
     static constexpr int W = S::width, kOutputs = Tiles::bytes == 64 ? 12 : 6;
 
-    static HG_INLINE void run(const Task<Real>& t) {
+    static HG_INLINE void run(const ConvolutionTask<Real>& t) {
       const int64_t outputs = t.c.y.sizes[1], depth = t.image.taps.size();
       const int64_t blocks = (outputs + kOutputs - 1) / kOutputs;
       for (int64_t n = t.first; n < t.last; ++n) {
@@ -112,8 +43,8 @@ struct ConvolutionBodies {
     }
 
     template <int R, int C>
-    static HG_INLINE void tiles(const Task<Real>& t, const Real* factors, int64_t count, const Real* x, Real* y,
-                                int64_t inside) {
+    static HG_INLINE void tiles(const ConvolutionTask<Real>& t, const Real* factors, int64_t count, const Real* x,
+                                Real* y, int64_t inside) {
       if constexpr (C > 1)
         if (inside <= W) return tiles<R, 1>(t, factors, count, x, y, inside);
       if constexpr (R > 1)
@@ -122,7 +53,8 @@ struct ConvolutionBodies {
     }
 
     template <int R, int C>
-    static HG_INLINE void tile(const Task<Real>& t, const Real* factors, const Real* x, Real* y, int64_t inside) {
+    static HG_INLINE void tile(const ConvolutionTask<Real>& t, const Real* factors, const Real* x, Real* y,
+                               int64_t inside) {
       // Unrolled by command: else the sums are zeroed and finished in memory, not in registers.
       V sums[R][C];
 #pragma GCC unroll 12
@@ -169,7 +101,7 @@ struct ConvolutionBodies {
     using V = typename S::V;
     static constexpr int W = S::width, kTaps = Tiles::bytes == 64 ? 12 : 6;
 
-    static HG_INLINE void run(const Task<Real>& t) {
+    static HG_INLINE void run(const ConvolutionTask<Real>& t) {
       const int64_t outputs = padded(t.c.y.sizes[1]), depth = t.image.taps.size();
       const int64_t blocks = (depth + kTaps - 1) / kTaps;
       for (int64_t n = t.first; n < t.last; ++n) {
@@ -185,7 +117,7 @@ struct ConvolutionBodies {
 
     static HG_INLINE int64_t padded(int64_t outputs) { return (outputs + W - 1) / W * W; }
 
-    static HG_INLINE void turn(const Task<Real>& t, int64_t n, int64_t outputs) {
+    static HG_INLINE void turn(const ConvolutionTask<Real>& t, int64_t n, int64_t outputs) {
       const View& v = t.c.y;
       const Real* y = t.y + n * v.strides[0];
       for (int64_t o = 0; o < outputs; o += W) {
@@ -204,7 +136,7 @@ struct ConvolutionBodies {
     }
 
     template <int R, int C>
-    static HG_INLINE void tiles(const Task<Real>& t, int64_t outputs, int64_t tap, int64_t count, int64_t o,
+    static HG_INLINE void tiles(const ConvolutionTask<Real>& t, int64_t outputs, int64_t tap, int64_t count, int64_t o,
                                 int64_t inside) {
       if constexpr (C > 1)
         if (inside <= W) return tiles<R, 1>(t, outputs, tap, count, o, inside);
@@ -214,7 +146,7 @@ struct ConvolutionBodies {
     }
 
     template <int R, int C>
-    static HG_INLINE void tile(const Task<Real>& t, int64_t outputs, int64_t tap, int64_t o) {
+    static HG_INLINE void tile(const ConvolutionTask<Real>& t, int64_t outputs, int64_t tap, int64_t o) {
       // Of one image, and then added to those before it: rounding grows more slowly than in one long sum.
       V sums[R][C];
 #pragma GCC unroll 12
@@ -268,8 +200,8 @@ void reorder(const Convolution& c, const Real* w, int64_t most, Real* factors) {
 template <class Real>
 void PlanKernels<Real>::convolve(const Convolution& c, Real* const* slots) {
   using Bodies = ConvolutionBodies<Real>;
-  static const auto images = ForTiles<Bodies::template Images, const Task<Real>&>::get();
-  static const auto weight = ForTiles<Bodies::template Weight, const Task<Real>&>::get();
+  static const auto images = ForTiles<Bodies::template Images, const ConvolutionTask<Real>&>::get();
+  static const auto weight = ForTiles<Bodies::template Weight, const ConvolutionTask<Real>&>::get();
   constexpr int64_t kWidest = 64 / sizeof(Real);
   const Image image(c);
   const auto place = [&](const View& v) { return slots[v.slot] + v.offset; };
@@ -286,16 +218,16 @@ void PlanKernels<Real>::convolve(const Convolution& c, Real* const* slots) {
     Real* const mine = buffer.get() + task * own;
     std::fill(mine, mine + padded, Real(0));
     if (c.by_weight) std::fill(mine + padded + turned, mine + padded + turned + sums, Real(0));
-    const Task<Real> t{c,
-                       image,
-                       place(c.x),
-                       place(c.w),
-                       place(c.y),
-                       mine,
-                       mine + padded,
-                       c.by_weight ? mine + padded + turned : factors,
-                       task * batch / tasks,
-                       (task + 1) * batch / tasks};
+    const ConvolutionTask<Real> t{c,
+                                  image,
+                                  place(c.x),
+                                  place(c.w),
+                                  place(c.y),
+                                  mine,
+                                  mine + padded,
+                                  c.by_weight ? mine + padded + turned : factors,
+                                  task * batch / tasks,
+                                  (task + 1) * batch / tasks};
     (c.by_weight ? weight : images)(t);
   });
   if (!c.by_weight) return;
@@ -308,8 +240,7 @@ void PlanKernels<Real>::convolve(const Convolution& c, Real* const* slots) {
         for (int64_t q = 0; q < c.w.sizes[3]; ++q, ++t) {
           Real& at = w[o * c.w.strides[0] + i * c.w.strides[1] + r * c.w.strides[2] + q * c.w.strides[3]];
           Real sum = c.accumulate ? at : Real(0);
-          for (int64_t task = 0; task < tasks; ++task)
-            sum += buffer.get()[task * own + padded + turned + t * row + o];
+          for (int64_t task = 0; task < tasks; ++task) sum += buffer.get()[task * own + padded + turned + t * row + o];
           at = sum;
         }
 }

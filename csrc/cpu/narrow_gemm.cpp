@@ -12,7 +12,7 @@ namespace {
 // Multiply-adds below which a second thread is not worth waiting for.
 constexpr int64_t kGrain = 1 << 22;
 // Elements of a row that stay in the first cache while all rows of the other factor pass.
-constexpr int64_t kStrip = 512;
+constexpr int64_t kStrip = 1024;
 
 // out (+)= a b'; rows of a and rows of b are dense. Element (i, j) of out at i * down + j * along.
 template <class Real>
@@ -44,10 +44,13 @@ struct NarrowBodies {
     static constexpr int W = S::width;
 
     static HG_INLINE void run(const Dots<Real>& g) {
+      const int64_t blocks = (g.columns + 2) / 3;
       for (int64_t i = g.first; i < g.last; i += 4)
         for (int64_t t = 0; t < g.depth; t += kStrip)
-          for (int64_t j = 0; j < g.columns; j += 3)
-            tiles<4, 3>(g, i, j, t, std::min<int64_t>(4, g.last - i), std::min<int64_t>(3, g.columns - j));
+          for (int64_t block = 0; block < blocks; ++block) {
+            const int64_t j = block * g.columns / blocks, columns = (block + 1) * g.columns / blocks - j;
+            tiles<4, 3>(g, i, j, t, std::min<int64_t>(4, g.last - i), columns);
+          }
     }
 
     template <int R, int C>
@@ -81,15 +84,17 @@ struct NarrowBodies {
         }
       }
       const bool add = g.accumulate || begin > 0;
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3
-        for (int c = 0; c < C; ++c) {
-          Real sum = S::sum(sums[r][c]);
-          for (int64_t rest = t; rest < end; ++rest) sum += a[r * g.a_row + rest] * b[c * g.b_row + rest];
+      for (int c = 0; c < C; ++c) {
+        Real column[4];
+        S::sum4(sums[0][c], sums[R > 1 ? 1 : 0][c], sums[R > 2 ? 2 : 0][c], sums[R > 3 ? 3 : 0][c], column);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          for (int64_t rest = t; rest < end; ++rest) column[r] += a[r * g.a_row + rest] * b[c * g.b_row + rest];
           Real& at = g.out[(i + r) * g.down + (j + c) * g.along];
-          at = add ? at + sum : sum;
+          at = add ? at + column[r] : column[r];
         }
+      }
     }
   };
 
@@ -98,7 +103,7 @@ struct NarrowBodies {
   struct ByRows {
     using S = Simd<Real, Tiles::bytes>;
     using V = typename S::V;
-    static constexpr int W = S::width, kRows = 5, kDeep = 8;
+    static constexpr int W = S::width, kRows = 5, kDeep = 16;
 
     static HG_INLINE void run(const Few<Real>& g) {
       const int64_t blocks = (g.rows + kRows - 1) / kRows;
@@ -140,7 +145,7 @@ struct NarrowBodies {
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) sums[r][c] = add ? S::load(out + r * g.out_row + c * W) : V{};
       const Real *a = g.a + i * g.a_row + t * g.a_depth, *b = g.b + t * g.b_depth + j;
-#pragma GCC unroll 8
+#pragma GCC unroll 4
       for (int64_t u = 0; u < deep; ++u, a += g.a_depth, b += g.b_depth) {
         const V row[2] = {S::load(b), S::load(b + W)};
 #pragma GCC unroll 5
@@ -185,9 +190,9 @@ void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots) {
   for (int64_t n = 0; n < g.out.sizes[0]; ++n)
     share(team.threads, team, [&](int64_t task) {
       function({slots[g.a.slot] + g.a.offset + n * g.a.strides[0], slots[g.b.slot] + g.b.offset + n * g.b.strides[0],
-                g.a.strides[1], g.a.strides[2], g.b.strides[1],
-                slots[g.out.slot] + g.out.offset + n * g.out.strides[0], g.out.strides[1], g.out.sizes[1],
-                task * columns / team.threads, (task + 1) * columns / team.threads, g.a.sizes[2], g.accumulate});
+                g.a.strides[1], g.a.strides[2], g.b.strides[1], slots[g.out.slot] + g.out.offset + n * g.out.strides[0],
+                g.out.strides[1], g.out.sizes[1], task * columns / team.threads, (task + 1) * columns / team.threads,
+                g.a.sizes[2], g.accumulate});
     });
 }
 

@@ -40,6 +40,13 @@ class NoCompiler(Exception):
 def compiled(instructions: Sequence[Instruction], dtype: torch.dtype) -> list[Instruction]:
     """Instructions in which compiled kernels take the place of pointwise ones, sums and softmax.
 
+    Args:
+        instructions: Those of a plan, before its memory is laid out.
+        dtype: The plan's.
+
+    Returns:
+        The instructions.
+
     Raises:
         NoCompiler: If Inductor finds none, or it fails.
     """

@@ -29,7 +29,9 @@ class RetainedGradient:
     one solve see the same function.
     """
 
-    def __init__(self, grads: Sequence[Tensor | None] | None, leaves: Sequence[Tensor], loss: Tensor | None = None) -> None:
+    def __init__(
+        self, grads: Sequence[Tensor | None] | None, leaves: Sequence[Tensor], loss: Tensor | None = None
+    ) -> None:
         """Keep gradients that have a graph.
 
         Args:

@@ -132,8 +132,10 @@ def _image_like(
 ) -> bool:
     """Whether the kernels for images take this: one or two dimensions, rows that are dense where they are written."""
     t = plan.tensors[name or ""]
-    return t.dim() in (3, 4) and len(stride) == len(padding) == len(dilation) == t.dim() - 2 and (
-        any_layout or t.stride()[-1] == 1
+    return (
+        t.dim() in (3, 4)
+        and len(stride) == len(padding) == len(dilation) == t.dim() - 2
+        and (any_layout or t.stride()[-1] == 1)
     )
 
 

@@ -17,10 +17,10 @@ from hypergrad_ext.engines import (
     Gradient,
     Products,
     RetainedGradient,
-    expects_replay,
-    recall,
     cuda_graph,
+    expects_replay,
     native,
+    recall,
     twice_differentiable,
 )
 from hypergrad_ext.operators.base import LinearOperator
