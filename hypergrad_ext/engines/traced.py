@@ -1,4 +1,4 @@
-"""Products by replaying a recorded one: as torch ops, as a native plan, as a CUDA graph, or compiled by Inductor."""
+"""Products by replaying a recorded one: as torch ops, as a native plan, as a CUDA graph, or compiled."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class TracedGradient:
 
     The first product is an ordinary backward pass that is recorded on the way. Its operations find their
     compiled program in a cache that is shared by all solves; the saved tensors of this solve become its
-    constants. From the third solve with a like graph on, they are found without that pass, if `linked` can. A
+    constants. From the third solve of a loss with a like graph on, they are found without that pass, and without the
+    gradient's graph, if `linked` can. A
     product that cannot be replayed goes on as a backward pass, and the log says why.
 
     Attributes:
