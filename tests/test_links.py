@@ -113,6 +113,22 @@ class TestLinked:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             operator @ [torch.ones_like(u), torch.ones_like(u)]
 
+    def test_a_change_in_place_before_the_first_product_is_noticed(self):
+        """By when the gradient, had it been built, would have been that of another point."""
+        for i in range(4):
+            params = [torch.randn(3, 3, dtype=D, requires_grad=True) for _ in range(2)]
+            operator = hg.Hessian((torch.tanh(params[0]) @ params[1]).square().sum(), params, engine="native")
+            assert operator.used == [True, True]
+            v = [torch.ones_like(p) for p in params]
+            if i < 3:
+                operator @ v
+                continue
+            with torch.no_grad():
+                params[1].add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                operator @ v
+        assert traced.counts.linked == 1
+
 
 class TestRecordedAfterAll:
     """Cases in which what was right in two solves is not in the third."""

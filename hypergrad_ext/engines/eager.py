@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +45,6 @@ class RetainedGradient:
         self._zeros: dict[int, Tensor] = {}
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
-        # The graph of the loss as it was taken down for the first product; see `linked`.
-        self.graph: Any | None = None
 
     @functools.cached_property
     def _grads(self) -> Sequence[Tensor | None]:

@@ -48,8 +48,7 @@ def look(gradient: RetainedGradient, v: Sequence[Tensor]) -> Any | None:
     """The graph of a loss, taken down; None where that cannot be."""
     if any(t.device.type != "cpu" or not t.is_contiguous() for t in v):
         return None
-    graph, gradient.graph = gradient.graph or _graph(gradient), None
-    return graph
+    return _graph(gradient)
 
 
 def _graph(gradient: RetainedGradient) -> Any | None:
@@ -59,15 +58,15 @@ def _graph(gradient: RetainedGradient) -> Any | None:
     return None if graph.refusal else graph
 
 
-def recall(gradient: RetainedGradient) -> None:
-    """Spare a gradient to be built whose products will be found by a link."""
-    if len(_known) == 0:
-        return
-    graph = _graph(gradient)
+def recall(gradient: RetainedGradient) -> bool:
+    """Spare a gradient to be built whose products will be found by a link; whether there is one."""
+    graph = _graph(gradient) if len(_known) > 0 else None
     known = None if graph is None else _known.get(graph.key)
-    if known is not None and known.link is not None and known.confirmed:
-        gradient.graph = graph
-        gradient.assume(known.shape)
+    if known is None or known.link is None or not known.confirmed:
+        return False
+    # The graph is looked at again for the first product: by then what it has saved may have been overwritten.
+    gradient.assume(known.shape)
+    return True
 
 
 def find(graph: Any) -> Recording | None:

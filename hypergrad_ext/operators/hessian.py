@@ -265,8 +265,7 @@ class Hessian(LinearOperator):
         """The gradient with its graph; not built yet if replayed products are expected to need none."""
         if self._batches is None and expects_replay(self._key(), self._engine):
             gradient = RetainedGradient(None, leaves, loss)
-            recall(gradient)
-            if gradient.graph is not None:
+            if recall(gradient):
                 return gradient
         return RetainedGradient.of(loss, leaves)
 
