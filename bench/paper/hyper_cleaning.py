@@ -85,7 +85,11 @@ def run(job: Job) -> Record:
             inner.step()
         if solver and step < p.hyper_steps:
             lam.grad = hg.hypergradient(
-                cross_entropy(linear(validation.x, w), validation.y), _train_loss(w, train, lam.sigmoid(), p), w, lam, solver
+                cross_entropy(linear(validation.x, w), validation.y),
+                _train_loss(w, train, lam.sigmoid(), p),
+                w,
+                lam,
+                solver,
             )
             outer.step()
     record: Record = {"seconds": seconds, "error": errors, "auc": areas if solver else None}
