@@ -9,6 +9,9 @@
 #include "cpu/isa.h"
 #include "host.h"
 #include "tensors.h"
+#if defined(HG_EMULATE_CUDA)
+#include "cuda/emulator/emulator.h"
+#endif
 
 namespace py = pybind11;
 
@@ -159,6 +162,13 @@ py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::
       [&] { return hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit); });
 }
 
+py::tuple glm_neumann_plan(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale,
+                           bool intercept) {
+  const GlmArguments a(x, weights, "b", b, l2);
+  const hg::Plan plan = hg::glm_neumann_plan(a.x, a.weights, a.v, a.l2, scale, intercept);
+  return py::make_tuple(plan.path, plan.reason);
+}
+
 py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
                        double damping, int64_t steps, py::handle state) {
   const GlmArguments a(x, weights, "b", b, l2);
@@ -303,6 +313,8 @@ py::dict build_info() {
 #endif
 #if defined(HG_EMULATE_CUDA)
   info["emulated"] = true;
+  info["launches"] = hg::emulator::counts().launches;
+  info["bulk_copies"] = hg::emulator::counts().bulk_copies;
 #endif
   return info;
 }
@@ -341,6 +353,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("glm_neumann_solve", &glm_neumann_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),
         py::arg("scale"), py::arg("intercept"), py::arg("alpha"), py::arg("damping"), py::arg("steps"),
         py::arg("stop"));
+  m.def("glm_neumann_plan", &glm_neumann_plan, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),
+        py::arg("scale"), py::arg("intercept"));
   m.def("glm_cg_solve", &glm_cg_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"), py::arg("scale"),
         py::arg("intercept"), py::arg("damping"), py::arg("steps"), py::arg("state"));
   m.def("softmax_hessian", &softmax_hessian, py::arg("logits"), py::arg("u"), py::arg("scale"),

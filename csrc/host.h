@@ -7,6 +7,8 @@
 #include <optional>
 #include <tuple>
 
+#include "chip.h"
+
 namespace hg {
 
 // Shapes: every tensor of a list has `stats.size(0)` rows when stats is (k, 2), else stats is (2,).
@@ -42,6 +44,10 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
                                                      const at::Tensor& b, const std::optional<at::Tensor>& l2,
                                                      double scale, bool intercept, double alpha, double damping,
                                                      int64_t steps, const at::Tensor& stop);
+
+// How the latter runs on the device of its tensors.
+Plan glm_neumann_plan(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& b,
+                      const std::optional<at::Tensor>& l2, double scale, bool intercept);
 
 // Conjugate gradients; state: (k, 4) as for cg_step_. Returns x, the final state, and the number of steps taken.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,

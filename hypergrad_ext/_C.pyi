@@ -23,6 +23,9 @@ def glm_neumann_solve(
     steps: int,
     stop: Tensor,
 ) -> tuple[Tensor, Tensor]: ...
+def glm_neumann_plan(
+    x: Tensor, weights: Tensor, b: Tensor, l2: Tensor | None, scale: float, intercept: bool
+) -> tuple[str, str]: ...
 def glm_cg_solve(
     x: Tensor,
     weights: Tensor,

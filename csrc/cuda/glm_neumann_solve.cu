@@ -97,6 +97,23 @@ const char* glm_neumann_solve(const GlmData& data, const GlmSolve& solve, double
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+const char* glm_neumann_plan(const GlmData& data, int64_t k, Plan& plan) {
+  plan = {"steps", "the weights have too many columns, or x too many features, for one pass"};
+  if (!narrow_enough(data, k)) return nullptr;
+  const cudaError_t error = for_glm_dtypes(data.x_dtype, [&](auto x, auto real) {
+    using X = decltype(x);
+    using Real = decltype(real);
+    GlmProblem<X, Real> problem(data, k);
+    Chip chip;
+    SolvePlan solve;
+    cudaError_t e = read_chip(chip);
+    if (e == cudaSuccess) e = plan_solve<NeumannSolver<X, Real>>(problem, chip, solve);
+    plan = {solve.path, solve.reason};
+    return e;
+  });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 const char* glm_neumann_running(const double* stats, const double* stop, int64_t k, int* running, Stream stream) {
   const cudaError_t error = launch(look, 1, 32, 0, stream, stats, stop, k, running);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
