@@ -226,6 +226,20 @@ py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py:
   return tensor_of([&] { return a.call(hg::mlp_hvp, scale, biases, l2); });
 }
 
+py::tuple mlp_hvp_plan(const py::sequence& sizes, int64_t n, int64_t k, int64_t itemsize, bool curved,
+                       const py::object& chip) {
+  std::vector<int64_t> all;
+  for (const py::handle size : sizes) all.push_back(size.cast<int64_t>());
+  std::optional<hg::Chip> known;
+  if (!chip.is_none()) {
+    const auto of = [&](const char* key) { return chip[key].cast<int>(); };
+    known = hg::Chip{of("multiprocessors"), of("shared_per_block"), of("shared_per_multiprocessor"), of("cooperative"),
+                     of("capability")};
+  }
+  const hg::Plan plan = hg::mlp_hvp_plan(all, n, k, itemsize, curved, known);
+  return py::make_tuple(plan.path, plan.reason);
+}
+
 py::tuple mlp_neumann_solve(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends,
                             py::handle deltas, py::handle probabilities, py::handle b, double scale, bool biases,
                             double l2, double alpha, double damping, int64_t steps, py::handle stop) {
@@ -363,6 +377,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("weights") = py::none());
   m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
         py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
+  m.def("mlp_hvp_plan", &mlp_hvp_plan, py::arg("sizes"), py::arg("n"), py::arg("k"), py::arg("itemsize"),
+        py::arg("curved"), py::arg("chip") = py::none());
   m.def("mlp_neumann_solve", &mlp_neumann_solve, py::arg("weights"), py::arg("hidden"), py::arg("slopes"),
         py::arg("bends"), py::arg("deltas"), py::arg("probabilities"), py::arg("b"), py::arg("scale"),
         py::arg("biases"), py::arg("l2"), py::arg("alpha"), py::arg("damping"), py::arg("steps"), py::arg("stop"));

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "chip.h"
 
@@ -68,6 +69,11 @@ void softmax_hessian_(const at::Tensor& logits, const at::Tensor& u, double scal
 at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
                    at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
                    double scale, bool biases, double l2);
+
+// How that runs on a GPU, the current device or another: "one_launch", "launches" per layer, or matrix "products".
+// sizes: of the inputs, and of what comes out of every layer; curved: with bends.
+Plan mlp_hvp_plan(const std::vector<int64_t>& sizes, int64_t n, int64_t k, int64_t itemsize, bool curved,
+                  std::optional<Chip> chip);
 
 // Whole solves on the CPU, as those of the GLM family.
 std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at::TensorList hidden,

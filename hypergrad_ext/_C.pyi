@@ -49,6 +49,9 @@ def mlp_hvp(
     biases: bool,
     l2: float,
 ) -> Tensor: ...
+def mlp_hvp_plan(
+    sizes: Sequence[int], n: int, k: int, itemsize: int, curved: bool, chip: dict[str, int] | None = None
+) -> tuple[str, str]: ...
 def mlp_neumann_solve(
     weights: _Tensors,
     hidden: _Tensors,

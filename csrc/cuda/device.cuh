@@ -71,11 +71,10 @@ __device__ __forceinline__ void bulk_expect(uint64_t* barrier, unsigned bytes) {
 // Copies bytes (a multiple of 16, aligned likewise) from global to shared memory.
 __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
   if constexpr (kBulkCopies)
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(shared)),
-        "l"(global), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
 }
 
 // Whether the phase of this parity is over. Waits for that as long as the chip sees fit, which is not for ever.

@@ -294,7 +294,8 @@ cudaError_t run_solve(GlmProblem<X, Real> problem, const GlmSolve& solve, const 
                                        totals,
                                        solve.deterministic ? totals + elements : nullptr,
                                        reinterpret_cast<unsigned*>(memory)};
-  e = launch_cooperative(glm_solve<Solver, X, Real>, plan.blocks, kThreads, plan.shared, stream, problem, arguments, more);
+  e = launch_cooperative(glm_solve<Solver, X, Real>, plan.blocks, kThreads, plan.shared, stream, problem, arguments,
+                         more);
   if (e == cudaErrorCooperativeLaunchTooLarge) {
     // Another process has part of the chip, and the runtime could not know.
     cudaGetLastError();

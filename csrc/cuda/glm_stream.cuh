@@ -1,6 +1,6 @@
 // Tiles of rows of X, and of their weights, on their way from global to shared memory: all at once, or a ring of three
-// tiles of which two are under way while one is used. They come by bulk copies, for which one warp asks and which arrive
-// at a barrier in shared memory, or else by copies of at most 16 bytes, each asked for by a thread.
+// tiles of which two are under way while one is used. They come by bulk copies, for which one warp asks and which
+// arrive at a barrier in shared memory, or else by copies of at most 16 bytes, each asked for by a thread.
 #pragma once
 
 #include "glm_problem.cuh"
