@@ -64,6 +64,8 @@ __global__ void bulk_copies(const float* x, float* out) {
   float sum = 0;
   for (int i = 0; i < kThreads; ++i) sum += tile[i];
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
+  // The copy comes when the first thread waits for it.
+  __syncthreads();
   while (F == Fault::no_wait && !bulk_try_wait(arrived, 0)) {
   }
 }

@@ -83,41 +83,19 @@ class TestBulkCopies:
         yield
         torch.use_deterministic_algorithms(False)
 
-    @pytest.mark.parametrize("without", ["", "bulk"])
-    def test_neumann_series(self, problem, without, deterministic, counted, monkeypatch):
-        monkeypatch.setenv("HYPERGRAD_EXT_CUDA_WITHOUT", without)
+    def test_neumann_series(self, problem, deterministic, counted):
         (n, *shape), dtype, k = problem, problem[4], problem[3]
         arguments, exact = on_device(regression(TALL * n, *shape))
-        path, reason = _native._C.glm_neumann_plan(*arguments)
-        if without:
-            assert (path, reason) == ("stream", "HYPERGRAD_EXT_CUDA_WITHOUT names bulk")
-        else:
-            assert (path, reason) == ("bulk", "x does not fit in shared memory")
+        assert _native._C.glm_neumann_plan(*arguments) == ("bulk", "x does not fit in shared memory")
         stop = torch.logspace(0, -1, k, dtype=torch.float64, device=DEVICE)
         counted()
         x, history = _native._C.glm_neumann_solve(*arguments, 0.4, 0.1, 40, stop)
-        if _native.EMULATED:
-            count = counted()
-            assert count["launches"] == 1
-            assert (count["bulk_copies"] > 0) == (not without)
+        count = counted()
+        assert not count or count["launches"] == 1 and count["bulk_copies"] > 0
         true_x, true_history = reference.glm_neumann_solve(*exact, 0.4, 0.1, 40, stop)
         assert torch.equal(history == -1, true_history == -1) and 3 < int((history[:, 0, 0] >= 0).sum()) < 40
         assert_close(x, true_x, 1e-13 if dtype == torch.float64 else 1e-6)
         assert_close(history, true_history, 1e-12 if dtype == torch.float64 else 1e-4)
-        if deterministic:
-            again = _native._C.glm_neumann_solve(*arguments, 0.4, 0.1, 40, stop)
-            assert torch.equal(again[0], x) and torch.equal(again[1], history)
-
-    def test_paths_agree_to_the_last_bit(self, problem, deterministic, monkeypatch):
-        if not deterministic:
-            pytest.skip("sums in any order differ by rounding")
-        (n, *shape), k = problem, problem[3]
-        arguments, _ = on_device(regression(TALL * n, *shape))
-        never = torch.full((k,), -1.0, dtype=torch.float64, device=DEVICE)
-        by_bulk = _native._C.glm_neumann_solve(*arguments, 0.4, 0.1, 3, never)
-        monkeypatch.setenv("HYPERGRAD_EXT_CUDA_WITHOUT", "bulk")
-        by_threads = _native._C.glm_neumann_solve(*arguments, 0.4, 0.1, 3, never)
-        assert all(map(torch.equal, by_bulk, by_threads))
 
     def test_conjugate_gradients(self, problem, deterministic, counted):
         (n, *shape), dtype = problem, problem[4]
@@ -140,6 +118,25 @@ class TestBulkCopies:
         count = counted()
         assert not count or count["bulk_copies"] > 0
         assert_close(value, reference.glm_hvp(*exact), 1e-13 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("problem", STREAMED, ids=str)
+def test_streams_agree_to_the_last_bit(problem, counted, monkeypatch):
+    """With bulk copies, again, and without: the same tiles in the same order."""
+    (n, *shape), k = problem, problem[3]
+    arguments, _ = on_device(regression(TALL * n, *shape))
+    never = torch.full((k,), -1.0, dtype=torch.float64, device=DEVICE)
+    torch.use_deterministic_algorithms(True)
+    try:
+        by_bulk, again = (_native._C.glm_neumann_solve(*arguments, 0.4, 0.1, 3, never) for _ in range(2))
+        monkeypatch.setenv("HYPERGRAD_EXT_CUDA_WITHOUT", "bulk")
+        assert _native._C.glm_neumann_plan(*arguments) == ("stream", "HYPERGRAD_EXT_CUDA_WITHOUT names bulk")
+        counted()
+        by_threads = _native._C.glm_neumann_solve(*arguments, 0.4, 0.1, 3, never)
+        assert counted().get("bulk_copies", 0) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, by_bulk, again)) and all(map(torch.equal, by_bulk, by_threads))
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
@@ -228,8 +225,9 @@ class TestOneLaunch:
 
     @pytest.mark.parametrize("activation", ["relu", "tanh"])
     def test_sixty_layers(self, activation, counted):
-        arguments, (path, _) = network((32,) * 60 + (10,), 61, 1, activation)
-        assert path == "one_launch"
+        sizes, n = (32,) * 60 + (10,), 30
+        arguments, _ = network(sizes, n, 1, activation)
+        assert _native._C.mlp_hvp_plan(sizes, n, 1, 4, activation != "relu")[0] == "one_launch"
         single, truth = cast(arguments, torch.float32), reference_mlp.mlp_hvp(*arguments)
         counted()
         value = _native._C.mlp_hvp(*single)
