@@ -1,8 +1,8 @@
 """Products with a multilayer perceptron's Hessian on a GPU: ``python -m bench.gpu_mlp [folder for gpu_mlp.json]``.
 
 The closed form against the retained double backward that any other package runs, one vector after another, both
-launched from Python and replayed from a CUDA graph; where a whole product is one launch, also layer by layer. Device time by events, variants in turn, medians; every variant
-is checked against float64 first.
+launched from Python and replayed from a CUDA graph; where a whole product is one launch, also layer by layer. Device
+time by events, variants in turn, medians; every variant is checked against float64 first.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ class Matrices {
 [[maybe_unused]] bool near(const MlpData& data) {
   constexpr int64_t kFarthest = std::numeric_limits<int>::max();
   for (const MlpLayer& layer : data.layers) {
-    const int64_t farthest = data.n * std::max(layer.hidden.stride, layer.delta.stride);
+    const int64_t farthest =
+        data.n * std::max({layer.hidden.stride, layer.delta.stride, layer.slope.stride, layer.bend.stride});
     if (std::max(farthest, layer.out * layer.weight.stride) > kFarthest) return false;
   }
   return true;

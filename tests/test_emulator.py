@@ -76,7 +76,10 @@ def test_a_race_shows_in_another_order(program):
         ("grid_too_large", "too many blocks in cooperative launch"),
         ("more_shared_than_allowed", "invalid argument"),
         ("bulk_copy_uneven", "a bulk copy of 380 bytes is not aligned to 16"),
-        ("bulk_copy_too_short", "threads wait for ever: in block 0, 0 at a barrier, 0 at a warp operation, 96 for other"),
+        (
+            "bulk_copy_too_short",
+            "threads wait for ever: in block 0, 0 at a barrier, 0 at a warp operation, 96 for other",
+        ),
         ("bulk_copy_too_long", "expects 368 bytes, and more are sent"),
         ("bulk_barrier_armed_twice", "armed before anybody has waited for its phase: thread 0"),
         ("bulk_copy_never_waited_for", "a block ends with bulk copies under way"),

@@ -65,13 +65,16 @@ const char* glm_hvp(const GlmData& data, const void* v, int64_t k, void* out, co
     using Real = decltype(real);
     Chip chip;
     cudaError_t e = read_chip(chip);
-    if (e == cudaSuccess) e = limit_to_code(glm_partial_products<X, Real>, chip);
     if (e != cudaSuccess) return e;
     GlmProblem<X, Real> problem(data, k);
     const auto plan = GlmLaunch<X, Real>::streaming(problem, chip, 0, true);
     if (problem.elements() == 0) return cudaSuccess;
     if (plan.blocks == 0) return cudaErrorInvalidConfiguration;
-    problem.bulk = problem.stages > 1 && !GlmLaunch<X, Real>::no_bulk(problem, chip);
+    if (problem.stages > 1) {
+      e = limit_to_code(glm_partial_products<X, Real>, chip);
+      if (e != cudaSuccess) return e;
+      problem.bulk = !GlmLaunch<X, Real>::no_bulk(problem, chip);
+    }
     const int64_t sums = static_cast<int64_t>(plan.blocks) * problem.elements();
     Real* partial = reinterpret_cast<Real*>(scratch((sums * sizeof(Real) + 7) / 8));
     e = allow_shared(glm_partial_products<X, Real>);

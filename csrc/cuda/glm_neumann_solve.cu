@@ -1,5 +1,5 @@
 // The Neumann series of a generalised linear model: the whole solve in one launch, or step by step.
-#include "glm_solve.cuh"
+#include "glm_solve_launch.cuh"
 
 namespace hg::cuda {
 namespace {

@@ -2,71 +2,24 @@
 // memory; while one layer is used, the next one's matrices are on their way there.
 #pragma once
 
-#include "../mlp_plan.h"
-#include "device.cuh"
-#include "pack.cuh"
-#include "sums.cuh"
+#include "mlp_stages.cuh"
 
 namespace hg::cuda::rows {
 
 template <class Real>
-struct Layer {
-  const Real *weight, *hidden, *delta, *slope, *bend;
-  int out, weight_stride, hidden_stride, delta_stride, slope_stride, bend_stride;
-};
-
-template <class Real>
-struct Problem {
-  Layer<Real> layers[kMlpLaunchLayers];
-  MlpLaunch launch;
-  int count, inputs, biases;
-  int64_t n, k, numel;
-  const Real* probabilities;
-  int64_t probabilities_stride;
-  const Real* v;
-  Real *out, *partial;  // partial: blocks x padded
-  unsigned* arrived;
-  Real scale, l2;
-};
-
-// A layer, and what lies before it: elements of v, of a block's sums, of the tangents in shared memory.
-template <class Real>
-struct Place {
-  int l = 0, in, out, pitch, padded = 0, tangent = 0;
-  int64_t before = 0;
-
-  __device__ explicit Place(const Problem<Real>& p) : in(p.inputs), out(p.layers[0].out), pitch(pitch_of(in)) {}
-  __device__ static int pitch_of(int width) { return mlp_pitch(width, sizeof(Real)); }
-  __device__ int end() const { return padded + out * pitch; }
-
-  __device__ void next(const Problem<Real>& p) {
-    before += static_cast<int64_t>(out) * (in + p.biases), padded += out * pitch;
-    tangent += p.launch.rows * pitch_of(out);
-    in = out, out = p.layers[++l].out, pitch = pitch_of(in);
-  }
-  __device__ void previous(const Problem<Real>& p) {
-    out = in, in = --l > 0 ? p.layers[l - 1].out : p.inputs, pitch = pitch_of(in);
-    before -= static_cast<int64_t>(out) * (in + p.biases), padded -= out * pitch;
-    tangent -= p.launch.rows * pitch_of(out);
-  }
-};
-
-template <class Real>
 class Block {
  public:
-  static constexpr int P = 16 / sizeof(Real), R = kMlpRowTile;
+  static constexpr int P = Stages<Real>::P, R = kMlpRowTile;
   using Packed = Pack<Real, P>;
+  using Stage = typename Stages<Real>::Stage;
 
   __device__ Block(const Problem<Real>& problem, char* memory)
-      : p_(problem), tangents_(reinterpret_cast<Real*>(memory)) {
+      : p_(problem),
+        tangents_(reinterpret_cast<Real*>(memory)),
+        curved_(problem.curved() ? tangents_ + problem.launch.tangents : nullptr),
+        deltas_(tangents_ + problem.launch.tangents * (1 + problem.curved())),
+        stages_(problem, deltas_ + 2 * problem.launch.out_rows) {
     const MlpLaunch& launch = p_.launch;
-    const bool curved = p_.count > 1 && p_.layers[0].bend;
-    curved_ = curved ? tangents_ + launch.tangents : nullptr;
-    deltas_ = tangents_ + launch.tangents * (1 + curved);
-    stages_ = deltas_ + 2 * launch.out_rows;
-    first_ = static_cast<int64_t>(blockIdx.x % launch.row_blocks) * launch.rows;
-    const int64_t left = p_.n - first_;
-    valid_ = static_cast<int>(left < launch.rows ? left : launch.rows);
     // What is never written: a tangent of the column of ones, which is 0, and padding.
     for (int i = threadIdx.x; i < launch.tangents; i += kThreads) tangents_[i] = 0;
   }
@@ -75,7 +28,7 @@ class Block {
   __device__ void product(int64_t vector) {
     const int layers = p_.count;
     Place<Real> at(p_);
-    send(at, false, 0, vector);
+    stages_.send(at, false, 0, vector);
 #pragma unroll 1
     for (int phase = 0; phase < 2 * layers; ++phase) {
       wait_copies<0>();
@@ -85,16 +38,16 @@ class Block {
       if (phase + 1 < 2 * layers) {
         if (phase + 1 < layers) at.next(p_);
         if (phase + 1 > layers) at.previous(p_);
-        send(at, phase + 1 >= layers, (phase + 1) % 2, vector);
+        stages_.send(at, phase + 1 >= layers, (phase + 1) % 2, vector);
       }
       if (phase < layers) {
-        forward(now, stage(phase % 2));
+        forward(now, stages_[phase % 2]);
       } else {
         if (phase == layers) {
           loss(now);
           __syncthreads();
         }
-        backward(now, stage(phase % 2), vector, (phase - layers) % 2);
+        backward(now, stages_[phase % 2], vector, (phase - layers) % 2);
       }
     }
   }
@@ -123,69 +76,6 @@ class Block {
   }
 
  private:
-  // One layer's matrices: W and V, rows `pitch` apart, the biases of V as one more column; h with a column of ones;
-  // act' of this layer and act''(a) dL/dh on the way forward, act' of the one before and dL/da on the way back.
-  struct Stage {
-    Real *weight, *vector, *hidden, *slope, *other;
-  };
-  __device__ Stage stage(int which) const {
-    const MlpLaunch& launch = p_.launch;
-    Real* weight = stages_ + which * (2 * launch.matrix + launch.in_rows + 2 * launch.out_rows);
-    Real* hidden = weight + 2 * launch.matrix;
-    Real* slope = hidden + launch.in_rows;
-    return {weight, weight + launch.matrix, hidden, slope, slope + launch.out_rows};
-  }
-
-  __device__ void send(const Place<Real>& at, bool back, int which, int64_t vector) {
-    const Layer<Real>& layer = p_.layers[at.l];
-    const Stage to = stage(which);
-    const Real* v = p_.v + vector * p_.numel + at.before;
-    const Real* bias = p_.biases ? v + static_cast<int64_t>(at.out) * at.in : nullptr;
-    const auto none = [](int) { return Real(0); };
-    copy(to.vector, at.pitch, at.out, v, at.in, at.out, at.in, [&](int i) { return bias ? bias[i] : Real(0); });
-    if (at.l > 0) copy(to.weight, at.pitch, at.out, layer.weight, layer.weight_stride, at.out, at.in, none);
-    batch(to.hidden, at.pitch, layer.hidden, layer.hidden_stride, at.in, [&](int r) { return Real(r < valid_); });
-    if (!back && at.l + 1 < p_.count) {
-      const int pitch = at.pitch_of(at.out);
-      batch(to.slope, pitch, layer.slope, layer.slope_stride, at.out, none);
-      if (curved_) batch(to.other, pitch, layer.bend, layer.bend_stride, at.out, none);
-    }
-    if (back && at.l > 0) {
-      const Layer<Real>& before = p_.layers[at.l - 1];
-      batch(to.slope, at.pitch, before.slope, before.slope_stride, at.in, none);
-      batch(to.other, at.pitch_of(at.out), layer.delta, layer.delta_stride, at.out, none);
-    }
-    end_copies();
-  }
-
-  // The block's rows of a matrix with a row per row of the batch.
-  template <class Edge>
-  __device__ void batch(Real* to, int pitch, const Real* from, int stride, int width, const Edge& edge) {
-    copy(to, pitch, p_.launch.rows, from + first_ * stride, stride, valid_, width, edge);
-  }
-
-  // Sends for `valid` rows; zeros in the other rows and beyond the width, but for the first column there.
-  template <class Edge>
-  __device__ void copy(Real* to, int pitch, int rows, const Real* from, int64_t stride, int valid, int width,
-                       const Edge& edge) {
-    const bool aligned = (reinterpret_cast<uintptr_t>(from) | stride * sizeof(Real)) % 16 == 0;
-    const int packed = aligned ? width / P : 0, rest = width - packed * P, padding = pitch - width;
-    for (int i = threadIdx.x; i < valid * packed; i += kThreads) {
-      const int r = i / packed, c = i % packed * P;
-      copy_async<16>(to + r * pitch + c, from + r * stride + c);
-    }
-    for (int i = threadIdx.x; i < valid * rest; i += kThreads) {
-      const int r = i / rest, c = packed * P + i % rest;
-      copy_async<sizeof(Real)>(to + r * pitch + c, from + r * stride + c);
-    }
-    for (int i = threadIdx.x; i < rows * padding; i += kThreads) {
-      const int r = i / padding, c = i % padding;
-      to[r * pitch + width + c] = c == 0 ? edge(r) : Real(0);
-    }
-    for (int i = threadIdx.x; i < (rows - valid) * width; i += kThreads)
-      to[(valid + i / width) * pitch + i % width] = 0;
-  }
-
   __device__ static Packed load(const Real* at) { return *reinterpret_cast<const Packed*>(at); }
 
   // Ra = h V^T + Rh W^T; Rh = act'(a) Ra, and for the way back act''(a) dL/dh Ra. In the last layer, Ra itself.
@@ -226,13 +116,13 @@ class Block {
   __device__ void loss(const Place<Real>& at) {
     const int pitch = at.pitch_of(at.out), lane = threadIdx.x % 32;
     for (int r = threadIdx.x / 32; r < p_.launch.rows; r += kThreads / 32) {
-      const Real* p = p_.probabilities ? p_.probabilities + (first_ + r) * p_.probabilities_stride : nullptr;
+      const Real* p = p_.probabilities ? p_.probabilities + (stages_.first() + r) * p_.probabilities_stride : nullptr;
       Real *z = deltas_ + r * pitch, mean = 0;
-      for (int c = lane; p && r < valid_ && c < at.out; c += 32) mean += p[c] * z[c];
+      for (int c = lane; p && r < stages_.valid() && c < at.out; c += 32) mean += p[c] * z[c];
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) mean += __shfl_xor_sync(0xffffffffu, mean, offset);
       for (int c = lane; c < at.out; c += 32)
-        z[c] = r < valid_ ? p_.scale * (p ? p[c] * (z[c] - mean) : z[c]) : Real(0);
+        z[c] = r < stages_.valid() ? p_.scale * (p ? p[c] * (z[c] - mean) : z[c]) : Real(0);
     }
   }
 
@@ -310,9 +200,8 @@ class Block {
   }
 
   const Problem<Real>& p_;
-  Real *tangents_, *curved_, *deltas_, *stages_;
-  int64_t first_;
-  int valid_;  // rows that the batch has
+  Real *tangents_, *curved_, *deltas_;
+  Stages<Real> stages_;
 };
 
 }  // namespace hg::cuda::rows
