@@ -40,7 +40,7 @@ print(f"{major}.{minor}" + "a" * (major == 9))') || { echo "gpu.sh: torch sees n
 fi
 
 tests=("$python" -m pytest -q -p no:cacheprovider)
-cuda_tests=(tests/test_cuda.py tests/test_cuda_glm.py tests/test_cuda_graph.py)
+cuda_tests=(tests/test_cuda.py tests/test_cuda_glm.py tests/test_cuda_paths.py tests/test_cuda_graph.py)
 step build 300 "$python" -m pip install --no-deps --no-build-isolation -e .
 ((${#failed[@]} == 0)) || exit 1
 step info 60 "$python" -m hypergrad_ext info
@@ -53,7 +53,7 @@ if [ -z "$emulate" ]; then
   done
 
   # Small shapes of every kernel.
-  few="not triton and (TestAlignment and bfloat16 or stop_one or TestSoftmaxHessian and bfloat16 and 2049 or test_lstm and float32 or TestMLPProduct and relu or TestGlm and float32)"
+  few="not triton and (TestAlignment and bfloat16 or stop_one or TestSoftmaxHessian and bfloat16 and 2049 or test_lstm and float32 or TestMLPProduct and relu or TestGlm and float32 or TestBulkCopies and float32 and product or TestOneLaunch and relu)"
   sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   if [ -x "$sanitizer" ]; then
     for tool in memcheck racecheck synccheck; do

@@ -1,6 +1,7 @@
 """What a GPU says about the GLM kernels: ``python -m bench.gpu_glm [FOLDER]``, results in FOLDER/gpu_glm.json.
 
-Whole solves per step against a CUDA graph of two matrix products and against the same loop in eager mode, one-pass
+Whole solves per step against a CUDA graph of two matrix products and against the same loop in eager mode, where x is
+streamed also without bulk copies and with the bytes of x per second, one-pass
 products against the bandwidth of a copy, and the numbers that the launch rules are built on: bandwidth from L2,
 a node of a CUDA graph, and a barrier of the grid.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 
 import hypergrad_ext as hg
 from bench.measure import environment, table, write
-from hypergrad_ext import ops, reference
+from hypergrad_ext import _native, ops, reference
 
 DEVICE = torch.device("cuda")
 # torch's matrix products refuse to run in deterministic mode without it.
@@ -67,6 +68,19 @@ def deterministic(run: Callable[[], object]) -> Callable[[], None]:
     return wrapped
 
 
+def without(path: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same with one path of the kernels left out."""
+
+    def wrapped() -> Tensor:
+        os.environ["HYPERGRAD_EXT_CUDA_WITHOUT"] = path
+        try:
+            return run()
+        finally:
+            del os.environ["HYPERGRAD_EXT_CUDA_WITHOUT"]
+
+    return wrapped
+
+
 class Problem:
     """Logistic or softmax regression at zero, with a penalty; `step` sizes make the series converge."""
 
@@ -86,10 +100,16 @@ class Problem:
         exact = (x.double(), weights.double(), b.double(), None if l2 is None else l2.double(), scale, intercept)
         truth, _ = reference.glm_neumann_solve(*exact, self.alpha, 0.0, STEPS, self.never)
         # A product in bf16 rounds the vectors; the kernel does not.
-        limits = {self.whole: 1e-4, self.loop: 5e-2 if x.dtype == torch.bfloat16 else 1e-4}
+        by_threads = without("bulk", self.whole)
+        limits = {self.whole: 1e-4, by_threads: 1e-4, self.loop: 5e-2 if x.dtype == torch.bfloat16 else 1e-4}
         for solve, limit in limits.items():
             error = float((solve() - truth).norm() / truth.norm())
             assert error < limit, f"{self.name}: relative error {error:.1e}"
+
+    def plan(self) -> str:
+        """How the whole solve runs."""
+        assert _native._C is not None
+        return _native._C.glm_neumann_plan(*self.operator._model(self.b))[0]
 
     def product(self, v: Tensor) -> Tensor:
         return ops.glm_hvp(*self.operator._model(v))
@@ -114,21 +134,28 @@ class Problem:
         return ops.glm_neumann_solve(*self.operator._model(self.b), self.alpha, 0.0, STEPS, self.never)[0]
 
 
-def solves() -> list[dict[str, object]]:
-    """Microseconds per step of a Neumann solve."""
+def solves(copy: float) -> list[dict[str, object]]:
+    """Microseconds per step of a Neumann solve, and for x that is streamed the share of a copy's bandwidth."""
     rows: list[dict[str, object]] = []
     shapes = [(4096, 784, 1, 1), (4096, 784, 1, 8), (4096, 784, 10, 1), (1000, 32, 1, 1), (60_000, 784, 1, 1)]
+    shapes += [(60_000, 784, 1, 8), (2_000_000, 128, 1, 1)]
     problems = [Problem(*shape) for shape in shapes]
-    for problem in [*problems, Problem(8192, 784, 1, 1, torch.bfloat16), Problem(32_768, 784, 1, 1, torch.bfloat16)]:
+    half = [(8192, 784, 1, 1), (32_768, 784, 1, 1), (120_000, 784, 1, 1)]
+    for problem in [*problems, *(Problem(*shape, torch.bfloat16) for shape in half)]:
         problem.check()
-        variants = {
-            "one launch": problem.whole,
+        path, variants = problem.plan(), {"one launch": problem.whole}
+        if path == "bulk":
+            variants |= {"without bulk copies": without("bulk", problem.whole)}
+        variants |= {
             "deterministic": deterministic(problem.whole),
             "graph of two products": graphed(problem.loop),
             "eager two products": problem.loop,
         }
         times = {name: us / STEPS for name, us in microseconds(variants).items()}
-        rows.append({"solve, us per step": problem.name, **times})
+        rate = problem.x.nbytes / times["one launch"] / 1e3
+        row: dict[str, object] = {"solve, us per step": problem.name, "path": path, "one launch": times["one launch"]}
+        row["without bulk copies"] = times.pop("without bulk copies", None)
+        rows.append(row | times | {"GB/s of x": rate, "share of copy": rate / copy})
     return rows
 
 
@@ -184,7 +211,8 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
     rates = machine()
     print("  ".join(f"{name} {value:.3g}" for name, value in rates.items()))
-    tables = {"solves": solves(), "products": products(float(str(rates["copy GB/s"])))}
+    copy = float(str(rates["copy GB/s"]))
+    tables = {"solves": solves(copy), "products": products(copy)}
     for rows in tables.values():
         print(table(rows))
     write(folder / "gpu_glm.json", environment() | rates, tables)

@@ -1,8 +1,8 @@
 """Products with a multilayer perceptron's Hessian on a GPU: ``python -m bench.gpu_mlp [folder for gpu_mlp.json]``.
 
 The closed form against the retained double backward that any other package runs, one vector after another, both
-launched from Python and replayed from a CUDA graph. Device time by events, variants in turn, medians; every variant
-is checked against float64 first.
+launched from Python and replayed from a CUDA graph; where a whole product is one launch, also layer by layer. Device
+time by events, variants in turn, medians; every variant is checked against float64 first.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from bench.gpu_glm import without
 from bench.measure import environment, table, write
-from hypergrad_ext import backends, ops, reference_mlp
+from hypergrad_ext import _native, backends, ops, reference_mlp
 
 # Name, layer sizes, batch, activation.
 PROBLEMS = [
@@ -26,6 +27,8 @@ PROBLEMS = [
     ("784-256-256-10", (784, 256, 256, 10), 256, "tanh"),
     ("4 x 2048", (2048,) * 4 + (10,), 1024, "relu"),
     ("60 x 32", (32,) * 60 + (10,), 256, "tanh"),
+    ("60 x 32", (32,) * 60 + (10,), 32, "tanh"),
+    ("20-64-2", (20, 64, 2), 100, "tanh"),
 ]
 DEVICE = torch.device("cuda")
 
@@ -61,6 +64,12 @@ class Problem:
     def closed_form(self, backend: str) -> Callable[[], Tensor]:
         kernel, model = ops.mlp_hvp.kernel(DEVICE, backend), self.operator._model(self.v)
         return lambda: kernel(*model)
+
+    def plan(self) -> tuple[str, str]:
+        """How the CUDA kernels run, and why."""
+        assert _native._C is not None
+        sizes = [self.x.shape[1], *(len(w) for w in self.params[::2])]
+        return _native._C.mlp_hvp_plan(sizes, len(self.x), len(self.v), 4, self.activation != "relu")
 
 
 def in_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -102,6 +111,12 @@ def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) 
     truth = problem.double_backward(torch.float64)()
     variants = {"double backward": problem.double_backward()}
     variants |= {b: problem.closed_form(b) for b in ("cuda", "triton") if not backends.unavailable(b, DEVICE.type)}
+    path = ""
+    if "cuda" in variants:
+        path, reason = problem.plan()
+        print(f"{name} {activation} batch {n}, k={k}: {path}, {reason}")
+        if path == "one_launch":
+            variants["cuda, layer by layer"] = without("one_launch", variants["cuda"])
     variants["closed form in torch"] = lambda: reference_mlp.mlp_hvp(*problem.operator._model(problem.v))
     errors = {}
     for variant, run in variants.items():
@@ -117,6 +132,7 @@ def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) 
     for variant, us in times.items():
         low, middle, high = statistics.quantiles(us, n=4)
         row: dict[str, object] = {"network": f"{name} {activation} batch {n}", "k": k, "variant": variant}
+        row["path"] = path if variant in ("cuda", "cuda, graph") else None
         row |= {"us": middle, "quartiles": f"{low:.1f}-{high:.1f}", "TFLOP/s": flops / middle / 1e6}
         row["x double backward"] = statistics.median(times["double backward"]) / middle
         row["rel. error"] = errors[variant.removesuffix(", graph")]

@@ -9,6 +9,9 @@
 #include "cpu/isa.h"
 #include "host.h"
 #include "tensors.h"
+#if defined(HG_EMULATE_CUDA)
+#include "cuda/emulator/emulator.h"
+#endif
 
 namespace py = pybind11;
 
@@ -159,6 +162,13 @@ py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::
       [&] { return hg::glm_neumann_solve(a.x, a.weights, a.v, a.l2, scale, intercept, alpha, damping, steps, limit); });
 }
 
+py::tuple glm_neumann_plan(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale,
+                           bool intercept) {
+  const GlmArguments a(x, weights, "b", b, l2);
+  const hg::Plan plan = hg::glm_neumann_plan(a.x, a.weights, a.v, a.l2, scale, intercept);
+  return py::make_tuple(plan.path, plan.reason);
+}
+
 py::tuple glm_cg_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
                        double damping, int64_t steps, py::handle state) {
   const GlmArguments a(x, weights, "b", b, l2);
@@ -214,6 +224,20 @@ py::object mlp_hvp(py::handle weights, py::handle hidden, py::handle slopes, py:
                    py::handle probabilities, py::handle v, double scale, bool biases, double l2) {
   const MlpArguments a(weights, hidden, slopes, bends, deltas, probabilities, "v", v);
   return tensor_of([&] { return a.call(hg::mlp_hvp, scale, biases, l2); });
+}
+
+py::tuple mlp_hvp_plan(const py::sequence& sizes, int64_t n, int64_t k, int64_t itemsize, bool curved,
+                       const py::object& chip) {
+  std::vector<int64_t> all;
+  for (const py::handle size : sizes) all.push_back(size.cast<int64_t>());
+  std::optional<hg::Chip> known;
+  if (!chip.is_none()) {
+    const auto of = [&](const char* key) { return chip[key].cast<int>(); };
+    known = hg::Chip{of("multiprocessors"), of("shared_per_block"), of("shared_per_multiprocessor"), of("cooperative"),
+                     of("capability")};
+  }
+  const hg::Plan plan = hg::mlp_hvp_plan(all, n, k, itemsize, curved, known);
+  return py::make_tuple(plan.path, plan.reason);
 }
 
 py::tuple mlp_neumann_solve(py::handle weights, py::handle hidden, py::handle slopes, py::handle bends,
@@ -303,6 +327,8 @@ py::dict build_info() {
 #endif
 #if defined(HG_EMULATE_CUDA)
   info["emulated"] = true;
+  info["launches"] = hg::emulator::counts().launches;
+  info["bulk_copies"] = hg::emulator::counts().bulk_copies;
 #endif
   return info;
 }
@@ -341,6 +367,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("glm_neumann_solve", &glm_neumann_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),
         py::arg("scale"), py::arg("intercept"), py::arg("alpha"), py::arg("damping"), py::arg("steps"),
         py::arg("stop"));
+  m.def("glm_neumann_plan", &glm_neumann_plan, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),
+        py::arg("scale"), py::arg("intercept"));
   m.def("glm_cg_solve", &glm_cg_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"), py::arg("scale"),
         py::arg("intercept"), py::arg("damping"), py::arg("steps"), py::arg("state"));
   m.def("softmax_hessian", &softmax_hessian, py::arg("logits"), py::arg("u"), py::arg("scale"),
@@ -349,6 +377,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("weights") = py::none());
   m.def("mlp_hvp", &mlp_hvp, py::arg("weights"), py::arg("hidden"), py::arg("slopes"), py::arg("bends"),
         py::arg("deltas"), py::arg("probabilities"), py::arg("v"), py::arg("scale"), py::arg("biases"), py::arg("l2"));
+  m.def("mlp_hvp_plan", &mlp_hvp_plan, py::arg("sizes"), py::arg("n"), py::arg("k"), py::arg("itemsize"),
+        py::arg("curved"), py::arg("chip") = py::none());
   m.def("mlp_neumann_solve", &mlp_neumann_solve, py::arg("weights"), py::arg("hidden"), py::arg("slopes"),
         py::arg("bends"), py::arg("deltas"), py::arg("probabilities"), py::arg("b"), py::arg("scale"),
         py::arg("biases"), py::arg("l2"), py::arg("alpha"), py::arg("damping"), py::arg("steps"), py::arg("stop"));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "chip.h"
 #include "kernels.h"
 #include "vector_list.h"
 
@@ -50,6 +51,10 @@ const char* glm_neumann_solve(const GlmData& data, const GlmSolve& solve, double
                               double* history, bool& done, const Scratch& scratch, Stream stream);
 const char* glm_cg_solve(const GlmData& data, const GlmSolve& solve, double* state, int64_t* taken, bool& done,
                          const Scratch& scratch, Stream stream);
+
+// How glm_neumann_solve runs with k vectors on the current device: "resident", "bulk" or "stream" (one launch, x in
+// shared memory, or on its way through it in every step by bulk copies or by small ones), or "steps".
+const char* glm_neumann_plan(const GlmData& data, int64_t k, Plan& plan);
 
 // For solves step by step, without the host: whether any row goes on, from the stats or the state of all rows.
 const char* glm_neumann_running(const double* stats, const double* stop, int64_t k, int* running, Stream stream);

@@ -88,6 +88,13 @@ bool in_one_launch(const char* op, const at::Tensor& b, const at::Tensor& out, d
 
 }  // namespace
 
+Plan neumann_plan(const Problem& problem, const at::Tensor& b) {
+  Plan plan;
+  cuda::call("glm_neumann_plan", b.device(),
+             [&](const auto&, auto) { return cuda::glm_neumann_plan(problem.data, b.size(0), plan); });
+  return plan;
+}
+
 at::Tensor hvp(const Problem& problem, const at::Tensor& v) {
   at::Tensor out = empty_like(v);
   product(problem, v, out, nullptr);

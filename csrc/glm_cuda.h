@@ -13,6 +13,7 @@ struct Problem {
   const std::optional<at::Tensor>& l2;
 };
 
+Plan neumann_plan(const Problem& problem, const at::Tensor& b);
 at::Tensor hvp(const Problem& problem, const at::Tensor& v);
 std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const at::Tensor& b, double alpha,
                                                  double damping, int64_t steps, const at::Tensor& stop);

@@ -83,6 +83,13 @@ at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Ten
   return out;
 }
 
+Plan glm_neumann_plan(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& b,
+                      const std::optional<at::Tensor>& l2, double scale, bool intercept) {
+  const GlmData data = checked(x, weights, b, l2, scale, intercept);
+  if (!cuda::for_cpu(b)) return glm_cuda::neumann_plan({data, x, weights, l2}, b);
+  return {"steps", "on the CPU a step is a call of its own"};
+}
+
 std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const at::Tensor& weights,
                                                      const at::Tensor& b, const std::optional<at::Tensor>& l2,
                                                      double scale, bool intercept, double alpha, double damping,

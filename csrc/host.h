@@ -6,6 +6,9 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
+
+#include "chip.h"
 
 namespace hg {
 
@@ -43,6 +46,10 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
                                                      double scale, bool intercept, double alpha, double damping,
                                                      int64_t steps, const at::Tensor& stop);
 
+// How the latter runs on the device of its tensors.
+Plan glm_neumann_plan(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& b,
+                      const std::optional<at::Tensor>& l2, double scale, bool intercept);
+
 // Conjugate gradients; state: (k, 4) as for cg_step_. Returns x, the final state, and the number of steps taken.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,
                                                             const at::Tensor& b, const std::optional<at::Tensor>& l2,
@@ -62,6 +69,11 @@ void softmax_hessian_(const at::Tensor& logits, const at::Tensor& u, double scal
 at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList slopes, at::TensorList bends,
                    at::TensorList deltas, const std::optional<at::Tensor>& probabilities, const at::Tensor& v,
                    double scale, bool biases, double l2);
+
+// How that runs on a GPU, the current device or another: "one_launch", "launches" per layer, or matrix "products".
+// sizes: of the inputs, and of what comes out of every layer; curved: with bends.
+Plan mlp_hvp_plan(const std::vector<int64_t>& sizes, int64_t n, int64_t k, int64_t itemsize, bool curved,
+                  std::optional<Chip> chip);
 
 // Whole solves on the CPU, as those of the GLM family.
 std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at::TensorList hidden,

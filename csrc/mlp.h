@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "mlp_plan.h"
 
 namespace hg {
 
@@ -56,6 +57,13 @@ struct MlpTangents {
 
 // out = H v on the current device, for products so small that launches are what takes time.
 const char* mlp_hvp(const MlpData& data, const void* v, int64_t k, void* out, const Scratch& scratch, Stream stream);
+
+// The same in one launch, as planned. `done` is false, and nothing was launched, where not all blocks can run at once.
+const char* mlp_one_launch(const MlpData& data, const MlpLaunch& launch, const void* v, int64_t k, void* out,
+                           bool& done, const Scratch& scratch, Stream stream);
+
+// The current device.
+const char* current_chip(Chip& chip);
 
 // What is left of a product once the matrices are multiplied. Like all launchers these never wait, and return
 // nullptr, or what CUDA says went wrong. `product` is what matrix products have made, and is overwritten.

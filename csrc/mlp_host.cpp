@@ -49,16 +49,12 @@ class Matrices {
   std::deque<at::Tensor> copies_;
 };
 
-// Products of fewer multiply-adds than this take a GPU less time than the launches around them. An estimate for an
-// H200: 3 us at 45 TFLOP/s.
-constexpr int64_t kSmallProduct = int64_t{1} << 26;
-
-// Whether launches, not arithmetic, are what a product takes its time for: then few of them beat cuBLAS.
-[[maybe_unused]] bool launch_bound(const MlpData& data, int64_t k) {
+// Whether kernels of ours may do it all: they count elements of one matrix in 32 bits.
+[[maybe_unused]] bool near(const MlpData& data) {
   constexpr int64_t kFarthest = std::numeric_limits<int>::max();
   for (const MlpLayer& layer : data.layers) {
-    if (k * data.n * layer.in * layer.out > kSmallProduct) return false;
-    const int64_t farthest = data.n * std::max(layer.hidden.stride, layer.delta.stride);
+    const int64_t farthest =
+        data.n * std::max({layer.hidden.stride, layer.delta.stride, layer.slope.stride, layer.bend.stride});
     if (std::max(farthest, layer.out * layer.weight.stride) > kFarthest) return false;
   }
   return true;
@@ -115,6 +111,13 @@ struct Model {
     TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), name, " must not require grad");
   }
 
+  MlpShape shape(int64_t k) const {
+    MlpShape shape{{data.layers[0].in}, data.n, k, static_cast<int>(size_of(data.dtype)), false};
+    for (const MlpLayer& layer : data.layers)
+      shape.sizes.push_back(layer.out), shape.curved |= layer.bend.data != nullptr;
+    return shape;
+  }
+
   Multiply product() const {
     return [multiply = cpu::mlp_product(data)](const at::Tensor& v, at::Tensor& out) {
       multiply(v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
@@ -139,11 +142,32 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   }
   cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
     const int64_t k = v.size(0);
-    if (launch_bound(model.data, k))
+    Chip chip;
+    if (const char* error = cuda::current_chip(chip)) return error;
+    const MlpPlan plan = plan_mlp(model.shape(k), chip);
+    if (near(model.data) && plan.plan.path == "one_launch") {
+      bool done = false;
+      const char* error = cuda::mlp_one_launch(model.data, plan.launch, v.const_data_ptr(), k, out.mutable_data_ptr(),
+                                               done, scratch, stream);
+      if (error || done) return error;
+    }
+    if (near(model.data) && plan.plan.path != "products")
       return cuda::mlp_hvp(model.data, v.const_data_ptr(), k, out.mutable_data_ptr(), scratch, stream);
     return mlp_hvp_by_layers(model.data, weights, hidden, deltas, v, out, stream);
   });
   return out;
+}
+
+Plan mlp_hvp_plan(const std::vector<int64_t>& sizes, int64_t n, int64_t k, int64_t itemsize, bool curved,
+                  std::optional<Chip> chip) {
+  TORCH_CHECK_VALUE(sizes.size() > 1 && *std::min_element(sizes.begin(), sizes.end()) > 0 && n >= 0 && k >= 0,
+                    "sizes must hold the inputs and the outputs of at least one layer, n and k must not be negative");
+  TORCH_CHECK_VALUE(itemsize == 4 || itemsize == 8, "itemsize must be 4 or 8, got ", itemsize);
+  if (!chip) {
+    chip.emplace();
+    cuda::call("mlp_hvp_plan", c10::DeviceType::CUDA, [&](const auto&, auto) { return cuda::current_chip(*chip); });
+  }
+  return plan_mlp({sizes, n, k, static_cast<int>(itemsize), curved}, *chip).plan;
 }
 
 std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at::TensorList hidden,

@@ -23,6 +23,9 @@ def glm_neumann_solve(
     steps: int,
     stop: Tensor,
 ) -> tuple[Tensor, Tensor]: ...
+def glm_neumann_plan(
+    x: Tensor, weights: Tensor, b: Tensor, l2: Tensor | None, scale: float, intercept: bool
+) -> tuple[str, str]: ...
 def glm_cg_solve(
     x: Tensor,
     weights: Tensor,
@@ -46,6 +49,9 @@ def mlp_hvp(
     biases: bool,
     l2: float,
 ) -> Tensor: ...
+def mlp_hvp_plan(
+    sizes: Sequence[int], n: int, k: int, itemsize: int, curved: bool, chip: dict[str, int] | None = None
+) -> tuple[str, str]: ...
 def mlp_neumann_solve(
     weights: _Tensors,
     hidden: _Tensors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -159,6 +160,8 @@ class Space:
         self.dtypes = [t.dtype for t in leaves.tensors]
         self.sizes = [t.numel() for t in leaves.tensors]
         self.numel = sum(self.sizes)
+        self._starts = [0, *itertools.accumulate(self.sizes)][:-1]
+        self._strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
         if self.numel == 0:
             raise ValueError(
                 f"{leaves.names[0]}: expected at least one element in all, got shape {tuple(self.shapes[0])}"
@@ -223,6 +226,19 @@ class Space:
         lead = flat.shape[:-1]
         parts = flat.split(self.sizes, dim=-1)
         return [part.view((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """``(n,)`` or ``(k, n)``, of parts of one dtype: the buffer itself where they are its `views`, else a copy."""
+        lead = parts[0].shape[: parts[0].dim() - len(self.shapes[0])]
+        buffer = parts[0]._base
+        if buffer is not None and buffer.shape == (*lead, self.numel) and buffer.is_contiguous():
+            rows, start = (self.numel,) if lead else (), buffer.storage_offset()
+            if all(
+                part._base is buffer and part.storage_offset() == start + at and part.stride() == (*rows, *strides)
+                for part, at, strides in zip(parts, self._starts, self._strides, strict=True)
+            ):
+                return buffer
+        return torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1)
 
     def _order(self, argument: str, leaves: Leaves) -> list[int]:
         """Position in ``leaves`` of every parameter: by key between dicts (or a module), else by place."""

@@ -36,6 +36,47 @@ __global__ void copies(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
+enum class Fault { none, no_wait, uneven, too_few, too_many, armed_twice, never_waited };
+
+// The same sums from one bulk copy of the block's row, twice: a barrier serves one phase after another.
+template <Fault F>
+__global__ void bulk_copies(const float* x, float* out) {
+  float* tile = reinterpret_cast<float*>(dynamic_shared());
+  HG_SHARED(uint64_t, arrived, [1]);
+  constexpr unsigned kBytes = kThreads * sizeof(float);
+  if (threadIdx.x == 0) bulk_barrier_init(arrived);
+  __syncthreads();
+  for (unsigned phase = 0; phase < 2; ++phase) {
+    if (threadIdx.x == 0) {
+      order_bulk_copies();
+      bulk_expect(arrived, F == Fault::too_few ? kBytes + 16 : F == Fault::too_many ? kBytes - 16 : kBytes);
+      if (F == Fault::armed_twice) bulk_expect(arrived, kBytes);
+      copy_bulk(tile, x + blockIdx.x * kThreads, F == Fault::uneven ? kBytes - 4 : kBytes, arrived);
+    }
+    if (F == Fault::no_wait || F == Fault::never_waited) {
+      __syncthreads();
+      break;
+    }
+    while (!bulk_try_wait(arrived, phase)) {
+    }
+    __syncthreads();
+  }
+  float sum = 0;
+  for (int i = 0; i < kThreads; ++i) sum += tile[i];
+  if (threadIdx.x == 0) out[blockIdx.x] = sum;
+  // The copy comes when the first thread waits for it.
+  __syncthreads();
+  while (F == Fault::no_wait && !bulk_try_wait(arrived, 0)) {
+  }
+}
+
+__global__ void bulk_barrier_not_made(const float* x, float* out) {
+  HG_SHARED(uint64_t, arrived, [1]);
+  while (!bulk_try_wait(arrived, 0)) {
+  }
+  out[blockIdx.x] = x[0];
+}
+
 // Every block adds to the sums of its left neighbour, after all blocks have written theirs.
 __global__ void grid_barrier(const float* x, float* out, unsigned* arrived) {
   if (threadIdx.x == 0) {
@@ -105,6 +146,14 @@ int main(int, char** argv) {
   if (name == "block_sums_without_barrier") error = go(block_sums<false>);
   if (name == "copies") error = go(copies<true>, row);
   if (name == "copies_without_wait") error = go(copies<false>, row);
+  if (name == "bulk_copies") error = go(bulk_copies<Fault::none>, row);
+  if (name == "bulk_copies_without_wait") error = go(bulk_copies<Fault::no_wait>, row);
+  if (name == "bulk_copy_uneven") error = go(bulk_copies<Fault::uneven>, row);
+  if (name == "bulk_copy_too_short") error = go(bulk_copies<Fault::too_few>, row);
+  if (name == "bulk_copy_too_long") error = go(bulk_copies<Fault::too_many>, row);
+  if (name == "bulk_barrier_armed_twice") error = go(bulk_copies<Fault::armed_twice>, row);
+  if (name == "bulk_copy_never_waited_for") error = go(bulk_copies<Fault::never_waited>, row);
+  if (name == "bulk_barrier_not_made") error = go(bulk_barrier_not_made);
   if (name == "some_return_before_the_barrier") error = go(some_return_before_the_barrier);
   if (name == "different_barriers") error = go(different_barriers);
   if (name == "a_lane_stays_away") error = go(a_lane_stays_away);

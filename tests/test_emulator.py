@@ -36,7 +36,7 @@ def run(program: Path, case: str, seed: int | None = None) -> subprocess.Complet
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
-@pytest.mark.parametrize("case", ["block_sums", "copies"])
+@pytest.mark.parametrize("case", ["block_sums", "copies", "bulk_copies"])
 def test_right_sums(case, seed, program):
     result = run(program, case, seed)
     assert result.returncode == 0, result.stderr
@@ -52,7 +52,7 @@ def test_blocks_of_a_cooperative_launch_wait_for_each_other(seed, program):
 
 
 @pytest.mark.parametrize("seed", [None, 1, 2])
-@pytest.mark.parametrize("case", ["block_sums_without_barrier", "copies_without_wait"])
+@pytest.mark.parametrize("case", ["block_sums_without_barrier", "copies_without_wait", "bulk_copies_without_wait"])
 def test_reading_too_early_gives_nan(case, seed, program):
     result = run(program, case, seed)
     assert result.returncode == 0, result.stderr
@@ -72,9 +72,18 @@ def test_a_race_shows_in_another_order(program):
         ),
         ("different_barriers", "threads of one block wait at different barriers: thread 0 at __syncthreads"),
         ("a_lane_stays_away", "31 at a warp operation"),
-        ("grid_barrier_without_cooperation", "1 for other blocks"),
+        ("grid_barrier_without_cooperation", "1 for other blocks or copies"),
         ("grid_too_large", "too many blocks in cooperative launch"),
         ("more_shared_than_allowed", "invalid argument"),
+        ("bulk_copy_uneven", "a bulk copy of 380 bytes is not aligned to 16"),
+        (
+            "bulk_copy_too_short",
+            "threads wait for ever: in block 0, 0 at a barrier, 0 at a warp operation, 96 for other",
+        ),
+        ("bulk_copy_too_long", "expects 368 bytes, and more are sent"),
+        ("bulk_barrier_armed_twice", "armed before anybody has waited for its phase: thread 0"),
+        ("bulk_copy_never_waited_for", "a block ends with bulk copies under way"),
+        ("bulk_barrier_not_made", "no barrier for bulk copies has been made here: thread 0 at bulk_try_wait"),
     ],
 )
 def test_error_of_the_launch(case, message, program):

@@ -200,7 +200,7 @@ class TestLearntAugmentation:
 
 
 SMALL = {
-    "distillation": ("K=0", {"steps": 2, "validation": 200, "warm_up": 2}),
+    "distillation": ("K=0, bounded", {"steps": 2, "validation": 200, "warm_up": 2}),
     "overfit_validation": ("cnn K=3", {"max_steps": 1}),
     "hyper_cleaning": ("CG", {"train": 100, "validation": 50, "test": 50, "hyper_steps": 1}),
     "reweighting": ("net of the loss", {"train": 100, "validation": 50, "steps": 8, "first": 0}),

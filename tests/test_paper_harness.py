@@ -255,7 +255,7 @@ def test_an_experiment_that_fails_does_not_take_the_others_with_it(tmp_path, mon
 
     monkeypatch.setattr(cli, "experiments", lambda: {"toy": toy(fail)})
     options = cli._parser({"toy": toy(fail)}, None).parse_args(["toy", "--out", str(tmp_path)])
-    (status, claims), text = cli._in_process(("toy", options, None))
+    (status, claims), text, _ = cli._in_process(("toy", options, None))
     assert (status, claims) == (1, []) and "in the middle" in text
 
 
@@ -351,7 +351,7 @@ def test_all_experiments_side_by_side(tmp_path, capsys):
     said = capsys.readouterr().out
     for name, known in cli.experiments().items():
         assert f"== {name}: {known.about}" in said
-    assert "== Summary" in said
+    assert "== Summary" in said and "Seconds: lstm " in said
 
 
 def test_peak_bytes_sees_what_is_alive_at_one_time():

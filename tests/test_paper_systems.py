@@ -69,6 +69,23 @@ class TestDistillation:
         assert record["images"].shape == (10, 64)
         assert len(record["retrained"]) == 2
 
+    def test_bounded_images_start_grey_or_as_class_means(self, tmp_path):
+        """No step: what they start as. Some steps: they move, between 0 and 1."""
+        for arm in ("CG, bounded", distillation.MEANS):
+            found = [runs(distillation.EXPERIMENT, arm, 1, tmp_path, steps=n)[0]["images"] for n in (0, 3)]
+            assert (found[0].std() < 1e-6) == (arm != distillation.MEANS)
+            assert 0 < float(found[1].min()) < float(found[1].max()) < 1
+            assert float((found[1] - found[0]).abs().max()) > 1e-3
+
+    def test_a_penalty_on_brightness_darkens(self, tmp_path):
+        bright, dark = (
+            runs(distillation.EXPERIMENT, "CG, bounded", 1, tmp_path, steps=20, brightness=b)[0]["images"]
+            .square()
+            .sum()
+            for b in (0.0, 10.0)
+        )
+        assert dark < 0.8 * bright
+
     @pytest.mark.slow
     def test_ten_learnt_images_are_a_training_set(self, tmp_path):
         def mean(arm: str, key: str = "accuracy") -> float:

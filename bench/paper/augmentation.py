@@ -350,7 +350,9 @@ def _accuracy_figure(results: Results) -> object:
         1,
         f"{results.data}, {p.train} training images; {shift}Dots: seeds; bars: means (the axis does not start at 0). "
         "Left to right: no augmentation, learnt with the identity as inverse Hessian, with Hessian products"
-        + (", and, for comparison, training images shifted as those of validation are." if p.shift else "."),
+        + (", and, for comparison, training images shifted as those of validation are" if p.shift else "")
+        + ". To see: how far a learnt augmentation gets from the first bars"
+        + (" towards the last." if p.shift else ", and how seeds differ."),
         width=7.0,
         height=4.4,
     )

@@ -295,8 +295,9 @@ def loss_figure(results: Results, methods: list[str]) -> figures.Figure:
         2,
         f"{results.data}, {p.train} training and {p.validation} validation images, "
         f"{figures.seeds(results.settings.seeds)}. Least validation loss so far, against steps of training and against "
-        "seconds, all work included. Search (dashed) tries one value, or one per class; hypergradients (solid) move "
-        "one per weight along with the weights. Dotted: the budget at which they are compared.",
+        "seconds, all work included. Search (dashed) tries one penalty for all weights, or one per class; "
+        "hypergradients (solid) move one per weight (many), or one for all, along with the weights. To see: with many "
+        "penalties hypergradients end lowest at the budget at which all are compared (dotted).",
         width=6.0,
         height=4.4,
     )

@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
     if len(chosen) == 1:
         return _one(chosen[0], options, device, deadline)[0]
     start = time.perf_counter()
-    outcomes = _several(chosen, options, deadline)
+    outcomes, seconds = zip(*_several(chosen, options, deadline), strict=True)
     print(f"\n== Summary: {time.perf_counter() - start:.0f} s, data {options.data or 'at hand'}\n")
     summary = [
         {"system": e.name, "claim": c.paper, "ours": c.ours, "reproduced": _word(c.reproduced)}
@@ -79,6 +79,8 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
         print(left_table(summary))
         told = [row["reproduced"] for row in summary]
         print(f"\n{told.count('yes')} of {len(told)} claims reproduced, {told.count('NO')} not")
+    took = ", ".join(f"{e.name} {s:.0f}" for e, s in zip(chosen, seconds, strict=True))
+    print(f"\nSeconds: {took}")
     statuses = [status for status, _ in outcomes]
     unfinished = [e.name for e, status in zip(chosen, statuses, strict=True) if status]
     if unfinished:
@@ -86,21 +88,24 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
     return 1 if 1 in statuses else max(statuses, default=0)
 
 
-def _several(chosen: list[Experiment], options: argparse.Namespace, deadline: float | None) -> list[Outcome]:
-    """Run experiments side by side, each in a process, and print what one says once it is done."""
+def _several(
+    chosen: list[Experiment], options: argparse.Namespace, deadline: float | None
+) -> list[tuple[Outcome, float]]:
+    """Run experiments side by side, each in a process, and print what one says once it is done; their seconds."""
     jobs = min(options.jobs or os.cpu_count() or 1, len(chosen))
     # The clock that a deadline is read from is the machine's, so that it holds in every process.
     arguments = [(e.name, options, deadline) for e in chosen]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         outcomes = []
-        for outcome, text in pool.imap(_in_process, arguments, chunksize=1):
+        for outcome, text, seconds in pool.imap(_in_process, arguments, chunksize=1):
             print(text, end="", flush=True)
-            outcomes.append(outcome)
+            outcomes.append((outcome, seconds))
         return outcomes
 
 
-def _in_process(arguments: tuple[str, argparse.Namespace, float | None]) -> tuple[Outcome, str]:
+def _in_process(arguments: tuple[str, argparse.Namespace, float | None]) -> tuple[Outcome, str, float]:
     name, options, deadline = arguments
+    start = time.perf_counter()
     said = io.StringIO()
     outcome: Outcome = 1, []
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -109,7 +114,7 @@ def _in_process(arguments: tuple[str, argparse.Namespace, float | None]) -> tupl
         except Exception:
             # One that fails must not take the others with it.
             traceback.print_exc()
-    return outcome, said.getvalue()
+    return outcome, said.getvalue(), time.perf_counter() - start
 
 
 def _one(experiment: Experiment, options: argparse.Namespace, device: torch.device, deadline: float | None) -> Outcome:

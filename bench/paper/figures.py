@@ -58,19 +58,28 @@ def band(axis: Axes, x: Sequence[float], seeds: np.ndarray, label: str, **style:
         axis.fill_between(x, np.nanmin(seeds, 0), np.nanmax(seeds, 0), color=line.get_color(), alpha=0.2, linewidth=0)
 
 
-def pictures(figure: Figure, grid: Sequence[Sequence[Tensor]], rows: Sequence[str], columns: Sequence[str]) -> None:
-    """A grid of images ``(channels, height, width)``; a row shares its scale of grey.
+def pictures(
+    figure: Figure,
+    grid: Sequence[Sequence[Tensor]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    shared: bool = True,
+) -> None:
+    """A grid of images ``(channels, height, width)``.
 
     Args:
         figure: Where.
         grid: The images, row by row.
         rows: A title per row.
         columns: A title per column.
+        shared: Whether the images of a row share their scale of grey; else each has its own.
     """
     axes = figure.subplots(len(grid), len(columns), squeeze=False)
     for images, title, line in zip(grid, rows, axes, strict=True):
-        low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
         for image, axis in zip(images, line, strict=True):
+            scale = images if shared else [image]
+            low, high = min(float(i.min()) for i in scale), max(float(i.max()) for i in scale)
             shown = ((image - low) / max(high - low, 1e-12)).permute(1, 2, 0).numpy()
             axis.imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=1)
             axis.set_xticks([])

@@ -109,7 +109,7 @@ def distance_figure(results: Results) -> figures.Figure:
         (0, 2, "terms, steps or rank K", "relative L2 distance"),
         (4, 2, "Hessian products, one for the residual", "relative L2 distance"),
         (4, 3, "Hessian products, one for the residual", "residual |b - Hx| / |b|"),
-        (5, 2, "milliseconds", "relative L2 distance"),
+        (5, 2, "milliseconds per hypergradient", "relative L2 distance"),
     ]
     axes = figure.subplots(len(panels), columns, squeeze=False)
     for column, arm in zip(axes.T, results.arms, strict=True):

@@ -100,7 +100,7 @@ template <class Real, template <class> class Finish>
 struct Gemm {
   Factors<Real> factors[2];
   int terms;
-  int64_t rows, columns;  // columns: a multiple of the padding
+  int64_t rows, columns;  // columns: rounded up to whole vectors, for which there must be place
   Finish<Real> finish;
 
   template <class Tiles>

@@ -181,7 +181,9 @@ class Product {
         const Factors<Real> along_w{by_w.a, by_w.a_stride, {real(layer.weight), layer.weight.stride}, layer.in};
         NarrowGemm<Real>::run({{along_v, along_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
       } else if (l == last) {
-        Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, at.out, {packed + at.bias, delta, at.out_row}});
+        constexpr int64_t kHalf = kMlpPadding / 2 / sizeof(Real);  // a padded row may be half empty
+        const int64_t columns = (layer.out + kHalf - 1) / kHalf * kHalf;
+        Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, columns, {packed + at.bias, delta, at.out_row}});
       } else {
         Gemm<Real, ThroughActivation>::run(
             {{by_v, by_w},
@@ -197,7 +199,7 @@ class Product {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const Factors<Real> of_delta{delta, at.out_row, inputs(l), rows};
-      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, at.out, sum + at.sum_bias});
+      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias});
       if (l == 0) {
         Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, at.in, {sum + at.sum, at.in_row}});
         break;

@@ -40,6 +40,64 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// Copies of whole pieces by the copy engine, from compute capability 9.0 on. They arrive at barriers in shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kBulkCopies = false;
+#else
+constexpr bool kBulkCopies = true;
+#endif
+
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+
+// For one thread that arrives in every phase, and before a barrier of the block.
+__device__ __forceinline__ void bulk_barrier_init(uint64_t* barrier) {
+  if constexpr (kBulkCopies)
+    asm volatile(
+        "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+        "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+        : "memory");
+}
+
+// That thread's arrival: the phase is over when so many bytes have come. What the thread has written before, those
+// who wait may read after.
+__device__ __forceinline__ void bulk_expect(uint64_t* barrier, unsigned bytes) {
+  if constexpr (kBulkCopies)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// Copies bytes (a multiple of 16, aligned likewise) from global to shared memory.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+  if constexpr (kBulkCopies)
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(shared)),
+                 "l"(global), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Whether the phase of this parity is over. Waits for that as long as the chip sees fit, which is not for ever.
+__device__ __forceinline__ bool bulk_try_wait(uint64_t* barrier, unsigned parity) {
+  unsigned done = 1;
+  if constexpr (kBulkCopies)
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  return done != 0;
+}
+
+// Orders this thread's own writes to shared memory before the copies that it sends for later.
+__device__ __forceinline__ void order_bulk_copies() {
+  if constexpr (kBulkCopies) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // For loops that wait for another block.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
   unsigned value;

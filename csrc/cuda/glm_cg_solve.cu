@@ -1,6 +1,6 @@
 // Conjugate gradients on a generalised linear model: the whole solve in one launch, or step by step. Each right-hand
 // side stops by itself.
-#include "glm_solve.cuh"
+#include "glm_solve_launch.cuh"
 
 namespace hg::cuda {
 namespace {

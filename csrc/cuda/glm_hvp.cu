@@ -15,12 +15,12 @@ __global__ void __launch_bounds__(kThreads, 2) glm_partial_products(const __grid
   Arena arena(dynamic_shared());
   GlmBlock<X, Real> block(problem, arena);
   begin_share(block, problem);
-  block.prefetch();
+  block.tiles.prefetch();
   block.load_v(v);
   block.multiply();
   partial += static_cast<int64_t>(blockIdx.x) * problem.elements();
   for (int e = threadIdx.x; e < problem.elements(); e += kThreads) partial[e] = block.g[e];
-  wait_copies<0>();
+  block.tiles.end();
 }
 
 // out = scale (sum of the partial products) + l2 v: 32 elements per block, one per lane, warps share the sums.
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
 bool glm_one_pass(const GlmData& data, int64_t k) {
   if (!narrow_enough(data, k)) return false;
   Chip chip;
-  if (Chip::read(chip) != cudaSuccess) return false;
+  if (read_chip(chip) != cudaSuccess) return false;
   return for_glm_dtypes(data.x_dtype, [&](auto x, auto real) {
     GlmProblem<decltype(x), decltype(real)> problem(data, k);
     return GlmLaunch<decltype(x), decltype(real)>::streaming(problem, chip, 0, true).blocks > 0;
@@ -64,12 +64,17 @@ const char* glm_hvp(const GlmData& data, const void* v, int64_t k, void* out, co
     using X = decltype(x);
     using Real = decltype(real);
     Chip chip;
-    cudaError_t e = Chip::read(chip);
+    cudaError_t e = read_chip(chip);
     if (e != cudaSuccess) return e;
     GlmProblem<X, Real> problem(data, k);
     const auto plan = GlmLaunch<X, Real>::streaming(problem, chip, 0, true);
     if (problem.elements() == 0) return cudaSuccess;
     if (plan.blocks == 0) return cudaErrorInvalidConfiguration;
+    if (problem.stages > 1) {
+      e = limit_to_code(glm_partial_products<X, Real>, chip);
+      if (e != cudaSuccess) return e;
+      problem.bulk = !GlmLaunch<X, Real>::no_bulk(problem, chip);
+    }
     const int64_t sums = static_cast<int64_t>(plan.blocks) * problem.elements();
     Real* partial = reinterpret_cast<Real*>(scratch((sums * sizeof(Real) + 7) / 8));
     e = allow_shared(glm_partial_products<X, Real>);

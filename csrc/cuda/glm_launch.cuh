@@ -8,24 +8,6 @@
 
 namespace hg::cuda {
 
-// What there is of the current device.
-struct Chip {
-  int multiprocessors, shared_per_block, shared_per_multiprocessor, cooperative;
-
-  static cudaError_t read(Chip& chip) {
-    int device;
-    cudaError_t e = cudaGetDevice(&device);
-    const auto get = [&](int& value, cudaDeviceAttr attribute) {
-      if (e == cudaSuccess) e = cudaDeviceGetAttribute(&value, attribute, device);
-    };
-    get(chip.multiprocessors, cudaDevAttrMultiProcessorCount);
-    get(chip.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    get(chip.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-    get(chip.cooperative, cudaDevAttrCooperativeLaunch);
-    return e;
-  }
-};
-
 // Columns up to which one pass wins. Its products run from shared memory at about half the rate of a matrix product,
 // and read X once instead of twice: with 4.3 TB/s, 25 and 45 TFLOP/s, the two are equal at 26 columns in float32.
 // By arithmetic, not yet by measurement.
@@ -52,6 +34,18 @@ struct GlmLaunch {
   int blocks = 0;
   int64_t shared = 0;
 
+  // Why tiles cannot come by bulk copies, or null if they can. Bulk copies begin, end and count in units of 16 bytes.
+  static const char* no_bulk(const GlmProblem<X, Real>& problem, const Chip& chip) {
+    const auto whole = [](uintptr_t bytes) { return bytes % 16 == 0; };
+    if (without("bulk")) return "HYPERGRAD_EXT_CUDA_WITHOUT names bulk";
+    if (chip.capability < 90) return "the device, or the code for it, is older than compute capability 9.0";
+    if (problem.d == 0 || !whole(problem.d * sizeof(X))) return "the bytes of a row of x are not a multiple of 16";
+    if (!whole(problem.stride * sizeof(X))) return "rows of x do not lie a multiple of 16 bytes apart";
+    if (!whole(reinterpret_cast<uintptr_t>(problem.x))) return "x does not start at a multiple of 16 bytes";
+    if (!whole(reinterpret_cast<uintptr_t>(problem.weights))) return "weights do not start at a multiple of 16 bytes";
+    return nullptr;
+  }
+
   // Splits n rows in tiles so that all multiprocessors work, two blocks each; more blocks if they may queue.
   static GlmLaunch streaming(GlmProblem<X, Real>& problem, const Chip& chip, int64_t extra, bool may_queue) {
     GlmLaunch launch;
@@ -65,7 +59,7 @@ struct GlmLaunch {
         const int64_t tiles = (problem.n + problem.tile - 1) / problem.tile;
         int64_t blocks = std::min(tiles, resident);
         if (may_queue) blocks = std::max(blocks, (problem.n + kBlockRows - 1) / kBlockRows);
-        problem.stages = tiles <= blocks ? 1 : GlmBlock<X, Real>::kStages;
+        problem.stages = tiles <= blocks ? 1 : GlmTiles<X, Real>::kStages;
         launch.shared = shared_bytes(problem) + extra;
         if (launch.shared > limit) continue;
         launch.blocks = static_cast<int>(std::max<int64_t>(blocks, 1));
@@ -87,7 +81,7 @@ __device__ __forceinline__ void begin_share(GlmBlock<X, Real>& block, const GlmP
   const int64_t tiles = (problem.n + problem.tile - 1) / problem.tile;
   const int64_t first = tiles * blockIdx.x / gridDim.x * problem.tile;
   const int64_t last = tiles * (blockIdx.x + 1) / gridDim.x * problem.tile;
-  block.begin(first, last < problem.n ? last : problem.n);
+  block.tiles.begin(first, last < problem.n ? last : problem.n);
 }
 
 // Calls f with a value of the type of X and one of the vectors'; the host function has checked the pair.

@@ -1,5 +1,5 @@
 // The Neumann series of a generalised linear model: the whole solve in one launch, or step by step.
-#include "glm_solve.cuh"
+#include "glm_solve_launch.cuh"
 
 namespace hg::cuda {
 namespace {
@@ -93,6 +93,23 @@ const char* glm_neumann_solve(const GlmData& data, const GlmSolve& solve, double
     using Real = decltype(real);
     return run_solve<NeumannSolver<X, Real>>(GlmProblem<X, Real>(data, solve.k), solve, {alpha, stop, history}, done,
                                              scratch, stream);
+  });
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* glm_neumann_plan(const GlmData& data, int64_t k, Plan& plan) {
+  plan = {"steps", "the weights have too many columns, or x too many features, for one pass"};
+  if (!narrow_enough(data, k)) return nullptr;
+  const cudaError_t error = for_glm_dtypes(data.x_dtype, [&](auto x, auto real) {
+    using X = decltype(x);
+    using Real = decltype(real);
+    GlmProblem<X, Real> problem(data, k);
+    Chip chip;
+    SolvePlan solve;
+    cudaError_t e = read_chip(chip);
+    if (e == cudaSuccess) e = plan_solve<NeumannSolver<X, Real>>(problem, chip, solve);
+    plan = {solve.path, solve.reason};
+    return e;
   });
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

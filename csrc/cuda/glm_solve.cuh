@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) glm_solve(const __grid_constant__
   Solver solver(problem, arguments, more, arena);
   const Slice slice(problem.elements());
   begin_share(state.block, problem);
-  state.block.prefetch();
+  state.block.tiles.prefetch();
   state.block.load_v(arguments.b);
   state.l2.load(problem);
   __syncthreads();
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 1) glm_solve(const __grid_constant__
   for (; step < arguments.steps && solver.running(); ++step) {
     state.block.multiply();
     // X does not depend on the step: the next tiles may come while the blocks wait for each other.
-    if (!state.block.resident()) state.block.prefetch();
+    if (!state.block.tiles.resident()) state.block.tiles.prefetch();
     sum.add(state.block.g, step);
     solver.step(state, slice, step);
   }
@@ -191,80 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) glm_solve(const __grid_constant__
     const int64_t at = problem.place(e);
     if (at >= 0) arguments.out[at] = solver.result(state.solution[e - slice.begin]);
   }
-  wait_copies<0>();
-}
-
-// Launches the solve if it can run as one launch; else leaves `done` false.
-template <class Solver, class X, class Real>
-cudaError_t run_solve(GlmProblem<X, Real> problem, const GlmSolve& solve, const typename Solver::Arguments& more,
-                      bool& done, const Scratch& scratch, cudaStream_t stream) {
-  const auto kernel = glm_solve<Solver, X, Real>;
-  done = false;
-  if (problem.elements() > kSolveElements) return cudaSuccess;
-  Chip chip;
-  cudaError_t e = Chip::read(chip);
-  if (e != cudaSuccess || !chip.cooperative) return e;
-  const auto bytes = [&](int blocks) {
-    Arena arena(nullptr);
-    SolveState<X, Real>(problem, blocks, arena);
-    Solver(problem, SolveArguments<Real>{}, more, arena);
-    return arena.size();
-  };
-
-  // All rows on the chip, one block per multiprocessor; else a stream through it in every step.
-  const int64_t row_bytes = std::max<int64_t>(1, problem.pitch * sizeof(X));
-  int64_t rows = (problem.n + chip.multiprocessors - 1) / chip.multiprocessors;
-  rows = round_up(std::max(rows, kSolveBytes / row_bytes), kTileRows);
-  GlmLaunch<X, Real> plan;
-  problem.stages = 1;
-  // More rows than this do not fit, and might not count in 32 bits.
-  problem.tile = static_cast<int>(std::min<int64_t>(rows, 1 << 16));
-  plan.blocks = static_cast<int>(std::max<int64_t>(1, (problem.n + rows - 1) / rows));
-  plan.shared = bytes(plan.blocks);
-  if (rows > problem.tile || plan.shared > chip.shared_per_block) {
-    problem.tile = kTileRows;
-    const int64_t own = bytes(chip.multiprocessors) - GlmLaunch<X, Real>::shared_bytes(problem);
-    plan = GlmLaunch<X, Real>::streaming(problem, chip, own, false);
-    if (plan.blocks == 0) return cudaSuccess;
-    plan.shared = bytes(plan.blocks);
-    if (plan.shared > chip.shared_per_block) return cudaSuccess;
-  }
-
-  int resident = 0;
-  e = allow_shared(kernel);
-  if (e == cudaSuccess) e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
-  if (e != cudaSuccess || resident == 0) return e;
-  if (problem.stages > 1 && plan.blocks > resident * chip.multiprocessors) {
-    // Registers leave room for fewer blocks, which stream more rows each and own larger slices of the solution.
-    plan.blocks = resident * chip.multiprocessors;
-    plan.shared = bytes(plan.blocks);
-    if (plan.shared > chip.shared_per_block) return cudaSuccess;
-    e = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared);
-  }
-  if (e != cudaSuccess || plan.blocks > resident * chip.multiprocessors) return e;
-
-  const int64_t elements = problem.elements();
-  const int64_t sums = solve.deterministic ? elements * (plan.blocks + 1) : 3 * elements;
-  // The count of the barrier, then the sums.
-  double* memory = scratch(4 + (sums * sizeof(Real) + 7) / 8);
-  e = cudaMemsetAsync(memory, 0, 32 + (solve.deterministic ? 0 : sums * sizeof(Real)), stream);
-  if (e != cudaSuccess) return e;
-  Real* totals = reinterpret_cast<Real*>(memory + 4);
-  const SolveArguments<Real> arguments{static_cast<const Real*>(solve.b),
-                                       static_cast<Real*>(solve.out),
-                                       solve.steps,
-                                       static_cast<Real>(solve.damping),
-                                       totals,
-                                       solve.deterministic ? totals + elements : nullptr,
-                                       reinterpret_cast<unsigned*>(memory)};
-  e = launch_cooperative(kernel, plan.blocks, kThreads, plan.shared, stream, problem, arguments, more);
-  if (e == cudaErrorCooperativeLaunchTooLarge) {
-    // Another process has part of the chip, and the runtime could not know.
-    cudaGetLastError();
-    return cudaSuccess;
-  }
-  done = e == cudaSuccess;
-  return e;
+  state.block.tiles.end();
 }
 
 }  // namespace hg::cuda

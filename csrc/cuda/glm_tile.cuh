@@ -2,81 +2,9 @@
 // from global memory once and serves both products.
 #pragma once
 
-#include "../glm.h"
-#include "device.cuh"
-#include "pack.cuh"
-#include "sums.cuh"
+#include "glm_stream.cuh"
 
 namespace hg::cuda {
-
-constexpr int kWarps = kThreads / 32;
-// Rows and columns of Z that a warp, and columns of G that a thread, works on at once.
-constexpr int kTileRows = 4, kTileColumns = 4;
-
-__host__ __device__ constexpr int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-// The product as the kernels see it. There are K = k * classes columns. In shared memory every row of X and every
-// column of V and G has `pitch` elements: d, a feature that is 1 everywhere if there is an intercept, then zeros.
-template <class X, class Real>
-struct GlmProblem {
-  static constexpr int P = 16 / sizeof(Real);  // elements of a pack
-
-  const X* x;
-  const Real* weights;
-  const Real* l2;
-  int64_t n, stride;
-  int k, classes, columns, d, pitch;
-  bool intercept;
-  Real scale;
-  // Rows of X in shared memory at a time, and how many such tiles; copies of G, each with rows of its own.
-  int tile, stages, groups;
-
-  GlmProblem(const GlmData& data, int64_t vectors)
-      : x(static_cast<const X*>(data.x)),
-        weights(static_cast<const Real*>(data.weights)),
-        l2(static_cast<const Real*>(data.l2)),
-        n(data.n),
-        stride(data.stride),
-        k(static_cast<int>(vectors)),
-        classes(static_cast<int>(data.classes)),
-        columns(k * classes),
-        d(static_cast<int>(data.d)),
-        pitch(static_cast<int>(round_up(data.d + data.intercept, 16 / sizeof(X)))),
-        intercept(data.intercept),
-        scale(static_cast<Real>(data.scale)) {
-    const int items = (columns + kTileColumns - 1) / kTileColumns * (pitch / P);
-    groups = items == 0 || items > kThreads ? 1 : kThreads / items;
-  }
-
-  __host__ __device__ int elements() const { return columns * pitch; }
-  __host__ __device__ int z_pitch() const { return static_cast<int>(round_up(tile, kTileRows)); }
-
-  // Where element e of the columns in shared memory is in the caller's vectors; -1 if it is padding.
-  __device__ int64_t place(int e) const {
-    const int column = e / pitch, j = e % pitch;
-    const int64_t row = column / classes, c = column % classes;
-    const int64_t at = row * classes * (d + intercept);
-    if (j < d) return at + c * d + j;
-    return intercept && j == d ? at + static_cast<int64_t>(classes) * d + c : -1;
-  }
-};
-
-// Hands out shared memory. With a null base it only counts.
-class Arena {
- public:
-  __host__ __device__ explicit Arena(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-  template <class T>
-  __host__ __device__ T* take(int64_t count) {
-    T* at = reinterpret_cast<T*>(base_ + size_);
-    size_ += round_up(count * static_cast<int64_t>(sizeof(T)), 32);
-    return at;
-  }
-  __host__ __device__ int64_t size() const { return size_; }
-
- private:
-  uintptr_t base_;
-  int64_t size_ = 0;
-};
 
 // One halving of the sums of a warp: lanes that differ in `Bit` give each other the half that they do not keep.
 template <int Half, int Bit, int N, class Real>
@@ -110,22 +38,12 @@ class GlmBlock {
   Real* v;  // columns x pitch
   Real* g;  // groups x columns x pitch
 
-  __host__ __device__ GlmBlock(const Problem& problem, Arena& arena) : problem_(problem) {
+  GlmTiles<X, Real> tiles;
+
+  __host__ __device__ GlmBlock(const Problem& problem, Arena& arena) : tiles(problem, arena), problem_(problem) {
     v = arena.take<Real>(problem.elements());
     g = arena.take<Real>(static_cast<int64_t>(problem.groups) * problem.elements());
     z_ = arena.take<Real>(static_cast<int64_t>(problem.columns) * problem.z_pitch());
-    weights_ = arena.take<Real>(static_cast<int64_t>(problem.stages) * problem.tile * problem.classes);
-    x_ = arena.take<X>(static_cast<int64_t>(problem.stages) * problem.tile * problem.pitch);
-  }
-
-  // The block's rows, and the padding of its tiles, which copies leave as it is.
-  __device__ void begin(int64_t first, int64_t last) {
-    first_ = first, last_ = last;
-    const int padding = problem_.pitch - problem_.d;
-    for (int i = threadIdx.x; i < problem_.stages * problem_.tile * padding; i += kThreads) {
-      const int row = i / padding, j = i % padding;
-      x_[row * problem_.pitch + problem_.d + j] = narrow<X>(problem_.intercept && j == 0 ? 1.f : 0.f);
-    }
   }
 
   __device__ void load_v(const Real* from) {
@@ -135,29 +53,15 @@ class GlmBlock {
     }
   }
 
-  // Whether all of the block's rows are in shared memory at once.
-  __device__ bool resident() const { return problem_.stages == 1; }
-
-  // Sends for the first tiles.
-  __device__ void prefetch() {
-#pragma unroll 1
-    for (int s = 0; s < (resident() ? 1 : kStages - 1); ++s) fetch(s);
-  }
-
   // G = X^T D X V over the block's rows, the copies of G added. Expects `prefetch` before; ends with a barrier.
   __device__ void multiply() {
     for (int e = threadIdx.x; e < problem_.groups * problem_.elements(); e += kThreads) g[e] = 0;
-    const int tiles = static_cast<int>((last_ - first_ + problem_.tile - 1) / problem_.tile);
-    for (int i = 0; i < tiles; ++i) {
-      if (resident())
-        wait_copies<0>();
-      else
-        wait_copies<kStages - 2>();
+    for (int i = 0; i < tiles.count(); ++i) {
+      const int stage = tiles.take();
       // All have the tile, and are done with the one whose place the next copy takes.
       __syncthreads();
-      if (!resident()) fetch(i + kStages - 1);
-      const int64_t left = last_ - first_ - static_cast<int64_t>(i) * problem_.tile;
-      use(resident() ? 0 : i % kStages, static_cast<int>(left < problem_.tile ? left : problem_.tile));
+      tiles.fetch_after(i);
+      use(tiles.x(stage), tiles.weights(stage), tiles.rows(i));
     }
     __syncthreads();
     if (problem_.groups == 1) return;
@@ -166,61 +70,8 @@ class GlmBlock {
     __syncthreads();
   }
 
-  static constexpr int kStages = 3;
-
  private:
-  // Sends for tile i, or for nothing if there is none: batches are counted.
-  __device__ __forceinline__ void fetch(int i) {
-    const int64_t row = first_ + static_cast<int64_t>(i) * problem_.tile;
-    if (row < last_) {
-      const int rows = static_cast<int>(last_ - row < problem_.tile ? last_ - row : problem_.tile);
-      const int stage = resident() ? 0 : i % kStages;
-      const X* from = problem_.x + row * problem_.stride;
-      X* to = x_ + stage * problem_.tile * problem_.pitch;
-      const uintptr_t misplaced = reinterpret_cast<uintptr_t>(problem_.x) | (problem_.stride * sizeof(X));
-      // Pairs of bf16: a copy has at least 4 bytes.
-      constexpr int kSmall = sizeof(X) < 4 ? 4 : sizeof(X);
-      if (misplaced % 16 == 0)
-        fetch_rows<16>(from, to, rows);
-      else if (misplaced % kSmall == 0)
-        fetch_rows<kSmall>(from, to, rows);
-      else
-        fetch_rows<0>(from, to, rows);
-      const Real* weights = problem_.weights + row * problem_.classes;
-      Real* place = weights_ + stage * problem_.tile * problem_.classes;
-      for (int e = threadIdx.x; e < rows * problem_.classes; e += kThreads)
-        copy_async<sizeof(Real)>(place + e, weights + e);
-    }
-    end_copies();
-  }
-
-  // Copies in units of so many bytes, which the rows' addresses allow, if any, then what is left of each row.
-  template <int Bytes>
-  __device__ __forceinline__ void fetch_rows(const X* from, X* to, int rows) {
-    int copied = 0;
-    if constexpr (Bytes > 0) {
-      constexpr int kUnit = Bytes / sizeof(X);
-      if (const int units = problem_.d / kUnit; units > 0) {
-        copied = units * kUnit;
-        int row = threadIdx.x / units, unit = threadIdx.x % units;
-#pragma unroll 1
-        while (row < rows) {
-          copy_async<Bytes>(to + row * problem_.pitch + unit * kUnit, from + row * problem_.stride + unit * kUnit);
-          row += kThreads / units, unit += kThreads % units;
-          if (unit >= units) ++row, unit -= units;
-        }
-      }
-    }
-    const int rest = problem_.d - copied;
-    for (int i = threadIdx.x; i < rows * rest; i += kThreads) {
-      const int row = i / rest, j = copied + i % rest;
-      to[row * problem_.pitch + j] = from[row * problem_.stride + j];
-    }
-  }
-
-  __device__ void use(int stage, int rows) {
-    const X* x = x_ + stage * problem_.tile * problem_.pitch;
-    const Real* weights = weights_ + stage * problem_.tile * problem_.classes;
+  __device__ void use(const X* x, const Real* weights, int rows) {
     const int column_tiles = (problem_.columns + kTileColumns - 1) / kTileColumns;
     const int row_tiles = (rows + kTileRows - 1) / kTileRows;
     for (int i = threadIdx.x / 32; i < row_tiles * column_tiles; i += kWarps) {
@@ -349,10 +200,7 @@ class GlmBlock {
   }
 
   const Problem& problem_;
-  Real* z_;        // columns x z_pitch
-  Real* weights_;  // stages x tile x classes
-  X* x_;           // stages x tile x pitch
-  int64_t first_ = 0, last_ = 0;
+  Real* z_;  // columns x z_pitch
 };
 
 }  // namespace hg::cuda

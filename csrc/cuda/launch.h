@@ -6,7 +6,36 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../chip.h"
+
 namespace hg::cuda {
+
+// What there is of the current device.
+inline cudaError_t read_chip(Chip& chip) {
+  int device, major = 0, minor = 0;
+  cudaError_t e = cudaGetDevice(&device);
+  const auto get = [&](int& value, cudaDeviceAttr attribute) {
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  get(chip.multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(chip.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  get(chip.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  get(chip.cooperative, cudaDevAttrCooperativeLaunch);
+  get(major, cudaDevAttrComputeCapabilityMajor);
+  get(minor, cudaDevAttrComputeCapabilityMinor);
+  chip.capability = 10 * major + minor;
+  return e;
+}
+
+// Lowers the capability to the one that the kernel was written for: a driver that knows no code of the device takes
+// that of an older one, in which what is new is missing.
+template <class... P>
+cudaError_t limit_to_code(void (*kernel)(P...), Chip& chip) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaSuccess && attributes.ptxVersion < chip.capability) chip.capability = attributes.ptxVersion;
+  return error;
+}
 
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream,

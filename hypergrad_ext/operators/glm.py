@@ -153,8 +153,7 @@ class GLMHessian(LinearOperator):
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` for k vectors; reads X once for all of them."""
-        flat = torch.cat([t.reshape(t.shape[0], -1) for t in v], dim=1)
-        return self.space.views(ops.glm_hvp(*self._model(flat)))
+        return self.space.views(ops.glm_hvp(*self._model(self.space.joined(v))))
 
     def dense(self) -> Tensor:
         """The matrix of ``H`` as a new tensor: a Gram matrix, ``n (classes d)^2`` multiply-adds."""
@@ -301,11 +300,11 @@ class _Gram(DenseMatrix):
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix."""
-        return self.space.views(self.matrix @ torch.cat([t.reshape(-1) for t in v]))
+        return self.space.views(self.matrix @ self.space.joined(v))
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix for all vectors."""
-        return self.space.views(torch.cat([t.reshape(len(t), -1) for t in v], 1) @ self.matrix)
+        return self.space.views(self.space.joined(v) @ self.matrix)
 
 
 def _rates(inputs: Tensor) -> _Rates:

@@ -114,13 +114,11 @@ class MLPHessian(LinearOperator):
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``: one pass forward and one back."""
-        flat = torch.cat([t.reshape(-1) for t in v])
-        return self.space.views(self.product(flat[None])[0])
+        return self.space.views(self.product(self.space.joined(v)[None])[0])
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` for k vectors in one call."""
-        flat = torch.cat([t.reshape(t.shape[0], -1) for t in v], dim=1)
-        return self.space.views(self.product(flat))
+        return self.space.views(self.product(self.space.joined(v)))
 
     def product(self, flat: Tensor) -> Tensor:
         """``H v`` for the rows of a flat buffer, ``(k, n)``."""

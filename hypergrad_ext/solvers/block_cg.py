@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -14,10 +13,9 @@ from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, che
 
 # Of the tolerance: directions that all residuals together have less of are dropped.
 _DEFLATION = 0.1
-# Of the largest pivot: above it a Cholesky factor in float64 makes rows that are orthogonal to 1e-10.
-_REGULAR = 1e-3
-# Vectors are cut into pieces of so many columns where they are needed in float64.
-_COLUMNS = 1 << 16
+# Of the largest pivot: above it a Cholesky factor makes rows that are orthogonal to 1e-10, and 1e-4 in float32. Only
+# how good the next directions are depends on that: x and the residual go by the same directions, whatever these are.
+_REGULAR = {torch.float64: 1e-3, torch.float32: 0.1}
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,9 @@ class BlockCG(Solver):
         while step < self.max_steps and not _done(s):
             if not views or len(views[0]) != len(p):
                 views = system.views(p)
-            product = system.product(views)
-            ap = torch.cat([t.reshape(len(p), -1).to(p.dtype) for t in product], dim=1)
+            ap = system.operator.space.joined(system.product(views)).to(p.dtype)
             if system.damping:
-                ap.add_(p, alpha=system.damping)
+                ap = ap.add(p, alpha=system.damping)  # an operator may have returned p itself
             step += 1
             # Of the curvature the lower triangle is read, and what is not finite ends in a pivot that is not.
             factor, info = torch.linalg.cholesky_ex(p @ ap.mT)
@@ -98,7 +95,8 @@ class BlockCG(Solver):
                 status, detail = Status.NEGATIVE_CURVATURE, f"step {step}, curvature {float(least):.3g}"
                 break
             # A small inverse and products are many times faster than solves with long rows.
-            inverse = torch.cholesky_inverse(factor)
+            root = _inverse(factor)
+            inverse = root.mT @ root
             x.addmm_((inverse @ s).mT, p)
             # W - A P (P^T A P)^{-1}: what is left is the next block, times zeta.
             w, zeta = _orthonormal(w.addmm_(inverse, ap, alpha=-1), s, drop)
@@ -136,17 +134,19 @@ def _orthonormal(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, 
 
 def _by_cholesky(block: Tensor, s: Tensor | None, drop: float) -> tuple[Tensor, Tensor] | None:
     """The same from the Gram matrix, many times faster, where it is far from singular and nothing is to be dropped."""
-    wide = block.split(_COLUMNS, 1) if block.shape[1] > _COLUMNS else (block,)
-    gram = functools.reduce(torch.add, (part @ part.mT for part in (t.double() for t in wide)))
-    lower, info = torch.linalg.cholesky_ex(gram)
+    lower, info = torch.linalg.cholesky_ex(block @ block.mT)
     diagonal = lower.diagonal()
-    inside = lower.mT if s is None else lower.mT @ s.double()
+    inside = lower.mT.double() if s is None else lower.mT.double() @ s.double()
     inside = inside @ inside.mT
     # All directions are larger than `drop` if what is left without it is positive definite.
     inside.diagonal().sub_(drop * drop)
     small = torch.linalg.cholesky_ex(inside).info
-    if not bool((info == 0) & (small == 0) & (diagonal.min() > _REGULAR * diagonal.max())):
+    if not bool((info == 0) & (small == 0) & (diagonal.min() > _REGULAR[block.dtype] * diagonal.max())):
         return None
+    return _inverse(lower) @ block, lower.mT
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """The inverse of a small triangular matrix."""
     eye = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.to(block.dtype) @ block, lower.mT.to(block.dtype)
+    return torch.linalg.solve_triangular(lower, eye, upper=False)

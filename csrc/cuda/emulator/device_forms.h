@@ -26,6 +26,19 @@ void wait_copies() {
   hg::emulator::finish_copies(Pending);
 }
 
+constexpr bool kBulkCopies = true;
+inline void bulk_barrier_init(uint64_t* barrier) { hg::emulator::bulk_barrier_init(barrier); }
+inline void bulk_expect(uint64_t* barrier, unsigned bytes) { hg::emulator::bulk_expect(barrier, bytes); }
+inline void copy_bulk(void* shared, const void* global, unsigned bytes, uint64_t* barrier) {
+  hg::emulator::copy_bulk(shared, global, bytes, barrier);
+}
+inline bool bulk_try_wait(uint64_t* barrier, unsigned parity, const char* file = __builtin_FILE(),
+                          int line = __builtin_LINE()) {
+  return hg::emulator::bulk_try_wait({"bulk_try_wait", file, line}, barrier, parity);
+}
+// One thread runs at a time, so memory is always in order.
+inline void order_bulk_copies() {}
+
 inline unsigned load_acquire(const unsigned* address) {
   hg::emulator::spin();
   return *address;

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bulk.h"
 #include "fiber.h"
 
 uint3 threadIdx, blockIdx;
@@ -19,16 +20,10 @@ dim3 blockDim, gridDim;
 namespace hg::emulator {
 namespace {
 
-// Rounds in which every thread that can run only waits for others, after which they will wait for ever.
+// Rounds in which every thread that can run only waits, after which they will wait for ever.
 constexpr int kIdleRounds = 1000;
 
 enum class State { ready, spinning, at_barrier, at_exchange, returned };
-
-struct Copy {
-  void* to;
-  const void* from;
-  int bytes;
-};
 
 struct Thread {
   int rank = 0;
@@ -62,6 +57,7 @@ struct Block {
   uint3 index{};
   std::vector<Thread> threads;
   std::vector<Shared> shared;  // the dynamic part first
+  BulkBarriers bulk;
   // Threads at the barrier, the first of them, how many of them came with a predicate, and how many did last time.
   size_t arrived = 0;
   const Thread* first = nullptr;
@@ -71,14 +67,16 @@ struct Block {
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 std::string name(const Thread& t) {
-  return "thread " + std::to_string(t.rank) + " at " + t.site.what + " (" + t.site.file + ":" +
-         std::to_string(t.site.line) + ")";
+  const std::string who = "thread " + std::to_string(t.rank);
+  if (!t.site.what) return who;
+  return who + " at " + t.site.what + " (" + t.site.file + ":" + std::to_string(t.site.line) + ")";
 }
 
 class Scheduler {
  public:
   bool run(const Launch& launch) {
     launch_ = &launch;
+    ++counts_.launches;
     message_.clear();
     const char* seed = std::getenv("HYPERGRAD_EXT_EMULATE_SEED");
     shuffled_ = seed && *seed;
@@ -94,6 +92,7 @@ class Scheduler {
       for (size_t b = 0; b < together; ++b) begin(blocks[b], order[i + b], b);
       while (round(blocks) && message_.empty()) {
       }
+      for (size_t b = 0; b < together && message_.empty(); ++b) message_ = blocks[b].bulk.end();
     }
     // Threads that will not run again leave their stacks as they are.
     if (!message_.empty()) fibers_.clear();
@@ -101,6 +100,7 @@ class Scheduler {
   }
 
   const std::string& message() const { return message_; }
+  Counts& counts() { return counts_; }
   Block& block() { return *block_; }
   Thread& thread() { return *thread_; }
 
@@ -144,6 +144,7 @@ class Scheduler {
     block.index = {static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x % grid.y),
                    static_cast<unsigned>(index / grid.x / grid.y)};
     block.threads.resize(size_t{size.x} * size.y * size.z);
+    block.bulk.clear();
     block.shared.clear();
     block.shared.push_back(shared_memory(nullptr, launch_->shared));
     first_fiber(slot + 1);
@@ -153,6 +154,7 @@ class Scheduler {
       t.rank = static_cast<int>(i);
       t.index = {rank % size.x, rank / size.x % size.y, rank / size.x / size.y};
       t.state = State::ready;
+      t.site = {};
       t.batch.clear();
       t.batches.clear();
       fibers_[first_fiber(slot) + i]->begin([this] {
@@ -243,7 +245,7 @@ class Scheduler {
       if (!waiting && counts[static_cast<int>(State::spinning)] == 0) continue;
       return "threads wait for ever: in block " + std::to_string(block.index.x) + ", " + count(State::at_barrier) +
              " at a barrier, " + count(State::at_exchange) + " at a warp operation, " + count(State::spinning) +
-             " for other blocks, " + count(State::returned) + " have returned" +
+             " for other blocks or copies, " + count(State::returned) + " have returned" +
              (waiting ? "; " + name(*waiting) : std::string()) + (elsewhere ? "; " + name(*elsewhere) : std::string());
     }
     return "threads wait for ever";
@@ -264,6 +266,7 @@ class Scheduler {
 
   const Launch* launch_ = nullptr;
   std::string message_;
+  Counts counts_{};
   bool shuffled_ = false;
   std::mt19937 random_;
   int idle_ = 0;
@@ -315,6 +318,32 @@ const Value* exchange_all(Site site, unsigned mask, const Value& mine) {
 
 void spin() { scheduler().spin(); }
 
+Counts counts() { return scheduler().counts(); }
+
+namespace {
+// Of a faulty use of barriers: ends the launch.
+void check(const std::string& fault) {
+  if (!fault.empty()) scheduler().fail(fault + ": " + name(scheduler().thread()));
+}
+}  // namespace
+
+void bulk_barrier_init(const void* barrier) { check(scheduler().block().bulk.init(barrier)); }
+
+void bulk_expect(const void* barrier, size_t bytes) { check(scheduler().block().bulk.expect(barrier, bytes)); }
+
+void copy_bulk(void* to, const void* from, size_t bytes, const void* barrier) {
+  ++scheduler().counts().bulk_copies;
+  check(scheduler().block().bulk.copy({to, from, bytes}, barrier));
+}
+
+bool bulk_try_wait(Site site, const void* barrier, unsigned parity) {
+  scheduler().thread().site = site;
+  bool over = false;
+  check(scheduler().block().bulk.try_wait(barrier, parity, over));
+  if (!over) spin();
+  return over;
+}
+
 char* dynamic_shared() { return scheduler().block().shared.front().memory.get(); }
 
 void* static_shared(const void* tag, size_t bytes) {
@@ -328,7 +357,7 @@ void* static_shared(const void* tag, size_t bytes) {
 void copy_later(void* to, const void* from, int bytes) {
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0)
     scheduler().fail("a copy of " + std::to_string(bytes) + " bytes is not aligned");
-  scheduler().thread().batch.push_back({to, from, bytes});
+  scheduler().thread().batch.push_back({to, from, static_cast<size_t>(bytes)});
 }
 
 void end_copies() {

@@ -41,6 +41,12 @@ struct Launch {
 bool run(const Launch& launch);
 const char* message();
 
+// Since the process began: for tests of which path an op takes.
+struct Counts {
+  int64_t launches, bulk_copies;
+};
+Counts counts();
+
 // Blocks of so many threads and bytes of dynamic shared memory that one multiprocessor holds.
 int resident_blocks(int threads, size_t shared);
 
@@ -63,6 +69,12 @@ void spin();
 
 char* dynamic_shared();
 void* static_shared(const void* tag, size_t bytes);
+
+// Barriers at which bulk copies arrive; see bulk.h.
+void bulk_barrier_init(const void* barrier);
+void bulk_expect(const void* barrier, size_t bytes);
+void copy_bulk(void* to, const void* from, size_t bytes, const void* barrier);
+bool bulk_try_wait(Site site, const void* barrier, unsigned parity);
 
 void copy_later(void* to, const void* from, int bytes);
 void end_copies();
