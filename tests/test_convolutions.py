@@ -121,6 +121,12 @@ def test_many_images_are_shared_among_threads(threads):
         torch.set_num_threads(before)
 
 
+def test_large_weights_are_left_to_torch(kinds):
+    net = nn.Sequential(nn.Conv2d(180, 165, 3, padding=1), nn.Tanh(), nn.Conv2d(165, 2, 3)).double()
+    agree(net, torch.randn(2, 180, 4, 4, dtype=torch.float64), 1e-10)
+    assert {"convolution", "aten::convolution", "aten::convolution_backward"} <= kinds
+
+
 def test_groups_and_transposed_layers_are_left_to_torch(kinds):
     net = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.ConvTranspose2d(4, 3, 3, stride=2)).double()
     agree(net, torch.randn(3, 4, 8, 8, dtype=torch.float64), 1e-10)
