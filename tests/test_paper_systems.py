@@ -77,6 +77,20 @@ class TestDistillation:
             assert 0 < float(found[1].min()) < float(found[1].max()) < 1
             assert float((found[1] - found[0]).abs().max()) > 1e-3
 
+    def test_an_interrupted_run_ends_as_one_that_was_not(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(distillation, "_LOOK_EVERY", 2)
+        changes = {"steps": 5, "batch": 100, "cosine": True}
+        (whole,) = runs(distillation.EXPERIMENT, "CG, bounded", 1, tmp_path, **changes)
+        part = job(distillation.EXPERIMENT, "CG, bounded", 0, tmp_path, **changes)
+        ends = iter([False, True])
+        monkeypatch.setattr(Settings, "expired", property(lambda self: next(ends)))
+        with pytest.raises(Paused):
+            distillation.run(part)
+        monkeypatch.setattr(Settings, "expired", False)
+        again = distillation.run(part)
+        assert torch.equal(again["images"], whole["images"])
+        assert again["retrained"] == whole["retrained"]
+
     def test_a_penalty_on_brightness_darkens(self, tmp_path):
         bright, dark = (
             runs(distillation.EXPERIMENT, "CG, bounded", 1, tmp_path, steps=20, brightness=b)[0]["images"]
