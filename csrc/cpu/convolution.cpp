@@ -6,6 +6,7 @@
 #include "convolution_image.h"
 #include "share.h"
 #include "simd.h"
+#include "tile_store.h"
 
 namespace hg::cpu {
 namespace {
@@ -71,26 +72,7 @@ struct ConvolutionBodies {
 #pragma GCC unroll 2
           for (int c = 0; c < C; ++c) sums[r][c] += factors[r] * pixels[c];
       }
-      const bool add = t.c.accumulate;
-      const int64_t stride = t.c.y.strides[1];
-      if (inside == C * W) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int c = 0; c < C; ++c) {
-            Real* at = y + r * stride + c * W;
-            if (add) sums[r][c] += S::load(at);
-            S::store(at, sums[r][c]);
-          }
-        return;
-      }
-      Real values[R][C * W];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) S::store(values[r] + c * W, sums[r][c]);
-      for (int r = 0; r < R; ++r)
-        for (int64_t p = 0; p < inside; ++p) y[r * stride + p] = values[r][p] + (add ? y[r * stride + p] : Real(0));
+      store_tile<S>(sums, y, t.c.y.strides[1], inside, t.c.accumulate);
     }
   };
 

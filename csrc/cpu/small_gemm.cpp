@@ -3,6 +3,7 @@
 
 #include "../plan.h"
 #include "simd.h"
+#include "tile_store.h"
 
 namespace hg::cpu {
 namespace {
@@ -78,28 +79,7 @@ struct SmallBodies {
 #pragma GCC unroll 2
           for (int c = 0; c < C; ++c) sums[r][c] += a[r * g.a_row] * factors[c];
       }
-      Real* out = g.out + i * g.out_row + j;
-      if (inside == C * W) {
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-          for (int c = 0; c < C; ++c) {
-            Real* at = out + r * g.out_row + c * W;
-            if (g.accumulate) sums[r][c] += S::load(at);
-            S::store(at, sums[r][c]);
-          }
-        return;
-      }
-      Real values[R][C * W];
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) S::store(values[r] + c * W, sums[r][c]);
-      for (int r = 0; r < R; ++r)
-        for (int64_t p = 0; p < inside; ++p) {
-          Real& at = out[r * g.out_row + p];
-          at = g.accumulate ? at + values[r][p] : values[r][p];
-        }
+      store_tile<S>(sums, g.out + i * g.out_row + j, g.out_row, inside, g.accumulate);
     }
   };
 };
