@@ -2,7 +2,8 @@
 
 The baselines are the retained double backward that any other package runs (one vector after another),
 ``torch.func.linearize`` of the gradient, and the same closed form in plain torch. Every timed call makes
-four products, as a solver does, and the previous variant has emptied the caches before the first.
+20 products, as many as a series has by default, or four where one takes long; the previous variant has emptied the
+caches before the first.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ try:
 except ImportError:
     jax = None
 
-# Products of a timed call, and seconds that the rounds of one row may take.
-PRODUCTS, BUDGET = 4, 3.0
+# Products of a timed call, fewer where they make more multiply-adds, and seconds that the rounds of one row may take.
+PRODUCTS, FEW, LONG, BUDGET = 20, 4, 1e8, 3.0
 # Name, layer sizes, batch, activation.
 PROBLEMS = [
     ("784-256-256-10", (784, 256, 256, 10), 256, "relu"),
@@ -56,6 +57,7 @@ class Problem:
         self.rows = [self.operator.space.views(row) for row in self.v]
         # Looked up once, as solvers do.
         self.kernel = ops.mlp_hvp.kernel(self.v.device)
+        self.products = PRODUCTS if self.flops() < 2 * LONG else FEW
 
     def loss(self, params: list[Tensor], x: Tensor) -> Tensor:
         h = x
@@ -122,9 +124,9 @@ class Problem:
         return torch.stack([torch.cat([t.reshape(-1) for t in product]) for product in products])
 
 
-def repeat(product: Callable[[], object]) -> Callable[[], None]:
+def repeat(product: Callable[[], object], times: int) -> Callable[[], None]:
     def run() -> None:
-        for _ in range(PRODUCTS):
+        for _ in range(times):
             product()
 
     return run
@@ -146,13 +148,13 @@ def test_mlp_hvp(problem, k, threads, benchmark, report, quick):
         assert (products["linearize"]() - truth).norm() < 1e-4 * truth.norm()
     if jax is not None:
         products["jitted JAX"] = at.jax_product()
-    variants = {name: repeat(product) for name, product in products.items()}
+    variants = {name: repeat(product, at.products) for name, product in products.items()}
     with measure.threads(threads):
-        variants |= floor(at.flops(), at.x, threads, PRODUCTS)
+        variants |= floor(at.flops(), at.x, threads, at.products)
         seconds = interleave(variants, 100, warmup=1, clock=measure.clock_for(threads), budget=1.0 if quick else BUDGET)
         benchmark.pedantic(variants["fused"], rounds=1)
     row = {"network": IDS[PROBLEMS.index(problem)], "k": k, "threads": threads, "rel. error": error}
-    row["fused ms"] = median(seconds["fused"]) / PRODUCTS * 1e3
+    row["fused ms"] = median(seconds["fused"]) / at.products * 1e3
     row["% of floor"] = percent_of_floor(seconds, "fused")
     row["x double backward at the floor"] = at_the_floor(seconds, "double backward")
     for other in ("double backward", "closed form in torch", "linearize", "jitted JAX"):

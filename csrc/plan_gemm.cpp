@@ -1,7 +1,9 @@
-// Matrix products of native plans, by torch's own BLAS.
+// Matrix products of native plans, by torch's own BLAS on one thread: a product is shared by this library's own rules,
+// since BLAS would wait for a thread that has lost its core to somebody else.
 #include <algorithm>
 #include <vector>
 
+#include "cpu/share.h"
 #include "plan_host.h"
 
 // Torch's own BLAS, called without the dispatcher. Weak: a torch that exports none is told by has_blas.
@@ -17,8 +19,10 @@ __attribute__((weak)) int MKL_Set_Num_Threads_Local(int);
 namespace hg::plan {
 namespace {
 
-// Multiply-adds of one matrix product below which a second thread is not worth waiting for.
-constexpr double kGrainOps = 1 << 23;
+// Multiply-adds that a thread should have at least, and rows or columns of the result that a part of a product has.
+constexpr int64_t kGrainOps = 1 << 20, kPart = 32;
+// Parts per thread: a thread that comes late leaves the others as little to wait for.
+constexpr int64_t kParts = 2;
 
 void blas(const char* ta, const char* tb, const int* m, const int* n, const int* k, const float* alpha, const float* a,
           const int* lda, const float* b, const int* ldb, const float* beta, float* c, const int* ldc) {
@@ -44,15 +48,16 @@ Leading leading(const View& x) {
 
 class OneThread {
  public:
-  explicit OneThread(bool active) : active_(active && MKL_Set_Num_Threads_Local != nullptr) {
-    if (active_) before_ = MKL_Set_Num_Threads_Local(1);
+  OneThread() {
+    if (MKL_Set_Num_Threads_Local) before_ = MKL_Set_Num_Threads_Local(1);
   }
   ~OneThread() {
-    if (active_) MKL_Set_Num_Threads_Local(before_);
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before_);
   }
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
 
  private:
-  bool active_;
   int before_ = 0;
 };
 
@@ -82,7 +87,35 @@ void multiply_columns(const Leading& a, const Leading& b, int m, int n, int k, c
     }
 }
 
-double work(const Gemm& g) { return static_cast<double>(g.a.sizes[0]) * g.a.sizes[1] * g.a.sizes[2] * g.b.sizes[2]; }
+// Multiply-adds of one product of the batch.
+int64_t work(const Gemm& g) { return g.out.sizes[1] * g.out.sizes[2] * g.a.sizes[2]; }
+
+template <class Real>
+void by_blas(const Gemm& g, Real* const* slots) {
+  const Leading a = leading(g.a), b = leading(g.b), out = leading(g.out);
+  const int64_t batch = g.out.sizes[0], rows = g.out.sizes[1], columns = g.out.sizes[2];
+  const int depth = g.a.sizes[2];
+  const Real one = 1, beta = g.accumulate ? 1 : 0;
+  const bool turn = narrow<Real>(a, b, rows, columns), by_rows = turn || rows >= columns;
+  const cpu::Team team = cpu::team_for(batch * work(g), kGrainOps);
+  // What is shared are products of the batch, and where there are few of them ranges of a product's longer side.
+  const int64_t along = by_rows ? rows : columns, wanted = team.threads > 1 ? kParts * team.threads : 1;
+  const int64_t parts = std::clamp<int64_t>((wanted + batch - 1) / batch, 1, std::max<int64_t>(1, along / kPart));
+  cpu::share(batch * parts, team, [&](int64_t task) {
+    const int64_t i = task / parts, part = task % parts;
+    const int64_t begin = along * part / parts, count = along * (part + 1) / parts - begin;
+    const Real* pa = slots[g.a.slot] + g.a.offset + i * g.a.strides[0] + (by_rows ? begin * g.a.strides[1] : 0);
+    const Real* pb = slots[g.b.slot] + g.b.offset + i * g.b.strides[0] + (by_rows ? 0 : begin * g.b.strides[2]);
+    Real* pc = slots[g.out.slot] + g.out.offset + i * g.out.strides[0] + begin * g.out.strides[by_rows ? 1 : 2];
+    const int m = by_rows ? count : rows, n = by_rows ? columns : count;
+    const OneThread alone;
+    if (turn)
+      multiply_columns(a, b, m, n, depth, pa, pb, pc, out.stride, g.accumulate);
+    else  // BLAS thinks in columns: the transposed product, of the factors in the other order, is this one in rows.
+      blas(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &n, &m, &depth, &one, pb, &b.stride, pa, &a.stride,
+           &beta, pc, &out.stride);
+  });
+}
 
 }  // namespace
 
@@ -90,28 +123,13 @@ bool has_blas() { return sgemm_ != nullptr && dgemm_ != nullptr; }
 
 template <class Real>
 void multiply(const Gemm& g, Real* const* slots) {
-  if (g.a.sizes[2] <= kSmallDepth && work(g) <= g.a.sizes[0] * static_cast<double>(kSmallOps))
-    return cpu::PlanKernels<Real>::multiply(g, slots);
   const int64_t rows = g.out.sizes[1], columns = g.out.sizes[2], depth = g.a.sizes[2];
+  if (depth <= kSmallDepth && work(g) <= kSmallOps) return cpu::PlanKernels<Real>::multiply(g, slots);
   if (depth >= kNarrowDepth && std::min(rows, columns) <= kNarrow && g.a.strides[2] == 1 && g.b.strides[1] == 1)
     return cpu::PlanKernels<Real>::dots(g, slots);
   if (depth >= kNarrowDepth && rows <= kNarrow && columns > kNarrow && g.b.strides[2] == 1)
     return cpu::PlanKernels<Real>::few_rows(g, slots);
-  const Leading a = leading(g.a), b = leading(g.b), out = leading(g.out);
-  const int m = g.out.sizes[1], n = g.out.sizes[2], k = g.a.sizes[2];
-  const Real one = 1, beta = g.accumulate ? 1 : 0;
-  const Real* pa = slots[g.a.slot] + g.a.offset;
-  const Real* pb = slots[g.b.slot] + g.b.offset;
-  Real* pc = slots[g.out.slot] + g.out.offset;
-  const bool turn = narrow<Real>(a, b, m, n);
-  const OneThread alone(work(g) / g.out.sizes[0] < kGrainOps);
-  for (int64_t i = 0; i < g.out.sizes[0]; ++i, pa += g.a.strides[0], pb += g.b.strides[0], pc += g.out.strides[0]) {
-    if (turn)
-      multiply_columns(a, b, m, n, k, pa, pb, pc, out.stride, g.accumulate);
-    else  // BLAS thinks in columns: the transposed product, of the factors in the other order, is this one in rows.
-      blas(b.transposed ? "T" : "N", a.transposed ? "T" : "N", &n, &m, &k, &one, pb, &b.stride, pa, &a.stride, &beta,
-           pc, &out.stride);
-  }
+  by_blas(g, slots);
 }
 
 template void multiply<float>(const Gemm&, float* const*);

@@ -25,5 +25,7 @@ except ImportError as error:
 
 
 def build_info() -> dict[str, object]:
-    """What the compiled module was built with: ``isa``, ``threads``, ``openmp``, ``cuda``; empty without one."""
+    """What the compiled module was built with and found: ``isa``, ``threads``, ``openmp``, ``cuda``,
+    ``blas_at_half_speed``; empty without one.
+    """
     return {} if _C is None else _C.build_info()

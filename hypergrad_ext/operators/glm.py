@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hypergrad_ext import ops
+from hypergrad_ext import _native, ops
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.dense import DenseMatrix
 from hypergrad_ext.structure import Space, Tree, take_apart
@@ -37,10 +37,9 @@ class _Rates:
     cache_bytes: float
 
 
-# Measured on AMD: Zen 5 with AVX-512, where the product makes 200 GFLOP/s per core and MKL half of that, and Zen 3,
-# where the product makes 55 and MKL 80. On AVX-512 what rows and calls cost is
-# the time that it was on AVX2.
-_ON_AVX512 = _Rates(
+# Measured on AMD: Zen 5, where the product makes 200 GFLOP/s per core and MKL half of that (what rows and calls cost is
+# the time that it was on Zen 3), and Zen 3, where the product makes 55 and MKL 80, as on Zen 4, with 85 and 100.
+_BESIDE_SLOW_BLAS = _Rates(
     from_memory=3.5,
     from_cache=1.0,
     torch_mm=2.0,
@@ -52,7 +51,7 @@ _ON_AVX512 = _Rates(
     forming=1e7,
     cache_bytes=32e6,
 )
-_ON_AVX2 = _Rates(
+_BESIDE_FAST_BLAS = _Rates(
     from_memory=2.0,
     from_cache=1.4,
     torch_mm=0.7,
@@ -79,8 +78,8 @@ _ON_CUDA = _Rates(
     cache_bytes=30e6,
 )
 
-# Rows per block when the Gram matrix is formed.
-_GRAM_ROWS = 8192
+# Rows per block when the Gram matrix is formed, and rows of the matrix that are formed at once.
+_GRAM_ROWS, _STRIP = 8192, 256
 # Gram matrices up to this size are formed: 64 MB in float32.
 _GRAM_LIMIT = 4096
 
@@ -179,12 +178,14 @@ class GLMHessian(LinearOperator):
         def reading(size: int) -> float:
             return size * (rates.from_memory if size > rates.cache_bytes else rates.from_cache)
 
-        half = (classes + 1) / (2 * classes)  # blocks of two classes are formed once
+        # Blocks of two classes are formed once, those of one class by strips of their lower half.
+        strips = -(-(d + self.intercept) // _STRIP)
+        share = ((1 + 1 / strips) / 2 + (classes - 1) / 2) / classes
         data = n * d * self.inputs.element_size()
         streaming = products * max(2 * n * (d + rates.short_row) * classes * rows, reading(data) + n * rates.row)
         forming = 0.0
         if self._gram is None:
-            multiplying = rates.torch_mm * n * m * m * half + rates.scaling * n * m * (classes + 1) / 2
+            multiplying = rates.torch_mm * n * m * m * share + rates.scaling * n * m * (classes + 1) / 2
             forming = max(multiplying, reading(data)) + rates.forming
         step = max(rates.torch_step * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
         forming += products * step
@@ -276,8 +277,9 @@ class GLMHessian(LinearOperator):
             for c in range(classes):
                 for other in range(c + 1):
                     curvature = p_x[:, c] if classes == 1 else p_x[:, c] * (float(c == other) - p_x[:, other])
-                    blocks[c, other].addmm_(x.T, x * curvature[:, None])
+                    _add_product(blocks[c, other], x, x * curvature[:, None], symmetric=c == other)
         for c in range(classes):
+            blocks[c, c].copy_(blocks[c, c].tril() + blocks[c, c].tril(-1).T)
             for other in range(c):
                 blocks[other, c] = blocks[c, other].T
         gram = blocks.transpose(1, 2).reshape(m, m).mul_(self.scale)
@@ -307,10 +309,19 @@ class _Gram(DenseMatrix):
         return self.space.views(self.space.joined(v) @ self.matrix)
 
 
+def _add_product(out: Tensor, a: Tensor, b: Tensor, symmetric: bool) -> None:
+    """``out += a.T @ b``; of a symmetric product only what is left of the diagonal, and a little more."""
+    width = len(out)
+    for i in range(0, width, _STRIP if symmetric else width):
+        rows = slice(i, i + (_STRIP if symmetric else width))
+        columns = slice(0, rows.stop if symmetric else width)
+        out[rows, columns].addmm_(a[:, rows].T, b[:, columns])
+
+
 def _rates(inputs: Tensor) -> _Rates:
     if inputs.is_cuda:
         return _ON_CUDA
-    return _ON_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _ON_AVX2
+    return _BESIDE_SLOW_BLAS if _native.build_info().get("blas_at_half_speed") else _BESIDE_FAST_BLAS
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:
