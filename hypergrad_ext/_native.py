@@ -25,7 +25,5 @@ except ImportError as error:
 
 
 def build_info() -> dict[str, object]:
-    """What the compiled module was built with and found: ``isa``, ``threads``, ``openmp``, ``cuda``,
-    ``blas_at_half_speed``; empty without one.
-    """
+    """What the compiled module was built with (``openmp``, ``cuda``) and runs on (``isa``, ...); empty without one."""
     return {} if _C is None else _C.build_info()
