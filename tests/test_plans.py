@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from hypergrad_ext import _native
 from tests.compare import assert_close
+from tests.models import Attention, loss_of
 
 # From a tensor of any shape to one of the same shape.
 POINTWISE = {
@@ -95,7 +96,7 @@ def test_random_networks(engine, names, rows, columns, strided, seed):
     x = random(columns, rows).T if strided else random(rows, columns)
     params = [random(4, 5).T if strided else random(5, 4), random(5, 3), random(5), random(1, columns)]
 
-    def loss(weights: list[Tensor]) -> Tensor:
+    def loss(weights: list[Tensor], x: Tensor = x) -> Tensor:
         h = x * weights[3]
         for name in names:
             if name.startswith("dense"):
@@ -108,6 +109,11 @@ def test_random_networks(engine, names, rows, columns, strided, seed):
 
     operator, truth = (hg.Hessian(loss, params, engine=e) for e in (engine, "eager"))
     vectors = [[random(*p.shape) for p in params] for _ in range(3)]
+    # Where another rounding of the input moves the product, as behind a softmax of large numbers, no two ways agree.
+    rounded = hg.Hessian(lambda weights: loss(weights, x * (1 + 1e-15)), params, engine="eager").matvec(vectors[0])
+    exact = truth.matvec(vectors[0])
+    scale = max(1.0, *(float(t.abs().max()) for t in exact))
+    assume(all(float((a - b).abs().max()) <= 1e-13 * scale for a, b in zip(rounded, exact, strict=True)))
     for v in vectors:
         expected, value = truth.matvec(v), operator.matvec(v)
         scale = max(1.0, *(float(t.abs().max()) for t in expected))
@@ -138,3 +144,25 @@ def test_products_with_few_columns(classes, dtype):
     v = [torch.randn(p.shape, generator=generator, dtype=dtype) for p in params]
     eager, native = (hg.Hessian(loss, params, engine=engine) @ v for engine in ("eager", "native"))
     assert_close(native, eager, 1e-5 if dtype is torch.float32 else 1e-12)
+
+
+@pytest.mark.skipif(_native._C is None, reason="native plans are C++")
+@pytest.mark.parametrize("threads", [2, 3])
+def test_large_instructions_are_shared_among_threads(threads):
+    """Products of a transformer and of a wide layer, batches of small ones, pointwise ops, sums, softmax."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Attention(48, 3), nn.Flatten(0, 1), nn.Linear(48, 700), nn.Tanh(), nn.Linear(700, 9)).double()
+    x, y = torch.randn(13, 40, 48, dtype=torch.float64), torch.randint(9, (13 * 40,))
+    native, eager = (hg.Hessian(loss_of(model, x, y), model, engine=engine) for engine in ("native", "eager"))
+    v = {n: torch.randn_like(p) for n, p in model.named_parameters()}
+    expected, alone = eager @ v, native @ v
+    torch.set_num_threads(threads)
+    try:
+        shared = [native @ v for _ in range(3)]
+    finally:
+        torch.set_num_threads(1)
+    assert native.engine == "native"
+    for n, value in expected.items():
+        assert_close(alone[n], value, 1e-10)
+        for again in shared:
+            assert_close(again[n], value, 1e-10)

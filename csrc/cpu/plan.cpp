@@ -6,6 +6,7 @@
 
 #include "isa.h"
 #include "lanes.h"
+#include "share.h"
 
 namespace hg::cpu {
 namespace {
@@ -17,24 +18,47 @@ using plan::View;
 // Elements that all ops of a group do before the next block: a few dozen operands of it stay in the caches.
 constexpr int64_t kBlock = 512;
 
-// Calls f(offsets) for every index of all dimensions but the last; offsets of the views in elements.
+// Elements, times the ops on each, that a thread should have at least; ranges per thread, so that one that comes late
+// leaves the others as little to wait for.
+constexpr int64_t kGrain = 1 << 17, kRanges = 2;
+
+// A range of the first dimension's indices.
+struct Range {
+  int64_t begin, end;
+};
+
+// Calls f(offsets) for every index of all dimensions but the last, of the first those in the range unless it is the
+// last; offsets of the views in elements.
 template <class F>
-HG_INLINE void for_each_row(const std::vector<int64_t>& sizes, const View* const* views, int count, const F& f) {
+HG_INLINE void for_each_row(const std::vector<int64_t>& sizes, const View* const* views, int count, Range range,
+                            const F& f) {
   std::array<int64_t, plan::kMaxDims> index{};
   std::array<int64_t, plan::kMaxOperands> at;
-  for (int v = 0; v < count; ++v) at[v] = views[v]->offset;
   const int outer = static_cast<int>(sizes.size()) - 1;
+  for (int v = 0; v < count; ++v) at[v] = views[v]->offset + (outer > 0 ? range.begin * views[v]->strides[0] : 0);
+  index[0] = range.begin;
   for (;;) {
     f(at.data());
     int d = outer - 1;
     for (; d >= 0; --d) {
-      const bool wraps = ++index[d] == sizes[d];
+      const bool wraps = ++index[d] == (d == 0 ? range.end : sizes[d]);
       for (int v = 0; v < count; ++v) at[v] += wraps ? (1 - sizes[d]) * views[v]->strides[d] : views[v]->strides[d];
       if (!wraps) break;
       index[d] = 0;
     }
     if (d < 0) return;
   }
+}
+
+// Calls f(range) for ranges that make up the first dimension, on several threads where there is work for them.
+template <class F>
+void share_first(const std::vector<int64_t>& sizes, int64_t ops, bool apart, const F& f) {
+  const int64_t first = sizes.empty() ? 1 : sizes[0];
+  int64_t work = ops;
+  for (const int64_t size : sizes) work *= size;
+  const Team team = team_for(apart ? work : 0, kGrain);
+  const int64_t ranges = team.threads > 1 ? std::min(first, kRanges * team.threads) : 1;
+  share(ranges, team, [&](int64_t range) { f(Range{range * first / ranges, (range + 1) * first / ranges}); });
 }
 
 inline int64_t last_stride(const View& view) { return view.strides.empty() ? 1 : view.strides.back(); }
@@ -104,7 +128,7 @@ struct PointwiseBody {
     }
   }
 
-  static HG_INLINE void run(const plan::Pointwise& p, Real* const* slots, const double* numbers) {
+  static HG_INLINE void run(const plan::Pointwise& p, Real* const* slots, const double* numbers, Range range) {
     const int count = static_cast<int>(p.operands.size());
     std::array<const View*, plan::kMaxOperands> views;
     std::array<Real*, plan::kMaxOperands> base;
@@ -114,10 +138,10 @@ struct PointwiseBody {
       base[v] = slots[views[v]->slot];
       stride[v] = last_stride(*views[v]);
     }
-    const int64_t inner = p.sizes.empty() ? 1 : p.sizes.back();
-    for_each_row(p.sizes, views.data(), count, [&](const int64_t* at) HG_LAMBDA_INLINE {
-      for (int64_t begin = 0; begin < inner; begin += kBlock) {
-        const int64_t n = std::min(kBlock, inner - begin);
+    const Range inner = p.sizes.size() > 1 ? Range{0, p.sizes.back()} : range;
+    for_each_row(p.sizes, views.data(), count, range, [&](const int64_t* at) HG_LAMBDA_INLINE {
+      for (int64_t begin = inner.begin; begin < inner.end; begin += kBlock) {
+        const int64_t n = std::min(kBlock, inner.end - begin);
         const auto place = [&](int64_t v) { return base[v] + at[v] + begin * stride[v]; };
         for (const Op& op : p.ops) {
           const Real number = op.scalar < 0 ? Real(0) : static_cast<Real>(numbers[op.scalar]);
@@ -133,13 +157,13 @@ struct PointwiseBody {
 
 template <class Real>
 struct SumBody {
-  static HG_INLINE void run(const plan::Sum& s, Real* const* slots) {
+  static HG_INLINE void run(const plan::Sum& s, Real* const* slots, Range range) {
     const View* const views[] = {&s.out, &s.in};
     Real* const out_base = slots[s.out.slot];
     const Real* const in_base = slots[s.in.slot];
     const int64_t n = s.sizes.empty() ? 1 : s.sizes.back();
     const int64_t out_stride = last_stride(s.out), in_stride = last_stride(s.in);
-    for_each_row(s.sizes, views, 2, [&](const int64_t* at) HG_LAMBDA_INLINE {
+    for_each_row(s.sizes, views, 2, range, [&](const int64_t* at) HG_LAMBDA_INLINE {
       Real* out = out_base + at[0];
       const Real* in = in_base + at[1];
       if (out_stride == 0 && in_stride == 1 && !s.sizes.empty()) {
@@ -158,10 +182,12 @@ struct SumBody {
 
 template <class Real>
 struct SoftmaxBody {
-  static HG_INLINE void run(const plan::Softmax& s, Real* const* slots) {
-    const Real *g = slots[s.grad.slot] + s.grad.offset, *p = slots[s.probabilities.slot] + s.probabilities.offset;
-    Real* out = slots[s.out.slot] + s.out.offset;
-    for (int64_t row = 0; row < s.rows; ++row, g += s.columns, p += s.columns, out += s.columns) {
+  static HG_INLINE void run(const plan::Softmax& s, Real* const* slots, Range range) {
+    const int64_t begin = range.begin * s.columns;
+    const Real *g = slots[s.grad.slot] + s.grad.offset + begin,
+               *p = slots[s.probabilities.slot] + s.probabilities.offset + begin;
+    Real* out = slots[s.out.slot] + s.out.offset + begin;
+    for (int64_t row = range.begin; row < range.end; ++row, g += s.columns, p += s.columns, out += s.columns) {
       double dot = 0;
       if (s.log) {
         sum_elements<Real, 1>(s.columns, &dot, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = g[i]; });
@@ -182,20 +208,25 @@ struct SoftmaxBody {
 
 template <class Real>
 void PlanKernels<Real>::pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers) {
-  static const auto function = ForIsa<PointwiseBody<Real>, const plan::Pointwise&, Real* const*, const double*>::get();
-  function(p, slots, numbers);
+  static const auto function =
+      ForIsa<PointwiseBody<Real>, const plan::Pointwise&, Real* const*, const double*, Range>::get();
+  // What is written lies apart for indices that differ.
+  const auto apart = [&](const Op& op) { return p.sizes.empty() || p.operands[op.out].strides[0] != 0; };
+  share_first(p.sizes, static_cast<int64_t>(p.ops.size()), std::all_of(p.ops.begin(), p.ops.end(), apart),
+              [&](Range range) { function(p, slots, numbers, range); });
 }
 
 template <class Real>
 void PlanKernels<Real>::sum(const plan::Sum& s, Real* const* slots) {
-  static const auto function = ForIsa<SumBody<Real>, const plan::Sum&, Real* const*>::get();
-  function(s, slots);
+  static const auto function = ForIsa<SumBody<Real>, const plan::Sum&, Real* const*, Range>::get();
+  const bool apart = s.sizes.size() > 1 && s.out.strides[0] != 0;
+  share_first(s.sizes, 1, apart, [&](Range range) { function(s, slots, range); });
 }
 
 template <class Real>
 void PlanKernels<Real>::softmax(const plan::Softmax& s, Real* const* slots) {
-  static const auto function = ForIsa<SoftmaxBody<Real>, const plan::Softmax&, Real* const*>::get();
-  function(s, slots);
+  static const auto function = ForIsa<SoftmaxBody<Real>, const plan::Softmax&, Real* const*, Range>::get();
+  share_first({s.rows, s.columns}, 2, true, [&](Range range) { function(s, slots, range); });
 }
 
 template struct PlanKernels<float>;

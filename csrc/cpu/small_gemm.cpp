@@ -2,11 +2,15 @@
 #include <algorithm>
 
 #include "../plan.h"
+#include "share.h"
 #include "simd.h"
 #include "tile_store.h"
 
 namespace hg::cpu {
 namespace {
+
+// Multiply-adds that a thread should have at least, and ranges of the batch per thread.
+constexpr int64_t kGrain = 1 << 19, kRanges = 2;
 
 // out (+)= a b for one matrix of a batch; element (i, t) of a at i * a_row + t * a_depth, and so on.
 template <class Real>
@@ -92,10 +96,15 @@ void PlanKernels<Real>::multiply(const plan::Gemm& g, Real* const* slots) {
   const Real* a = slots[g.a.slot] + g.a.offset;
   const Real* b = slots[g.b.slot] + g.b.offset;
   Real* out = slots[g.out.slot] + g.out.offset;
-  for (int64_t i = 0; i < g.out.sizes[0]; ++i)
-    function({a + i * g.a.strides[0], g.a.strides[1], g.a.strides[2], b + i * g.b.strides[0], g.b.strides[1],
-              g.b.strides[2], out + i * g.out.strides[0], g.out.strides[1], g.out.sizes[1], g.out.sizes[2],
-              g.a.sizes[2], g.accumulate});
+  const int64_t batch = g.out.sizes[0];
+  const Team team = team_for(batch * g.out.sizes[1] * g.out.sizes[2] * g.a.sizes[2], kGrain);
+  const int64_t ranges = team.threads > 1 ? std::min(batch, kRanges * team.threads) : 1;
+  share(ranges, team, [&](int64_t range) {
+    for (int64_t i = range * batch / ranges; i < (range + 1) * batch / ranges; ++i)
+      function({a + i * g.a.strides[0], g.a.strides[1], g.a.strides[2], b + i * g.b.strides[0], g.b.strides[1],
+                g.b.strides[2], out + i * g.out.strides[0], g.out.strides[1], g.out.sizes[1], g.out.sizes[2],
+                g.a.sizes[2], g.accumulate});
+  });
 }
 
 template void PlanKernels<float>::multiply(const plan::Gemm&, float* const*);
