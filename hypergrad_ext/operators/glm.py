@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -38,7 +38,7 @@ class _Rates:
 
 
 # Measured on AMD: Zen 5, where the product makes 200 GFLOP/s per core and MKL half of that (what rows and calls cost is
-# the time that it was on Zen 3), and Zen 3, where the product makes 55 and MKL 80, as on Zen 4, with 85 and 100.
+# the time that it was on Zen 3), Zen 4 (85 and 100), and Zen 3 (55 and 80).
 _BESIDE_SLOW_BLAS = _Rates(
     from_memory=3.5,
     from_cache=1.0,
@@ -51,7 +51,7 @@ _BESIDE_SLOW_BLAS = _Rates(
     forming=1e7,
     cache_bytes=32e6,
 )
-_BESIDE_FAST_BLAS = _Rates(
+_ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
     torch_mm=0.7,
@@ -63,6 +63,7 @@ _BESIDE_FAST_BLAS = _Rates(
     forming=3e6,
     cache_bytes=32e6,
 )
+_ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, torch_mm=0.9)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
 _ON_CUDA = _Rates(
@@ -321,7 +322,9 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, symmetric: bool) -> None:
 def _rates(inputs: Tensor) -> _Rates:
     if inputs.is_cuda:
         return _ON_CUDA
-    return _BESIDE_SLOW_BLAS if _native.build_info().get("blas_at_half_speed") else _BESIDE_FAST_BLAS
+    if _native.build_info().get("blas_at_half_speed"):
+        return _BESIDE_SLOW_BLAS
+    return _ON_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _ON_AVX2
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:
