@@ -13,7 +13,21 @@ _rows: dict[str, list[dict[str, object]]] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--save-results", action="store_true", help="write bench/results/<name>.json")
-    parser.addoption("--quick", action="store_true", help="fewer rounds")
+    parser.addoption("--quick", action="store_true", help="fewer rounds, two threads only, nothing that takes long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """``--quick`` measures on the threads that users have."""
+    if config.getoption("--quick"):
+        alone = [item for item in items if _threads(item) == 1]
+        config.hook.pytest_deselected(items=alone)
+        items[:] = [item for item in items if item not in alone]
+
+
+def _threads(item: pytest.Item) -> object:
+    return (
+        item.callspec.params.get("threads") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+    )
 
 
 @pytest.fixture
