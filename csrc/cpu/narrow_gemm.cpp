@@ -41,15 +41,15 @@ struct NarrowBodies {
   struct ByDots {
     using S = Simd<Real, Tiles::bytes>;
     using V = typename S::V;
-    static constexpr int W = S::width;
+    static constexpr int W = S::width, kColumns = Tiles::bytes == 64 ? 5 : 3;
 
     static HG_INLINE void run(const Dots<Real>& g) {
-      const int64_t blocks = (g.columns + 2) / 3;
+      const int64_t blocks = (g.columns + kColumns - 1) / kColumns;
       for (int64_t i = g.first; i < g.last; i += 4)
         for (int64_t t = 0; t < g.depth; t += kStrip)
           for (int64_t block = 0; block < blocks; ++block) {
             const int64_t j = block * g.columns / blocks, columns = (block + 1) * g.columns / blocks - j;
-            tiles<4, 3>(g, i, j, t, std::min<int64_t>(4, g.last - i), columns);
+            tiles<4, kColumns>(g, i, j, t, std::min<int64_t>(4, g.last - i), columns);
           }
     }
 
@@ -67,24 +67,24 @@ struct NarrowBodies {
       V sums[R][C];
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r)
-#pragma GCC unroll 3
+#pragma GCC unroll 5
         for (int c = 0; c < C; ++c) sums[r][c] = V{};
       const Real *a = g.a + i * g.a_row, *b = g.b + j * g.b_row;
       const int64_t end = std::min(g.depth, begin + kStrip);
       int64_t t = begin;
       for (; t + W <= end; t += W) {
         V right[C];
-#pragma GCC unroll 3
+#pragma GCC unroll 5
         for (int c = 0; c < C; ++c) right[c] = S::load(b + c * g.b_row + t);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const V left = S::load(a + r * g.a_row + t);
-#pragma GCC unroll 3
+#pragma GCC unroll 5
           for (int c = 0; c < C; ++c) sums[r][c] += left * right[c];
         }
       }
       const bool add = g.accumulate || begin > 0;
-#pragma GCC unroll 3
+#pragma GCC unroll 5
       for (int c = 0; c < C; ++c) {
         Real column[4];
         S::sum4(sums[0][c], sums[R > 1 ? 1 : 0][c], sums[R > 2 ? 2 : 0][c], sums[R > 3 ? 3 : 0][c], column);
@@ -103,7 +103,7 @@ struct NarrowBodies {
   struct ByRows {
     using S = Simd<Real, Tiles::bytes>;
     using V = typename S::V;
-    static constexpr int W = S::width, kRows = 5, kDeep = 16;
+    static constexpr int W = S::width, kRows = Tiles::bytes == 64 ? 10 : 5, kDeep = 16;
 
     static HG_INLINE void run(const Few<Real>& g) {
       const int64_t blocks = (g.rows + kRows - 1) / kRows;
@@ -140,20 +140,22 @@ struct NarrowBodies {
       V sums[R][2];
       Real* const out = g.out + i * g.out_row + j;
       const bool add = t > 0 || g.accumulate;
-#pragma GCC unroll 5
+#pragma GCC unroll 10
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) sums[r][c] = add ? S::load(out + r * g.out_row + c * W) : V{};
       const Real *a = g.a + i * g.a_row + t * g.a_depth, *b = g.b + t * g.b_depth + j;
 #pragma GCC unroll 4
       for (int64_t u = 0; u < deep; ++u, a += g.a_depth, b += g.b_depth) {
+        // The rows after these: so many streams at once are more than the hardware follows.
+        if (i == 0) __builtin_prefetch(b + kDeep * g.b_depth), __builtin_prefetch(b + kDeep * g.b_depth + W);
         const V row[2] = {S::load(b), S::load(b + W)};
-#pragma GCC unroll 5
+#pragma GCC unroll 10
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
           for (int c = 0; c < 2; ++c) sums[r][c] += a[r * g.a_row] * row[c];
       }
-#pragma GCC unroll 5
+#pragma GCC unroll 10
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int c = 0; c < 2; ++c) S::store(out + r * g.out_row + c * W, sums[r][c]);
