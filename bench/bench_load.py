@@ -1,4 +1,4 @@
-"""Kernels on a busy machine: a loop on every core that never sleeps, stopped and continued between rounds.
+"""Kernels and engines on a busy machine: a loop on every core that never sleeps, stopped and continued between rounds.
 
 A kernel that waits for all of its threads waits for the slowest, which has lost its core to somebody else.
 Half of the time is all that a fair scheduler can give; what is lost beyond that is our waiting.
@@ -17,12 +17,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+import hypergrad_ext as hg
+from bench.bench_engines import MODELS, neumann
 from bench.bench_glm import Problem as Glm
 from bench.bench_mlp import IDS, PROBLEMS
 from bench.bench_mlp import Problem as Mlp
 from bench.bench_softmax import Problem as Softmax
 from bench.measure import median
 from hypergrad_ext import ops
+from tests.models import loss_of
 
 
 def step(n: int) -> Callable[[], object]:
@@ -50,6 +53,17 @@ def mlp(name: str, sizes: tuple[int, ...], n: int, activation: str) -> Callable[
     return Mlp(sizes, n, activation, 1).fused
 
 
+def series(name: str, engine: str) -> Callable[[], object]:
+    """Ten steps of a series with a model's Hessian."""
+    model, x, y = MODELS[name]()
+    operator = hg.Hessian(loss_of(model, x, y), model, engine=engine)
+    b = torch.randn(operator.space.numel)
+    for _ in range(2):
+        operator @ operator.space.views(b)
+    assert operator.engine == engine
+    return torch.no_grad()(neumann(operator, b))
+
+
 KERNELS: dict[str, Callable[[], Callable[[], object]]] = {
     "neumann_step_, 100k": lambda: step(100_000),
     "neumann_step_, 1M": lambda: step(1_000_000),
@@ -62,6 +76,7 @@ KERNELS: dict[str, Callable[[], Callable[[], object]]] = {
     "glm_neumann_solve, 4096x784, k=1": lambda: (lambda p: p.whole(p.operator))(Glm(4096, 784, 1, 1)),
     "softmax_hessian_, 20000x1000": lambda: Softmax(20_000, 1000, 1, torch.float32).fused,
     **{f"mlp_hvp, {name}": lambda p=p: mlp(*p) for name, p in zip(IDS, PROBLEMS, strict=True)},
+    **{f"{e}, {name}": lambda name=name, e=e: series(name, e) for name in MODELS for e in ("eager", "native")},
 }
 
 
@@ -87,6 +102,8 @@ def busy_cores() -> Iterator[Callable[[bool], None]]:
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops and continues processes by POSIX signals")
 @pytest.mark.parametrize("name", KERNELS)
 def test_load(name, benchmark, report, quick):
+    if quick and name.startswith("eager"):
+        pytest.skip("--quick leaves out what ours is not")
     run = KERNELS[name]()
     seconds: dict[bool, list[float]] = {False: [], True: []}
     with busy_cores() as switch:
