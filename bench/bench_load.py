@@ -112,7 +112,7 @@ def test_load(name, benchmark, report, quick):
                 switch(busy)
                 end = time.perf_counter() + 0.2
                 run()
-                while time.perf_counter() < end:
+                while not seconds[busy] or time.perf_counter() < end:
                     start = time.perf_counter()
                     run()
                     seconds[busy].append(time.perf_counter() - start)

@@ -118,7 +118,7 @@ def page(results: list[tuple[dict[str, object], list[Row]]], scaling: list[tuple
 def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
     compared = [row for row in timed(rows) if row["peer"] in OTHERS]
     slower = sorted(losses(rows), key=lambda row: row["times"])
-    out = [f"## Summary, {_threads(environment)}", "", facts(environment), ""]
+    out = [f"## Summary, {environment['isa'].upper()}, {_threads(environment)}", "", facts(environment), ""]
     out += [
         "How many times faster `hypergrad_ext` is, as one drops it in: `hg.inverse_hvp`, `hg.hypergradient` of a loss;",
         "geometric means. Every result was held against float64 first; what is wrong or cannot be done is not timed.",
@@ -197,7 +197,7 @@ def _places(rows: list[Row]) -> str:
 
 
 def _details(environment: dict[str, object], rows: list[Row]) -> list[str]:
-    out = [f"## Details, {_threads(environment)}", ""]
+    out = [f"## Details, {environment['isa'].upper()}, {_threads(environment)}", ""]
     for problem in PROBLEMS:
         mine = [row for row in timed(rows) if row["problem"] == problem]
         if not mine:
