@@ -108,7 +108,7 @@ def test_a_slow_kernel_is_a_loss_in_the_report(tiny, monkeypatch):
     rows = rows_of(tiny)
     (loss,) = report.losses(rows)
     assert loss["peer"] == BY_HAND and loss["high"] < 0.5
-    page = report.page([({"threads": 1}, rows)], [])
+    page = report.page([({"isa": "avx2", "threads": 1}, rows)], [])
     summary, _, details = page.partition("## Details")
     assert "Where we lose: 1 of 1" in summary and f"| mlp | neumann20 | {BY_HAND} |" in summary and details
 
@@ -118,7 +118,7 @@ def test_a_wrong_peer_is_shown_with_the_reason(tiny, monkeypatch):
     monkeypatch.setattr(module, "make", lambda problem, task: lambda: [2 * t for t in problem.b])
     _, row = rows_of(tiny)
     assert row["times"] is None and row["status"].startswith("wrong: error")
-    page = report.page([({"threads": 1}, [row])], [])
+    page = report.page([({"isa": "avx2", "threads": 1}, [row])], [])
     assert f"| {BY_HAND} | {row['status']} | mlp: neumann20 |" in page
 
     def fail(problem, task):
