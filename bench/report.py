@@ -109,7 +109,9 @@ def page(results: list[tuple[dict[str, object], list[Row]]], scaling: list[tuple
         out += _summary(environment, rows)
     out += ["![geometric means](report.png)", ""]
     for environment, rows in scaling:
-        out += ["## Scaling", "", facts(environment), "", "![scaling](scaling.png)", "", *_slopes(rows), ""]
+        out += [f"## Scaling, {environment['isa'].upper()}", "", facts(environment), "", *_slopes(rows), ""]
+    if scaling:
+        out += ["The last of them:", "", "![scaling](scaling.png)", ""]
     for environment, rows in results:
         out += _details(environment, rows)
     return "\n".join(out).rstrip() + "\n"
