@@ -150,6 +150,11 @@ struct GlmArguments {
       : x(tensor("x", x_)), weights(tensor("weights", weights_)), v(tensor(name, v_)), l2(optional_tensor("l2", l2_)) {}
 };
 
+py::object norms(py::handle x, std::optional<int64_t> rows) {
+  const TensorSequence list("x", x);
+  return tensor_of([&] { return hg::norms(list, rows); });
+}
+
 py::object glm_hvp(py::handle x, py::handle weights, py::handle v, py::handle l2, double scale, bool intercept) {
   const GlmArguments a(x, weights, "v", v, l2);
   return tensor_of([&] { return hg::glm_hvp(a.x, a.weights, a.v, a.l2, scale, intercept); });
@@ -352,6 +357,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.doc() = "Compiled kernels of hypergrad_ext.";
   m.def("build_info", &build_info);
+  m.def("norms", &norms, py::arg("x"), py::arg("rows") = py::none());
   m.def("neumann_step_", &neumann_step_, py::arg("v"), py::arg("p"), py::arg("hv"), py::arg("stats"), py::arg("alpha"),
         py::arg("damping") = 0.0);
   m.def("cg_step_", &cg_step_, py::arg("x"), py::arg("r"), py::arg("p"), py::arg("hp"), py::arg("state"),

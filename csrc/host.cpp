@@ -3,8 +3,19 @@
 #include "checks.h"
 #include "cuda/call.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace hg {
+
+at::Tensor norms(at::TensorList x, std::optional<int64_t> rows) {
+  TORCH_CHECK_VALUE(rows.value_or(1) >= 0, "rows must be at least 0, got ", rows.value_or(1));
+  Lists lists(at::kCPU, rows.value_or(1), rows.has_value());
+  const VectorList& list = lists.state("x", x);
+  const at::TensorOptions options = at::TensorOptions().dtype(at::kDouble);
+  at::Tensor result = rows ? empty({*rows}, options) : empty({}, options);
+  cpu::norms(list, rows.value_or(1), result.mutable_data_ptr<double>());
+  return result;
+}
 
 void neumann_step_(at::TensorList v, at::TensorList p, at::TensorList hv, const at::Tensor& stats, double alpha,
                    double damping) {

@@ -12,6 +12,9 @@
 
 namespace hg {
 
+// Norm of a vector in parts, (), or of every row of its parts, (rows,); float64. On the CPU.
+at::Tensor norms(at::TensorList x, std::optional<int64_t> rows);
+
 // Shapes: every tensor of a list has `stats.size(0)` rows when stats is (k, 2), else stats is (2,).
 void neumann_step_(at::TensorList v, at::TensorList p, at::TensorList hv, const at::Tensor& stats, double alpha,
                    double damping);

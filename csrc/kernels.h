@@ -10,6 +10,9 @@
 
 namespace hg::cpu {
 
+// result[row] <- ||x||; x: float64 or float32.
+void norms(const VectorList& x, int64_t rows, double* result);
+
 // v <- v - alpha (Hv + damping v); p <- p + v; stats <- (||v||^2, any v not finite)
 // v, p: float64 or float32; hv: the same, or bf16/fp16 with float32 state; stats: rows x kNeumannStats.
 void neumann_step(const VectorList& v, const VectorList& p, const VectorList& hv, int64_t rows, double* stats,

@@ -280,11 +280,13 @@ void bind(py::module_& m) {
   bind_recorder(m);
   m.attr("has_blas") = has_blas();
   py::class_<Bound, std::shared_ptr<Bound>>(m, "BoundPlan")
-      .def("product",
-           [](Bound& self, const py::sequence& v) {
-             const auto parts = tensors(v);
-             return wrap(released([&] { return self.product(parts); }));
-           })
+      .def(
+          "product",
+          [](Bound& self, const py::sequence& v, std::optional<int64_t> rows) {
+            const auto parts = tensors(v);
+            return wrap(released([&] { return self.product(parts, rows); }));
+          },
+          py::arg("v"), py::arg("rows") = py::none())
       .def("neumann_series",
            [](Bound& self, py::handle b, double alpha, double damping, int64_t steps, py::handle stop) {
              const auto r = released([&, &bt = tensor(b), &st = tensor(stop)] {

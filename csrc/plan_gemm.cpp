@@ -99,7 +99,7 @@ void by_blas(const Gemm& g, Real* const* slots) {
   const bool turn = narrow<Real>(a, b, rows, columns), by_rows = turn || rows >= columns;
   const cpu::Team team = cpu::team_for(batch * work(g), kGrainOps);
   // What is shared are products of the batch, and where there are few of them ranges of a product's longer side.
-  const int64_t along = by_rows ? rows : columns, wanted = team.threads > 1 ? kParts * team.threads : 1;
+  const int64_t along = by_rows ? rows : columns, wanted = team.ranges(batch * along, kParts);
   const int64_t parts = std::clamp<int64_t>((wanted + batch - 1) / batch, 1, std::max<int64_t>(1, along / kPart));
   cpu::share(batch * parts, team, [&](int64_t task) {
     const int64_t i = task / parts, part = task % parts;

@@ -47,7 +47,10 @@ struct Plan {
   std::vector<Instruction> instructions;
   std::vector<int64_t> extents;  // of every constant, the elements that views of it reach; 0 without views
 
+  at::ScalarType dtype() const { return is_double ? at::kDouble : at::kFloat; }
+  int64_t item() const { return is_double ? 8 : 4; }  // bytes of an element
   int64_t numel() const;
+  int64_t operations() const;  // of a product, roughly
   int64_t slots() const { return 1 + 2 * static_cast<int64_t>(leaves.size()) + constants + dynamic; }
 };
 
@@ -61,12 +64,18 @@ void multiply(const Gemm& g, Real* const* slots);
 // Refuses a plan with a view outside its memory, and notes how far views of constants reach.
 void check(Plan& plan);
 
+class Lane;
+
 class Bound {
  public:
   Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants, std::vector<double> scalars);
+  ~Bound();
+  Bound(const Bound&) = delete;
+  Bound& operator=(const Bound&) = delete;
 
-  // v: the parts of a vector. Returns the product as one flat tensor.
-  at::Tensor product(at::TensorList v);
+  // v: the parts of a vector; with rows, of so many vectors, along a first dimension of every part. Returns the
+  // product as one flat tensor, or one for each vector, (rows, elements).
+  at::Tensor product(at::TensorList v, std::optional<int64_t> rows);
 
   // As glm_neumann_solve and glm_cg_solve.
   std::tuple<at::Tensor, at::Tensor> neumann_series(const at::Tensor& b, double alpha, double damping, int64_t steps,
@@ -75,20 +84,22 @@ class Bound {
                                                                      const at::Tensor& state);
 
  private:
-  void rows(const at::Tensor& v, const at::Tensor& out);
-  void run(const std::vector<char*>& v, char* out);
-  template <class Real>
-  void run_as();
-  void call(const Aten& aten);
-  c10::IValue value(const Argument& a);
-  at::Tensor tensor(const Argument& a);
+  // Where a part of the first vector is, and the bytes from there to the next vector's.
+  struct Part {
+    char* data;
+    int64_t stride;
+  };
+
+  void run(const std::vector<Part>& v, int64_t rows, char* out);
+  void run(const at::Tensor& v, const at::Tensor& out);
+  Lane& lane(int64_t thread);
+  int64_t most_lanes() const;
   void check_vectors(const char* name, const at::Tensor& t) const;
 
   std::shared_ptr<const Plan> plan_;
-  std::vector<at::Tensor> constants_, dynamic_, views_;
+  std::vector<at::Tensor> constants_;
   std::vector<double> numbers_;
-  at::Tensor arena_;
-  std::vector<void*> slots_;
+  std::vector<std::unique_ptr<Lane>> lanes_;  // of every thread that makes whole products; the first is there at once
 };
 
 }  // namespace hg::plan

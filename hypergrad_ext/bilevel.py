@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
+from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
 from hypergrad_ext.solution import Solution, Status
@@ -231,11 +232,6 @@ def check_hparams(hparams: Leaves, params: Leaves) -> None:
             raise ValueError(f"{name}: expected a hyperparameter that requires grad, got one that does not")
         if id(t) in inner:
             raise ValueError(f"{name}: expected a tensor that is not among params, got {inner[id(t)]}")
-
-
-def finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element is NaN or infinite; the device is asked once."""
-    return bool(torch.nn.utils.get_total_norm([t.detach() for t in tensors], torch.inf).isfinite())
 
 
 def _difference(like: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

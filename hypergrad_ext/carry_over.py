@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers import System
 from hypergrad_ext.solvers.lanczos import Spectrum
@@ -19,7 +20,7 @@ def warm(system: System, b: Tensor, b_norm: Tensor, tol: float | None) -> tuple[
     if x is None or x.shape != b.shape:
         return None, b
     rhs = b - system.apply(x)
-    norm = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+    norm = norms(rhs)
     if change is not None and tol is not None and bool((norm > _FAR * tol * b_norm).any()):
         along = system.apply(change)
         # The least error in the energy norm; nothing where there is no such norm.
@@ -31,7 +32,7 @@ def warm(system: System, b: Tensor, b_norm: Tensor, tol: float | None) -> tuple[
         )
         x = x + far[..., None] * change
         rhs -= far[..., None] * along
-        norm = torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+        norm = norms(rhs)
     better = norm < b_norm
     if not bool(better.any()):
         return None, b

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext.engines import RetainedGradient
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solvers import System
 
 # Hyperparameters, counted by element, up to which a bound for each of them is worth a backward pass for each.
@@ -55,9 +56,7 @@ def solution_bound(system: System, x: Tensor, r: Tensor, ax: Tensor, lower: floa
     """
     squares = x.double().square().sum(-1)
     products = (x.double() * ax.double()).sum(-1)
-    size = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64) * torch.linalg.vector_norm(
-        ax, dim=-1, dtype=torch.float64
-    )
+    size = norms(x) * norms(ax)
     slack = _ROUNDINGS * torch.finfo(x.dtype).eps * (size + abs(system.damping) * squares)
     wrong = products + slack < (lower + system.damping) * squares
     if bool(wrong.any()):
@@ -68,7 +67,7 @@ def solution_bound(system: System, x: Tensor, r: Tensor, ax: Tensor, lower: floa
         )
     if lower + system.damping <= 0:
         return None
-    return torch.linalg.vector_norm(r, dim=-1, dtype=torch.float64) / (lower + system.damping)
+    return norms(r) / (lower + system.damping)
 
 
 def mixed_norms(gradient: RetainedGradient, hparams: Sequence[Tensor]) -> list[Tensor] | None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hypergrad_ext.bilevel import Bilevel, Unused, finite
+from hypergrad_ext.bilevel import Bilevel, Unused
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
+from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status

@@ -13,12 +13,13 @@ from torch import Tensor
 from hypergrad_ext.carry_over import begin, finish, warm
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.error_bound import check_lower, solution_bound
+from hypergrad_ext.norms import all_finite, norms, power_of_two_scale
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
 from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.solvers.lanczos import lanczos
-from hypergrad_ext.structure import Packed, Tree, power_of_two_scale
+from hypergrad_ext.structure import Packed, Tree
 from hypergrad_ext.symmetry import refuse_declared, refuse_found
 
 SolverChoice = Solver | Literal["auto"]
@@ -206,7 +207,10 @@ def _solve_packed(
                 if not used:
                     part.zero_()
 
-    finite = b.isfinite().all(-1) if x0 is None else b.isfinite().all(-1) & x0.isfinite().all(-1)
+    b_norm = norms(b)
+    finite = all_finite(b, b_norm)
+    if x0 is not None:
+        finite = finite & all_finite(x0, norms(x0))
     bad = [not ok for ok in finite.reshape(-1).tolist()]
     if all(bad):
         x = torch.full_like(b, torch.nan)
@@ -214,10 +218,9 @@ def _solve_packed(
             packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(bad), 0), system, solver, None, b_norm=None
         )
     if any(bad):
-        b = torch.where(finite[..., None], b, 0)
+        b, b_norm = torch.where(finite[..., None], b, 0), torch.where(finite, b_norm, 0)
         x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
 
-    b_norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
     if x0 is not None:
         rhs = b - system.apply(x0)
     elif solver.gains_from_start:
@@ -225,35 +228,37 @@ def _solve_packed(
     else:
         rhs = b
     begin(system)
-    scale = power_of_two_scale(rhs)
-    start = b_norm if x0 is None else torch.linalg.vector_norm(rhs, dim=-1, dtype=torch.float64)
+    start = b_norm if x0 is None else norms(rhs)
+    scale = power_of_two_scale(rhs, start)
     start = start * scale
-    outcome = solver.run(system, rhs * scale[..., None], b_norm * scale)
+    relative, bound, tol = None, None, getattr(solver, "tol", None)
+    # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
+    doubtful = tol is not None and b.dtype is not torch.float64 and not isinstance(solver, Auto)
+    # In place where the right-hand side is not needed again: new memory costs more than the multiplication.
+    scaled = rhs * scale[..., None] if residual or doubtful else rhs.mul_(scale[..., None])
+    outcome = solver.run(system, scaled, b_norm * scale)
     _drop_worse_than_start(outcome, start)
-    x = outcome.x / scale[..., None]
+    x = outcome.x.div_(scale[..., None])
     if x0 is not None:
         x += x0
 
-    relative, bound, tol = None, None, getattr(solver, "tol", None)
-    # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
-    doubtful = tol is not None and b.dtype is not torch.float64 and outcome.steps >= _CHECKED
-    if residual or doubtful and not isinstance(solver, Auto):
+    if residual or doubtful and outcome.steps >= _CHECKED:
         ax = system.apply(x)
         r = b - ax
-        norms = torch.linalg.vector_norm(r, dim=-1, dtype=torch.float64)
-        relative = torch.where(b_norm > 0, norms / b_norm, norms)
+        r_norm = norms(r)
+        relative = torch.where(b_norm > 0, r_norm / b_norm, r_norm)
         if lower is not None:
             bound = solution_bound(system, x, r, ax, lower)
         for row, value in enumerate(relative.reshape(-1).tolist()):
             if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
                 outcome.statuses[row] = Status.STAGNATED
-        lost = torch.tensor([s is Status.STAGNATED for s in outcome.statuses], device=b.device).view_as(norms)
-        lost &= ~(norms * scale < start)
+        lost = torch.tensor([s is Status.STAGNATED for s in outcome.statuses], device=b.device).view_as(r_norm)
+        lost &= ~(r_norm * scale < start)
         if bool(lost.any()):
             x = torch.where(lost[..., None], 0 if x0 is None else x0, x)
             relative = torch.where(lost, start / scale / b_norm, relative)
             if bound is not None:
-                bound = torch.where(lost, start / scale / (norms / bound), bound)
+                bound = torch.where(lost, start / scale / (r_norm / bound), bound)
     refuse_found(system, outcome.solver or solver, outcome, relative)
     if any(bad):
         x = torch.where(finite[..., None], x, torch.nan)

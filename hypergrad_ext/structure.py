@@ -266,16 +266,3 @@ class Space:
             f"{leaves.names[order[0]]}: expected shape {tuple(self.shapes[0])}, or that with one leading batch "
             f"dimension, got {tuple(first.shape)}"
         )
-
-
-def power_of_two_scale(flat: Tensor) -> Tensor:
-    """Power of two per row that brings the largest magnitude into [0.5, 1); 1 for a zero row. Exact to undo.
-
-    With it, squares neither underflow nor overflow whatever the units of the loss.
-
-    Returns:
-        Shape ``()`` or ``(k,)``, in the dtype of ``flat``.
-    """
-    _, exponent = torch.frexp(flat.abs().amax(-1))
-    limit = 1000 if flat.dtype == torch.float64 else 120
-    return torch.ldexp(torch.ones_like(exponent, dtype=flat.dtype), -exponent.clamp(-limit, limit))

@@ -166,3 +166,39 @@ def test_large_instructions_are_shared_among_threads(threads):
         assert_close(alone[n], value, 1e-10)
         for again in shared:
             assert_close(again[n], value, 1e-10)
+
+
+@pytest.mark.skipif(_native._C is None, reason="native plans are C++")
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("strided", [False, True])
+def test_whole_products_are_shared_among_threads(threads, strided):
+    """Every thread has a memory of its own, also for what ATen allocates (here by batch normalisation)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(36, 40),
+        nn.Tanh(),
+        nn.Linear(40, 9),
+    ).double()
+    x, y = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.randint(9, (20,))
+    native, eager = (hg.Hessian(loss_of(model, x, y), model, engine=engine) for engine in ("native", "eager"))
+    for k in (1, 2, 7, 9):
+        v = {n: torch.randn(*p.shape, k, dtype=p.dtype).movedim(-1, 0) for n, p in model.named_parameters()}
+        v = v if strided else {n: t.contiguous() for n, t in v.items()}
+        alone = native @ v
+        torch.set_num_threads(threads)
+        try:
+            shared = [native @ v for _ in range(3)]
+            solved = hg.solve(native, v, hg.Neumann(3, alpha=0.01), damping=1.0).value
+        finally:
+            torch.set_num_threads(1)
+        assert native.engine == "native"
+        truth, solution = eager @ v, hg.solve(eager, v, hg.Neumann(3, alpha=0.01), damping=1.0).value
+        for n, value in truth.items():
+            assert_close(alone[n], value, 1e-10)
+            assert_close(solved[n], solution[n], 1e-10)
+            for again in shared:
+                assert_close(again[n], value, 1e-10)

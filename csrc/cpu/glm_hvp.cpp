@@ -76,7 +76,7 @@ struct Product {
     const int64_t blocks = (data.n + block - 1) / block;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
-    const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
+    const int64_t ranges = team.ranges(blocks, 4);
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);

@@ -25,7 +25,7 @@ std::vector<std::array<double, S>> for_each_block(const AlignedPieces<N>& pieces
   const int64_t tasks = rows * blocks;
   const Team team = team_for(tasks, kGrain);
   // Long ranges, because the hardware fetches ahead only along each of them; several, for threads that are late.
-  const int64_t ranges = team.threads == 1 ? 1 : 4 * team.threads;
+  const int64_t ranges = team.ranges(tasks, 4);
   share(ranges, team, [&](int64_t range) {
     for (int64_t task = range * tasks / ranges; task < (range + 1) * tasks / ranges; ++task) {
       const int64_t row = task / blocks, begin = task % blocks * kBlock;

@@ -19,7 +19,7 @@ void run(const LstmSize& size, const Data& data) {
   static const auto rows =
       ForTiles<Cell<T, Real>::template Body, const LstmSize&, const Data&, int64_t, int64_t>::get();
   const Team team = team_for(size.rows * size.units, kGrainUnits);
-  const int64_t ranges = team.threads == 1 ? 1 : std::min(size.rows, 4 * team.threads);
+  const int64_t ranges = team.ranges(size.rows, 4);
   share(ranges, team,
         [&](int64_t range) { rows(size, data, range * size.rows / ranges, (range + 1) * size.rows / ranges); });
 }

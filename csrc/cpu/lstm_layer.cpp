@@ -120,7 +120,7 @@ void run(const LstmLayerSize& size, const Data& data, bool forward_in_time) {
       ForTiles<Of<Real>::template Body, const Packed<Real>&, const Multiplied<Real>&>::get();
   const Layer<Real, Data> layer{size, data, w, multiply};
   share(w.groups(), team, [&](int64_t group) { pack(w, group); });
-  const int64_t ranges = std::min(team.threads, size.batch);
+  const int64_t ranges = team.ranges(size.batch, 1);
   share(ranges, team,
         [&](int64_t range) { rows(layer, range * size.batch / ranges, (range + 1) * size.batch / ranges); });
 }

@@ -10,7 +10,7 @@ namespace hg::cpu {
 namespace {
 
 // Multiply-adds below which a second thread is not worth waiting for.
-constexpr int64_t kGrain = 1 << 22;
+constexpr int64_t kGrain = 1 << 20;
 // Elements of a row that stay in the first cache while all rows of the other factor pass.
 constexpr int64_t kStrip = 1024;
 

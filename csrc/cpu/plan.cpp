@@ -18,8 +18,7 @@ using plan::View;
 // Elements that all ops of a group do before the next block: a few dozen operands of it stay in the caches.
 constexpr int64_t kBlock = 512;
 
-// Elements, times the ops on each, that a thread should have at least; ranges per thread, so that one that comes late
-// leaves the others as little to wait for.
+// Elements, times the ops on each, that a thread should have at least; ranges per thread.
 constexpr int64_t kGrain = 1 << 17, kRanges = 2;
 
 // A range of the first dimension's indices.
@@ -57,7 +56,7 @@ void share_first(const std::vector<int64_t>& sizes, int64_t ops, bool apart, con
   int64_t work = ops;
   for (const int64_t size : sizes) work *= size;
   const Team team = team_for(apart ? work : 0, kGrain);
-  const int64_t ranges = team.threads > 1 ? std::min(first, kRanges * team.threads) : 1;
+  const int64_t ranges = team.ranges(first, kRanges);
   share(ranges, team, [&](int64_t range) { f(Range{range * first / ranges, (range + 1) * first / ranges}); });
 }
 

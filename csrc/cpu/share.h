@@ -13,6 +13,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <type_traits>
 
 namespace hg::cpu {
 
@@ -31,6 +32,12 @@ inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_
 struct Team {
   int64_t threads;
   bool patient;  // a long job: waiting for a slice of time is no great loss
+
+  // Ranges to make of so many units: a few per thread, so that one that comes late leaves the others as little to wait
+  // for.
+  int64_t ranges(int64_t units, int64_t per_thread) const {
+    return threads > 1 ? std::min(units, per_thread * threads) : 1;
+  }
 };
 
 // The team for so many units of work, of which every thread should have at least `grain`.
@@ -42,22 +49,29 @@ inline Team team_for(int64_t units, int64_t grain) {
 // Short jobs that still go to one thread, and how many it will be the next time.
 inline std::atomic<int64_t> short_jobs_alone{0}, next_alone{kFewAlone};
 
-// Calls f(task) for every task below `tasks`; f must not throw. Tasks are taken one by one, so that a thread
-// that comes late leaves its share to the others.
+// Calls f(task), or f(task, thread) with a number below the team's threads that no two calls at the same time share,
+// for every task below `tasks`. Tasks are taken one by one, so that a thread that comes late leaves its share to the
+// others.
 template <class F>
 void share(int64_t tasks, const Team& team, const F& f) {
+  const auto call = [&](int64_t task, int64_t thread) {
+    if constexpr (std::is_invocable_v<const F&, int64_t, int64_t>)
+      f(task, thread);
+    else
+      f(task);
+  };
   const int64_t threads = std::min(team.threads, tasks);
   const bool alone = threads <= 1 || at::in_parallel_region() || in_forked_child;
   if (alone || (!team.patient && short_jobs_alone.load(std::memory_order_relaxed) > 0)) {
     if (!alone) short_jobs_alone.fetch_sub(1, std::memory_order_relaxed);
-    for (int64_t task = 0; task < tasks; ++task) f(task);
+    for (int64_t task = 0; task < tasks; ++task) call(task, 0);
     return;
   }
   using Clock = std::chrono::steady_clock;
   std::atomic<int64_t> next{0};
   Clock::time_point done;
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task);
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) call(task, first);
     if (first == 0) done = Clock::now();
   });
   if (team.patient) return;

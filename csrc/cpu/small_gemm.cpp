@@ -98,7 +98,7 @@ void PlanKernels<Real>::multiply(const plan::Gemm& g, Real* const* slots) {
   Real* out = slots[g.out.slot] + g.out.offset;
   const int64_t batch = g.out.sizes[0];
   const Team team = team_for(batch * g.out.sizes[1] * g.out.sizes[2] * g.a.sizes[2], kGrain);
-  const int64_t ranges = team.threads > 1 ? std::min(batch, kRanges * team.threads) : 1;
+  const int64_t ranges = team.ranges(batch, kRanges);
   share(ranges, team, [&](int64_t range) {
     for (int64_t i = range * batch / ranges; i < (range + 1) * batch / ranges; ++i)
       function({a + i * g.a.strides[0], g.a.strides[1], g.a.strides[2], b + i * g.b.strides[0], g.b.strides[1],

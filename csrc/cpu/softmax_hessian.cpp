@@ -215,7 +215,7 @@ void run(const SoftmaxRows& data) {
   const int64_t row = std::max<int64_t>(1, data.classes * (data.k + 1) * step);
   const int64_t blocks = (data.rows + step - 1) / step;
   const Team team = team_for(blocks * row, kGrainElements);
-  const int64_t ranges = team.threads == 1 ? 1 : std::min(blocks, 4 * team.threads);
+  const int64_t ranges = team.ranges(blocks, 4);
   share(ranges, team, [&](int64_t range) {
     const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
     std::vector<Real> memory(scratch);

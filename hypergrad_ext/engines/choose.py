@@ -308,10 +308,7 @@ class Products:
 
 
 def _product(running: TracedGradient, v: Sequence[Tensor], rows: int | None) -> list[Tensor]:
-    if rows is None:
-        return running.hvp(v)
-    products = [running.hvp([t[j] for t in v]) for j in range(rows)]
-    return [torch.stack(parts) for parts in zip(*products, strict=True)]
+    return running.hvp(v) if rows is None else running.hvps(v)
 
 
 def _pairs(

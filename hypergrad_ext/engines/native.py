@@ -48,6 +48,12 @@ class Bound:
         flat = self._compiled.product([t.detach() for t in v])
         return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
 
+    def products(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """The same for tensors with a leading dimension k; torch's threads make whole products, if there is work."""
+        k = len(v[0])
+        flat = self._compiled.product([t.detach() for t in v], k)
+        return [t.view(k, *shape) for t, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)]
+
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,13 @@ class TracedGradient:
             return first
         return self._run(v) if self._run and self._unchanged() else self._gradient.hvp(v)
 
+    def hvps(self, v: Sequence[Tensor]) -> list[Tensor]:
+        """The same for tensors with a leading dimension k."""
+        if isinstance(self._bound, native.Bound) and self._unchanged():
+            return self._bound.products(v)
+        products = [self.hvp([t[j] for t in v]) for j in range(len(v[0]))]
+        return [torch.stack(parts) for parts in zip(*products, strict=True)]
+
     def bound_now(self) -> native.Bound | cuda_graph.Bound | None:
         """What runs whole solves, if it runs the products: a native plan or a CUDA graph."""
         return self._bound if self._unchanged() else None

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hypergrad_ext.norms import norms, power_of_two_scale
 from hypergrad_ext.operators import DenseMatrix
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
@@ -16,7 +17,6 @@ from hypergrad_ext.solvers.direct import Direct
 from hypergrad_ext.solvers.minres import MINRES
 from hypergrad_ext.solvers.nystrom import sketch_of
 from hypergrad_ext.solvers.preconditioner import SketchPreconditioner
-from hypergrad_ext.structure import power_of_two_scale
 
 # What an exact solve is weighed against.
 _EXPECTED_STEPS = 60
@@ -111,10 +111,10 @@ class Auto(Solver):
     def _checked(self, system: System, b: Tensor, b_norm: Tensor, solver: CG, outcome: Outcome) -> int:
         """Steps taken from the true residual, where rounding has kept it above the tolerance."""
         r = b - system.apply(outcome.x)
-        norms = torch.linalg.vector_norm(r, dim=-1, dtype=torch.float64).reshape(-1)
-        if bool((norms <= 2 * self.tol * b_norm.reshape(-1)).all()):
+        r_norm = norms(r)
+        if bool((r_norm.reshape(-1) <= 2 * self.tol * b_norm.reshape(-1)).all()):
             return 0
-        scale = power_of_two_scale(r)
+        scale = power_of_two_scale(r, r_norm)
         again = solver.run(system, r * scale[..., None], b_norm * scale)
         outcome.x += again.x / scale[..., None]
         outcome.steps += again.steps

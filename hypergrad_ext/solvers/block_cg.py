@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
 
@@ -67,7 +68,7 @@ class BlockCG(Solver):
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``X = 0``; blocks are rows."""
         rows = b.reshape(-1, b.shape[-1])
-        norm = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
+        norm = norms(rows)
         stop = self.tol * torch.where(b_norm.reshape(-1) > 0, b_norm.reshape(-1), norm)
         # Residuals in units of their tolerances: one threshold is right for all.
         weight = torch.where(stop > 0, 1 / stop, 0).to(b.dtype)

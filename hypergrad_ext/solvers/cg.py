@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
@@ -68,7 +69,7 @@ class CG(Solver):
         """Iterate from ``x = 0``; all scalars stay in ``state``, on the device."""
         m = Preconditioner.of(self.preconditioner, system)
         # Residual and threshold are squared norms; curvature and flag start at 0.
-        squared = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).square()
+        squared = norms(b).square()
         stop = (self.tol * b_norm).square()
         columns = [squared, stop, torch.zeros_like(squared), (squared <= stop).double()]
         if m is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
 from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
@@ -99,9 +100,9 @@ class Chebyshev(Solver):
                 return Outcome(b, [Status.SINGULAR] * rows, 0, "H v = 0 for a random v")
             if found.low + damping < -10 * torch.finfo(b.dtype).eps * size:
                 # A Ritz value lies between eigenvalues: the iteration would diverge for sure.
-                norms = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64).reshape(-1).tolist()
+                residuals = norms(b).reshape(-1).tolist()
                 detail = f"Ritz value {found.low + damping:.3g}"
-                return Outcome(b.zero_(), [Status.NEGATIVE_CURVATURE] * rows, 0, detail, residuals=norms)
+                return Outcome(b.zero_(), [Status.NEGATIVE_CURVATURE] * rows, 0, detail, residuals=residuals)
             low, high = self._bounds_from(found, damping)
         else:
             low, high = (float(bound) for bound in self.bounds)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
 from hypergrad_ext.solvers.lanczos import spectrum_of
@@ -93,9 +94,9 @@ class LiSSA(Solver):
             difference = x - mean
             mean.add_(difference, alpha=1 / run)
             squares.addcmul_(difference, x - mean)
-        size = torch.linalg.vector_norm(mean, dim=-1, dtype=torch.float64)
+        size = norms(mean)
         # With eigenvalues from zero to 2 / alpha in every batch, no factor I - alpha H_j enlarges anything.
-        limit = 1.01 * alpha * (self.steps + 1) * torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+        limit = 1.01 * alpha * (self.steps + 1) * norms(b)
         fine = (size <= limit).reshape(-1).tolist()
         detail = f"alpha {alpha:.3g}"
         if self.repeats > 1:

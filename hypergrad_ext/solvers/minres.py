@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops, reference_minres
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
 
@@ -64,7 +65,7 @@ class MINRES(Solver):
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:
         """Iterate from ``x = 0``; all scalars stay in ``state``, on the device."""
-        norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+        norm = norms(b)
         stop = self.tol * b_norm
         rows = b.shape[0] if b.dim() == 2 else 1
         x = torch.zeros_like(b)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hypergrad_ext.norms import power_of_two_scale
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count
-from hypergrad_ext.structure import power_of_two_scale
 
 
 class Sketch(NamedTuple):

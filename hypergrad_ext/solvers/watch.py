@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.best import Best
 from hypergrad_ext.solvers.preconditioner import Preconditioner
@@ -53,7 +54,7 @@ class Watch:
             retries: How many times a solve may go on with a smaller step size before growth is a failure.
         """
         self._stop = [tol * norm if tol is not None else -1.0 for norm in b_norm.reshape(-1).tolist()]
-        norm = torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64)
+        norm = norms(b)
         self._norm: list[float] = norm.reshape(-1).tolist()
         self._first: list[float] = (norm if preconditioner is None else preconditioner.norm(b)).reshape(-1).tolist()
         self._last, self._least = self._first, list(self._first)

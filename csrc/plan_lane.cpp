@@ -1,0 +1,140 @@
+#include "plan_lane.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <array>
+
+#include "tensors.h"
+
+namespace hg::plan {
+namespace {
+
+template <class Real>
+void call(const Compiled& kernel, Real* const* slots, const std::vector<double>& numbers) {
+  std::array<void*, kMaxPlaces> places;
+  std::array<double, kMaxPlaces> values;
+  for (size_t i = 0; i < kernel.views.size(); ++i) places[i] = slots[kernel.views[i].slot] + kernel.views[i].offset;
+  for (size_t i = 0; i < kernel.numbers.size(); ++i) values[i] = numbers[kernel.numbers[i]];
+  kernel.run(places.data(), values.data());
+}
+
+}  // namespace
+
+Lane::Lane(const Plan& plan, const std::vector<at::Tensor>& constants, const std::vector<double>& numbers)
+    : plan_(plan),
+      constants_(constants),
+      numbers_(numbers),
+      arena_(empty({std::max<int64_t>(plan.arena, 1)}, at::TensorOptions().dtype(plan.dtype()))),
+      dynamic_(plan.dynamic),
+      views_(plan.views),
+      slots_(plan.slots(), nullptr) {
+  slots_[0] = arena_.data_ptr();
+  const int64_t first = 1 + static_cast<int64_t>(plan.leaves.size());
+  for (int64_t i = 0; i < plan.constants; ++i) slots_[first + i] = constants[i].data_ptr();
+}
+
+void Lane::run(const std::vector<char*>& v, char* out) {
+  std::copy(v.begin(), v.end(), slots_.begin() + 1);
+  auto slot = slots_.begin() + 1 + v.size() + plan_.constants + plan_.dynamic;
+  for (const int64_t leaf : plan_.leaves) *slot++ = out, out += leaf * plan_.item();
+  plan_.is_double ? run_as<double>() : run_as<float>();
+}
+
+template <class Real>
+void Lane::run_as() {
+  using Kernels = cpu::PlanKernels<Real>;
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  Real* const* slots = reinterpret_cast<Real* const*>(slots_.data());
+  const int64_t first = 1 + static_cast<int64_t>(plan_.leaves.size()) + plan_.constants;
+  for (const Instruction& instruction : plan_.instructions) {
+    switch (instruction.work.index()) {
+      case 0:
+        multiply<Real>(std::get<Gemm>(instruction.work), slots);
+        break;
+      case 1:
+        Kernels::pointwise(std::get<Pointwise>(instruction.work), slots, numbers_.data());
+        break;
+      case 2:
+        Kernels::sum(std::get<Sum>(instruction.work), slots);
+        break;
+      case 3:
+        Kernels::softmax(std::get<Softmax>(instruction.work), slots);
+        break;
+      case 4:
+        Kernels::convolve(std::get<Convolution>(instruction.work), slots);
+        break;
+      case 5:
+        plan::call<Real>(std::get<Compiled>(instruction.work), slots, numbers_);
+        break;
+      default:
+        call(std::get<Aten>(instruction.work));
+    }
+    for (const int64_t slot : instruction.frees) dynamic_[slot - first].reset();
+  }
+}
+
+at::Tensor Lane::tensor(const Argument& a) {
+  if (a.kind == Argument::Kind::constant) return constants_[a.index];
+  if (a.kind != Argument::Kind::view) return {};
+  char* data = static_cast<char*>(slots_[a.view.slot]) + a.view.offset * plan_.item();
+  at::Tensor& kept = views_[a.index];
+  if (!kept.defined() || kept.data_ptr() != data)
+    kept = at::from_blob(data, a.view.sizes, a.view.strides, at::TensorOptions().dtype(plan_.dtype()));
+  return kept;
+}
+
+c10::IValue Lane::value(const Argument& a) {
+  switch (a.kind) {
+    case Argument::Kind::literal:
+      return a.literal;
+    case Argument::Kind::number:
+      return numbers_[a.index];
+    case Argument::Kind::list: {
+      if (a.optional_items) {
+        c10::List<std::optional<at::Tensor>> list;
+        for (const Argument& item : a.items) {
+          const at::Tensor t = tensor(item);
+          list.push_back(t.defined() ? std::optional<at::Tensor>(t) : std::nullopt);
+        }
+        return list;
+      }
+      c10::List<at::Tensor> list;
+      for (const Argument& item : a.items) list.push_back(tensor(item));
+      return list;
+    }
+    default:
+      return tensor(a);
+  }
+}
+
+void Lane::call(const Aten& aten) {
+  torch::jit::Stack stack;
+  stack.reserve(aten.arguments.size());
+  for (const Argument& a : aten.arguments) stack.push_back(value(a));
+  aten.op.callBoxed(stack);
+  // A single result that is a list (split and the like) stands for its elements.
+  if (stack.size() == 1 && stack[0].isTensorList()) {
+    const auto list = stack[0].toTensorVector();
+    stack.assign(list.begin(), list.end());
+  }
+  TORCH_CHECK(stack.size() == aten.results.size(), aten.op.schema(), " gave ", stack.size(), " results");
+  const int64_t first = 1 + static_cast<int64_t>(plan_.leaves.size()) + plan_.constants;
+  for (size_t i = 0; i < stack.size(); ++i) {
+    if (!aten.results[i]) continue;
+    const View& expected = *aten.results[i];
+    at::Tensor t = stack[i].toTensor();
+    TORCH_CHECK(
+        t.defined() && t.sizes() == at::IntArrayRef(expected.sizes) && t.is_cpu() && t.scalar_type() == plan_.dtype(),
+        aten.op.schema(), " gave another shape, dtype or device than when it was recorded");
+    if (t.strides() != at::IntArrayRef(expected.strides))
+      t = at::empty_strided(expected.sizes, expected.strides, t.options()).copy_(t);
+    slots_[expected.slot] = t.data_ptr();
+    dynamic_[expected.slot - first] = std::move(t);
+  }
+}
+
+}  // namespace hg::plan

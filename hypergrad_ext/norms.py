@@ -1,0 +1,65 @@
+"""Norms in float64: that of a float32 vector is finite exactly where all of it is, and zero only where all of it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hypergrad_ext import _native
+
+
+def norms(flat: Tensor) -> Tensor:
+    """Euclidean norm of a vector ``(n,)``, as ``()``, or of each of several ``(k, n)``, as ``(k,)``; float64."""
+    if _runs((flat,)):
+        return _native._C.norms([flat.detach()], None if flat.dim() == 1 else len(flat))
+    return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
+
+
+def finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element is NaN or infinite; the device is asked once."""
+    parts = [t.detach() for t in tensors]
+    if _runs(parts) and bool(_native._C.norms(parts, None).isfinite()):
+        return True
+    # Squares of float64 may overflow where the elements are finite.
+    return bool(torch.nn.utils.get_total_norm(parts, torch.inf).isfinite())
+
+
+def all_finite(flat: Tensor, norm: Tensor) -> Tensor:
+    """For a vector or each of several, whether no element is NaN or infinite, given its `norms`."""
+    known = norm.isfinite()
+    return known if flat.dtype == torch.float32 or bool(known.all()) else flat.isfinite().all(-1)
+
+
+def power_of_two_scale(flat: Tensor, norm: Tensor | None = None) -> Tensor:
+    """Power of two per row that brings its norm into [0.5, 1); 1 for a zero row. Exact to undo.
+
+    With it, squares neither underflow nor overflow whatever the units of the loss.
+
+    Args:
+        flat: A vector or several.
+        norm: Their `norms`, if known.
+
+    Returns:
+        Shape ``()`` or ``(k,)``, in the dtype of ``flat``.
+    """
+    size = norms(flat) if norm is None else norm
+    if flat.dtype == torch.float64 and not all(1e-150 < value < 1e150 for value in size.reshape(-1).tolist()):
+        # Where squares are not to be trusted, by the largest magnitude.
+        size = flat.abs().amax(-1)
+    _, exponent = torch.frexp(size)
+    limit = 1000 if flat.dtype == torch.float64 else 120
+    return torch.ldexp(torch.ones_like(exponent, dtype=flat.dtype), -exponent.clamp(-limit, limit))
+
+
+def _runs(tensors: Sequence[Tensor]) -> bool:
+    """Whether the compiled norm takes them."""
+    return (
+        _native._C is not None
+        and bool(tensors)
+        and tensors[0].dtype in (torch.float32, torch.float64)
+        and all(t.device.type == "cpu" and t.dtype == tensors[0].dtype and t.is_contiguous() for t in tensors)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
+    )
