@@ -27,7 +27,7 @@ struct Layout {
   int64_t in, out;          // padded
   int64_t in_row, out_row;  // from row to row of matrices of these widths
   int64_t v_weight, v_bias;
-  int64_t transposed, rows, bias;  // in the packed copy; rows is -1 where v itself will do
+  int64_t transposed, rows, bias;  // in the packed copy; -1 where v itself will do
   int64_t w_transposed, w_rows;    // in the packed copy of W; -1 where it is not needed, or W itself will do
   int64_t hidden;                  // in a block's packed rows of the network; -1 where its own will do
   int64_t sum, sum_bias;
@@ -47,9 +47,10 @@ class Product {
       const int64_t transposed = Panels<Real>::size(layer.in, layer.out);
       const int64_t rows = Panels<Real>::size(layer.out, layer.in);
       const bool back = !layout_.empty();  // the input has no tangent
-      at.transposed = take(packed_size_, transposed);
+      const bool along_inputs = &layer == &layers_.back() && narrow(layer, at);
+      at.transposed = along_inputs ? -1 : take(packed_size_, transposed);
       at.rows = back && (wide(at.in) || at.in != layer.in) ? take(packed_size_, rows) : -1;
-      at.w_transposed = back ? take(weights_size_, transposed) : -1;
+      at.w_transposed = back && !along_inputs ? take(weights_size_, transposed) : -1;
       at.w_rows = back && wide(at.in) ? take(weights_size_, rows) : -1;
       at.hidden = wide(at.in) ? take(hidden_columns_, at.in) : -1;
       at.bias = take(packed_size_, at.out);
@@ -116,6 +117,7 @@ class Product {
     constexpr int64_t kUnit = kMlpPadding / sizeof(Real);
     return width % (8 * kUnit) ? width : width + kUnit;
   }
+  static bool narrow(const MlpLayer& layer, const Layout& at) { return kNarrow * layer.out <= at.out; }
   static bool wide(int64_t columns) { return columns * static_cast<int64_t>(sizeof(Real)) > kWideBytes; }
   static int64_t take(int64_t& total, int64_t size) { return (total += size) - size; }
   static const Real* real(const Rows& m, int64_t row = 0) {
@@ -128,7 +130,7 @@ class Product {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const Real* weight = v + at.v_weight;
-      Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed});
+      if (at.transposed >= 0) Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed});
       if (at.rows >= 0) hg::cpu::pack(weight, layer.in, layer.out, layer.in, packed + at.rows);
       std::memset(packed + at.bias, 0, at.out * sizeof(Real));
       if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
@@ -166,20 +168,22 @@ class Product {
       if (at.hidden >= 0)
         hg::cpu::pack(real(layer.hidden, begin), layer.hidden.stride, rows, layer.in,
                       hidden + at.hidden * Matrix::height(rows));
-      const Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride,
-                               Matrix::apart(packed + at.transposed, layer.in), layer.in};
+      const bool along_inputs = l == last && narrow(layer, at);
+      Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, {v + at.v_weight, layer.in}, layer.in};
       Factors<Real> by_w{};
       if (l > 0)
-        by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row,
-                Matrix::apart(weights_->get() + at.w_transposed, layer.in), layer.in};
+        by_w = {
+            tangents + rows * layout_[l - 1].tangent, at.in_row, {real(layer.weight), layer.weight.stride}, layer.in};
+      if (!along_inputs) {
+        by_v.b = Matrix::apart(packed + at.transposed, layer.in);
+        if (l > 0) by_w.b = Matrix::apart(weights_->get() + at.w_transposed, layer.in);
+      }
       const int terms = l > 0 ? 2 : 1;
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
           fetch(*m, begin, rows);
-      if (l == last && kNarrow * layer.out <= at.out) {
-        const Factors<Real> along_v{by_v.a, by_v.a_stride, {v + at.v_weight, layer.in}, layer.in};
-        const Factors<Real> along_w{by_w.a, by_w.a_stride, {real(layer.weight), layer.weight.stride}, layer.in};
-        NarrowGemm<Real>::run({{along_v, along_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
+      if (along_inputs) {
+        NarrowGemm<Real>::run({{by_v, by_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
       } else if (l == last) {
         constexpr int64_t kHalf = kMlpPadding / 2 / sizeof(Real);  // a padded row may be half empty
         const int64_t columns = (layer.out + kHalf - 1) / kHalf * kHalf;
