@@ -41,7 +41,10 @@ struct GlmBlockBody {
   template <int C>
   static constexpr int kLong = std::min(8, Tiles::accumulators / C);
 
-  static HG_INLINE void run(const Block& b) {
+  static HG_INLINE void run(const Block& b) { b.K == 1 ? one_column(b) : columns(b); }
+
+ private:
+  static HG_INLINE void columns(const Block& b) {
     // Tiles of equal width: eight columns are 4 + 4, not 5 + 3.
     const int64_t tiles = (b.K + Tiles::columns - 1) / Tiles::columns, width = (b.K + tiles - 1) / tiles;
     for (int64_t c = 0; c < b.K; c += width) dot_columns(b, c, std::min(width, b.K - c));
@@ -55,7 +58,66 @@ struct GlmBlockBody {
       }
   }
 
- private:
+  // A single column: so many rows at a time, which are in L1 for their second use.
+  static constexpr int kRows = 8;
+  // Bytes by which lines are sent for ahead of their use, at least.
+  static constexpr int64_t kAhead = 24 << 10;
+
+  static HG_INLINE void one_column(const Block& b) {
+    const int64_t row_bytes = std::max<int64_t>(1, b.stride * sizeof(X));
+    const int64_t ahead = std::max<int64_t>(kRows, kAhead / row_bytes / kRows * kRows);
+    int64_t r = 0;
+    for (; r + kRows <= b.rows; r += kRows)
+      // Blocks follow each other in memory.
+      b.next || r + ahead + kRows <= b.rows ? rows_of_one_column<true>(b, r, ahead)
+                                            : rows_of_one_column<false>(b, r, ahead);
+    if (r == b.rows) return;
+    Block rest = b;
+    rest.x += r * b.stride, rest.weights += r, rest.rows -= r, rest.next = nullptr;
+    columns(rest);
+  }
+
+  template <bool Fetch>
+  static HG_INLINE void rows_of_one_column(const Block& b, int64_t r, int64_t ahead) {
+    const X* const x = b.x + r * b.stride;
+    const Real* const v = b.v[0];
+    const auto fetch = [&](int i, int64_t j) HG_LAMBDA_INLINE {
+      if (Fetch && j * static_cast<int64_t>(sizeof(X)) % kLine == 0)
+        __builtin_prefetch(x + (ahead + i) * b.stride + j, 0, 2);
+    };
+    V sums[kRows] = {};
+    int64_t j = 0;
+    for (; j + W <= b.d; j += W) {
+      const V column = S::load(v + j);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        if (i % 2) fetch(i, j);
+        sums[i] += S::load(x + i * b.stride + j) * column;
+      }
+    }
+    Real z[kRows], total = 0;
+    for (int i = 0; i < kRows; i += 4) S::sum4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], z + i);
+    for (int i = 0; i < kRows; ++i) {
+      for (int64_t l = j; l < b.d; ++l) z[i] += widen(x[i * b.stride + l]) * v[l];
+      if (b.intercept) z[i] += b.intercept[0];
+      z[i] *= b.weights[r + i];
+      total += z[i];
+    }
+    if (b.intercept) b.g_intercept[0] += total;
+    for (j = 0; j + W <= b.d; j += W) {
+      V even = S::load(b.g + j), odd = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; i += 2) {
+        fetch(i, j);
+        even += z[i] * S::load(x + i * b.stride + j);
+        odd += z[i + 1] * S::load(x + (i + 1) * b.stride + j);
+      }
+      S::store(b.g + j, even + odd);
+    }
+    for (; j < b.d; ++j)
+      for (int i = 0; i < kRows; ++i) b.g[j] += z[i] * widen(x[i * b.stride + j]);
+  }
+
   static HG_INLINE void dot_columns(const Block& b, int64_t c, int64_t count) {
     if constexpr (kSingle)
       return dot_rows<kLong<1>, 1>(b, 0, c);

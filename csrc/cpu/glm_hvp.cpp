@@ -10,15 +10,16 @@
 namespace hg::cpu {
 namespace {
 
-// One vector: a block stays in L1 between its two uses. Several: it is used often enough to live in L2.
-constexpr int64_t kSingleBytes = 8 << 10, kManyBytes = 128 << 10;
+// Of a block: it lives in L2 between its two uses; for one vector, which goes through it a few rows at a time, it could
+// have any size.
+constexpr int64_t kBytes = 128 << 10;
 // Rows of a block come in multiples of this, which is one of the rows of most register tiles.
 constexpr int64_t kTileRows = 8;
 // Rows of a block at the most: its sums over rows are plain, and longer ones would round worse than torch's.
 constexpr int64_t kMaxRows = 256;
 // Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
-// Blocks summed before they are added to the total: keeps the rounding error of long sums down.
+// Sums over rows that are added up before they go to the total: keeps the rounding error of long sums down.
 constexpr int64_t kFlush = 64;
 
 template <class X, class Real>
@@ -70,10 +71,10 @@ struct Product {
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
     const int64_t d = data.d, classes = data.classes, K = k * classes;
     const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
-    const int64_t fitting =
-        (K == 1 ? kSingleBytes : kManyBytes) / std::max<int64_t>(1, d * (K == 1 ? sizeof(X) : sizeof(Real)));
+    const int64_t fitting = kBytes / std::max<int64_t>(1, d * (K == 1 ? sizeof(X) : sizeof(Real)));
     const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, kMaxRows);
     const int64_t blocks = (data.n + block - 1) / block;
+    const int64_t flush = K == 1 ? std::max<int64_t>(1, kFlush * kTileRows / block) : kFlush;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
     const int64_t ranges = team.ranges(blocks, 4);
@@ -90,7 +91,7 @@ struct Product {
     share(ranges, team, [&](int64_t range) {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
       Real* total = totals.data() + range * size;
-      std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
+      std::vector<Real> z(block * K), partial(last - first > flush ? size : 0, Real(0));
       const Buffer<Real> wide(kNarrow && K > 1 ? block * d : 0);
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
@@ -106,7 +107,7 @@ struct Product {
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
         job.next_stride = data.stride * sizeof(X), job.size = sizeof(X);
         multiply(job, wide.get());
-        if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
+        if (g != total && ((i - first) % flush == flush - 1 || i + 1 == last))
           for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
       }
     });
