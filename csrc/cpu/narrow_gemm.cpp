@@ -11,6 +11,8 @@ namespace {
 
 // Multiply-adds below which a second thread is not worth waiting for.
 constexpr int64_t kGrain = 1 << 20;
+// Rows or columns of the longer side that go to one thread come in multiples of this, which no tile is larger than.
+constexpr int64_t kTile = 32;
 // Elements of a row that stay in the first cache while all rows of the other factor pass.
 constexpr int64_t kStrip = 1024;
 
@@ -110,11 +112,8 @@ struct NarrowBodies {
       for (int64_t t = 0; t < g.depth; t += kDeep) {
         const int64_t deep = std::min<int64_t>(kDeep, g.depth - t);
         int64_t j = g.first;
-        for (; j + 2 * W <= g.last; j += 2 * W)
-          for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t i = block * g.rows / blocks, count = (block + 1) * g.rows / blocks - i;
-            tiles<kRows>(g, i, count, j, t, deep);
-          }
+        for (; j + 2 * W <= g.last; j += 2 * W) columns<2>(g, blocks, j, t, deep);
+        for (; j + W <= g.last; j += W) columns<1>(g, blocks, j, t, deep);
         for (int64_t i = 0; i < g.rows; ++i)
           for (int64_t k = j; k < g.last; ++k) {
             Real& at = g.out[i * g.out_row + k];
@@ -125,43 +124,61 @@ struct NarrowBodies {
       }
     }
 
-    template <int R>
-    static HG_INLINE void tiles(const Few<Real>& g, int64_t i, int64_t count, int64_t j, int64_t t, int64_t deep) {
-      if constexpr (R > 1)
-        if (count < R) return tiles<R - 1>(g, i, count, j, t, deep);
-      if (deep == kDeep)
-        tile<R>(g, i, j, t, kDeep);
-      else
-        tile<R>(g, i, j, t, deep);
+    // C registers of columns, for all rows.
+    template <int C>
+    static HG_INLINE void columns(const Few<Real>& g, int64_t blocks, int64_t j, int64_t t, int64_t deep) {
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t i = block * g.rows / blocks, count = (block + 1) * g.rows / blocks - i;
+        tiles<kRows, C>(g, i, count, j, t, deep);
+      }
     }
 
-    template <int R>
+    template <int R, int C>
+    static HG_INLINE void tiles(const Few<Real>& g, int64_t i, int64_t count, int64_t j, int64_t t, int64_t deep) {
+      if constexpr (R > 1)
+        if (count < R) return tiles<R - 1, C>(g, i, count, j, t, deep);
+      if (deep == kDeep)
+        tile<R, C>(g, i, j, t, kDeep);
+      else
+        tile<R, C>(g, i, j, t, deep);
+    }
+
+    template <int R, int C>
     static HG_INLINE void tile(const Few<Real>& g, int64_t i, int64_t j, int64_t t, int64_t deep) {
-      V sums[R][2];
+      V sums[R][C];
       Real* const out = g.out + i * g.out_row + j;
       const bool add = t > 0 || g.accumulate;
 #pragma GCC unroll 10
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c) sums[r][c] = add ? S::load(out + r * g.out_row + c * W) : V{};
+        for (int c = 0; c < C; ++c) sums[r][c] = add ? S::load(out + r * g.out_row + c * W) : V{};
       const Real *a = g.a + i * g.a_row + t * g.a_depth, *b = g.b + t * g.b_depth + j;
 #pragma GCC unroll 4
       for (int64_t u = 0; u < deep; ++u, a += g.a_depth, b += g.b_depth) {
         // The rows after these: so many streams at once are more than the hardware follows.
-        if (i == 0) __builtin_prefetch(b + kDeep * g.b_depth), __builtin_prefetch(b + kDeep * g.b_depth + W);
-        const V row[2] = {S::load(b), S::load(b + W)};
+        V row[C];
+#pragma GCC unroll 2
+        for (int c = 0; c < C; ++c) {
+          if (i == 0) __builtin_prefetch(b + kDeep * g.b_depth + c * W);
+          row[c] = S::load(b + c * W);
+        }
 #pragma GCC unroll 10
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-          for (int c = 0; c < 2; ++c) sums[r][c] += a[r * g.a_row] * row[c];
+          for (int c = 0; c < C; ++c) sums[r][c] += a[r * g.a_row] * row[c];
       }
 #pragma GCC unroll 10
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < 2; ++c) S::store(out + r * g.out_row + c * W, sums[r][c]);
+        for (int c = 0; c < C; ++c) S::store(out + r * g.out_row + c * W, sums[r][c]);
     }
   };
 };
+
+// Where the part of a task begins, at a whole tile.
+int64_t begin_of(int64_t task, int64_t tasks, int64_t total, int64_t tile) {
+  return task == tasks ? total : task * ((total + tile - 1) / tile) / tasks * tile;
+}
 
 }  // namespace
 
@@ -179,8 +196,8 @@ void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots) {
       function({slots[left.slot] + left.offset + n * left.strides[0],
                 slots[right.slot] + right.offset + n * right.strides[0], rows(left, turned), rows(right, !turned),
                 slots[g.out.slot] + g.out.offset + n * g.out.strides[0], turned ? 1 : g.out.strides[1],
-                turned ? g.out.strides[1] : 1, task * total / team.threads, (task + 1) * total / team.threads, narrow,
-                g.a.sizes[2], g.accumulate});
+                turned ? g.out.strides[1] : 1, begin_of(task, team.threads, total, kTile),
+                begin_of(task + 1, team.threads, total, kTile), narrow, g.a.sizes[2], g.accumulate});
     });
 }
 
@@ -193,8 +210,8 @@ void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots) {
     share(team.threads, team, [&](int64_t task) {
       function({slots[g.a.slot] + g.a.offset + n * g.a.strides[0], slots[g.b.slot] + g.b.offset + n * g.b.strides[0],
                 g.a.strides[1], g.a.strides[2], g.b.strides[1], slots[g.out.slot] + g.out.offset + n * g.out.strides[0],
-                g.out.strides[1], g.out.sizes[1], task * columns / team.threads, (task + 1) * columns / team.threads,
-                g.a.sizes[2], g.accumulate});
+                g.out.strides[1], g.out.sizes[1], begin_of(task, team.threads, columns, kTile),
+                begin_of(task + 1, team.threads, columns, kTile), g.a.sizes[2], g.accumulate});
     });
 }
 
