@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from bench.measure import RESULTS
-from bench.peers import CLOSED_FORM, OURS, PEERS
+from bench.peers import CLOSED_FORM, COMPILED, OURS, PEERS
 from bench.peers.problems import PROBLEMS, TITLES
 from bench.peers.run import OK
 from bench.peers.tasks import TASKS
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN, END = "<!-- peers: written by python -m bench report -->", "<!-- /peers -->"
-OTHERS = [peer for peer in PEERS if peer not in (OURS, CLOSED_FORM)]
+OTHERS = [peer for peer in PEERS if peer not in (OURS, COMPILED, CLOSED_FORM)]
 
 Row = dict[str, object]
 
@@ -38,6 +38,16 @@ def timed(rows: Iterable[Row]) -> list[Row]:
 def losses(rows: Iterable[Row]) -> list[Row]:
     """Where another package is faster than ours: more than half of the rounds."""
     return [row for row in timed(rows) if row["peer"] in OTHERS and row["times"] < 1]
+
+
+def against(variant: str, rows: Iterable[Row]) -> list[Row]:
+    """Rows of other packages with the times that another form of ours is faster, where it was timed."""
+    own = {(row["problem"], row["task"]): row["times"] for row in timed(rows) if row["peer"] == variant}
+    return [
+        row | {"times": row["times"] / own[row["problem"], row["task"]]}
+        for row in timed(rows)
+        if row["peer"] in OTHERS and (row["problem"], row["task"]) in own
+    ]
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:
@@ -142,6 +152,10 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
         )
     else:
         out.append("Nowhere in this run.")
+    compiled = against(COMPILED, rows)
+    if compiled:
+        out += ["", '### The same with `engine="compiled"`, which takes some seconds once, as jitted packages do', ""]
+        out += markdown(["against", *PROBLEMS, "all"], _means(compiled, "problem", PROBLEMS))
     split = products_and_rest(rows)
     if split:
         out += ["", "### Milliseconds per product, and of all that is done once", ""]

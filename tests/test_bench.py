@@ -17,7 +17,7 @@ from tests.allocations import peak
 pytest.importorskip("bench", reason="runs in a checkout, where bench/ is")
 
 from bench import compare, report, scaling  # noqa: E402
-from bench.peers import CLOSED_FORM, OURS, PEERS, adapter, run  # noqa: E402
+from bench.peers import CLOSED_FORM, COMPILED, OURS, PEERS, adapter, run  # noqa: E402
 from bench.peers.problems import Problem  # noqa: E402
 from bench.peers.tasks import TARGET, TASKS, concrete, exact, flat, steps_to_target  # noqa: E402
 
@@ -177,6 +177,17 @@ def test_means_are_geometric_and_of_what_was_timed():
     ((line),) = report.pivot(rows, "peer", "problem", ([BY_HAND], ["mlp", "cnn", "lstm"]))
     assert line == [BY_HAND, "2.00", "8.00", "-", "4.00"]
     assert not report.losses(rows)
+
+
+def test_another_form_of_ours_is_held_against_the_same_rows():
+    rows = [
+        made_up(BY_HAND, "mlp", "cg20", 2.0),
+        made_up(BY_HAND, "cnn", "cg20", 3.0),
+        made_up(COMPILED, "mlp", "cg20", 0.5),
+        made_up(COMPILED, "cnn", "cg20", None, "failed: no compiler"),
+    ]
+    (row,) = report.against(COMPILED, rows)
+    assert row["problem"] == "mlp" and row["times"] == 4.0
 
 
 def test_products_are_told_from_the_rest():

@@ -11,13 +11,15 @@ import importlib
 from types import ModuleType
 
 OURS = "hypergrad_ext"
+COMPILED = "hypergrad_ext, compiled"
 CLOSED_FORM = "hypergrad_ext, closed form"
 # Name in tables: the module here, the distribution whose version counts.
 PEERS: dict[str, tuple[str, str]] = {
     OURS: ("ours", "hypergrad_ext"),
+    COMPILED: ("compiled", "hypergrad_ext"),
     CLOSED_FORM: ("closed_form", "hypergrad_ext"),
     "by hand, _foreach": ("by_hand", "torch"),
-    "torch.compile": ("compiled", "torch"),
+    "torch.compile": ("torch_compile", "torch"),
     "hypertorch": ("hypertorch", "hypergrad"),
     "betty-ml": ("betty", "betty-ml"),
     "TorchOpt": ("torchopt", "torchopt"),

@@ -20,7 +20,7 @@ def solver_of(problem: Problem, task: Task) -> hg.Solver:
     return hg.CG(tol=1e-20, max_steps=task.steps)
 
 
-def make(problem: Problem, task: Task) -> Callable[[], list[Tensor]]:
+def make(problem: Problem, task: Task, engine: str = "auto") -> Callable[[], list[Tensor]]:
     """`inverse_hvp` or `hypergradient`."""
     solver, params = solver_of(problem, task), problem.params
     names = list(params)
@@ -33,12 +33,14 @@ def make(problem: Problem, task: Task) -> Callable[[], list[Tensor]]:
                 problem.hparams,
                 solver,
                 damping=problem.damping,
+                engine=engine,
             )
         )
     b = problem.vectors(task.vectors) if task.vectors else problem.b
     v = dict(zip(names, b, strict=True))
 
     def run() -> list[Tensor]:
-        return list(hg.inverse_hvp(problem.train_loss, params, v, solver, damping=problem.damping).values())
+        x = hg.inverse_hvp(problem.train_loss, params, v, solver, damping=problem.damping, engine=engine)
+        return list(x.values())
 
     return run

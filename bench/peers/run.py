@@ -89,8 +89,8 @@ def _quiet() -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions of the packages that are installed."""
     found = {}
-    for name, (module, distribution) in PEERS.items():
-        if module in ("ours", "closed_form", "by_hand", "compiled", "hypertorch"):
+    for name, (_, distribution) in PEERS.items():
+        if distribution in ("hypergrad_ext", "torch", "hypergrad"):  # ours, torch's own, and one without a version
             continue
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(distribution)
