@@ -205,12 +205,8 @@ class Space:
                     "in the place of vmap give it a leading dimension"
                 )
         lead = () if batch is None else (batch,)
-        if graph:
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
             flat = torch.cat([t.reshape(*lead, -1).to(self.dtype) for t in tensors], dim=-1)
-        else:
-            flat = torch.empty(*lead, self.numel, dtype=self.dtype, device=self.device)
-            for t, part in zip(tensors, flat.split(self.sizes, dim=-1), strict=True):
-                part.copy_(t.detach().reshape(*lead, -1))
         dtypes = [t.dtype for t in tensors]
 
         def restore(x: Tensor) -> Tree:
