@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,17 @@ from hypergrad_ext import _native
 
 def norms(flat: Tensor) -> Tensor:
     """Euclidean norm of a vector ``(n,)``, as ``()``, or of each of several ``(k, n)``, as ``(k,)``; float64."""
-    if _runs((flat,)):
-        return _native._C.norms([flat.detach()], None if flat.dim() == 1 else len(flat))
+    compiled = _compiled((flat,))
+    if compiled is not None:
+        return compiled.norms([flat.detach()], None if flat.dim() == 1 else len(flat))
     return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
 
 
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is NaN or infinite; the device is asked once."""
     parts = [t.detach() for t in tensors]
-    if _runs(parts) and bool(_native._C.norms(parts, None).isfinite()):
+    compiled = _compiled(parts)
+    if compiled is not None and bool(compiled.norms(parts, None).isfinite()):
         return True
     # Squares of float64 may overflow where the elements are finite.
     return bool(torch.nn.utils.get_total_norm(parts, torch.inf).isfinite())
@@ -53,13 +56,13 @@ def power_of_two_scale(flat: Tensor, norm: Tensor | None = None) -> Tensor:
     return torch.ldexp(torch.ones_like(exponent, dtype=flat.dtype), -exponent.clamp(-limit, limit))
 
 
-def _runs(tensors: Sequence[Tensor]) -> bool:
-    """Whether the compiled norm takes them."""
-    return (
-        _native._C is not None
-        and bool(tensors)
+def _compiled(tensors: Sequence[Tensor]) -> Any | None:
+    """The compiled module, if it takes them."""
+    runs = (
+        bool(tensors)
         and tensors[0].dtype in (torch.float32, torch.float64)
         and all(t.device.type == "cpu" and t.dtype == tensors[0].dtype and t.is_contiguous() for t in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
     )
+    return _native._C if runs else None
