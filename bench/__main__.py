@@ -1,4 +1,4 @@
-"""``python -m bench report``: one page from all results; ``python -m bench compare --base REV``: two commits."""
+"""``python -m bench report``: all results; ``compare --base REV``: two commits; ``agree FOLDER``: two runs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import sys
 
 def main() -> None:
     """Hand over to the command."""
-    commands = ("report", "compare")
+    commands = ("report", "compare", "agree")
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         raise SystemExit(f"usage: python -m bench {{{','.join(commands)}}}")
     command = sys.argv.pop(1)
     if command == "report":
         from bench.report import main
+    elif command == "agree":
+        from bench.agree import main
     else:
         from bench.compare import main
     main()

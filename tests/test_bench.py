@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.allocations import peak
 
 pytest.importorskip("bench", reason="runs in a checkout, where bench/ is")
 
-from bench import compare, report, scaling  # noqa: E402
+from bench import agree, compare, report, scaling  # noqa: E402
 from bench.peers import CLOSED_FORM, COMPILED, OURS, PEERS, adapter, run  # noqa: E402
 from bench.peers.problems import Problem  # noqa: E402
 from bench.peers.tasks import TARGET, TASKS, concrete, exact, flat, steps_to_target  # noqa: E402
@@ -193,6 +194,24 @@ def test_another_form_of_ours_is_held_against_the_same_rows():
 def test_products_are_told_from_the_rest():
     rows = [made_up(OURS, "mlp", f"neumann{k}", 7.0 + 0.5 * k) for k in (20, 100)]
     assert report.products_and_rest([*rows, made_up(BY_HAND, "mlp", "neumann20", 1.0)]) == [["mlp", OURS, "0.5", "7"]]
+
+
+def test_two_runs_agree_where_their_spreads_overlap(tmp_path, monkeypatch, capsys):
+    def results(folder, times, text):
+        row = made_up(BY_HAND, "mlp", "cg20", times) | {"low": 0.9 * times, "high": 1.1 * times}
+        kernel = {"list": "150 tensors", "threads": 1, "fused us": 20.0, "x loop": text}
+        folder.mkdir()
+        (folder / "peers.json").write_text(json.dumps({"environment": {}, "rows": [row]}))
+        (folder / "step.json").write_text(json.dumps({"environment": {}, "rows": [kernel]}))
+
+    results(tmp_path / "first", 2.0, "3.10 (3.00-3.20)")
+    results(tmp_path / "second", 2.1, "4.00 (3.80-4.20)")
+    monkeypatch.setattr(agree, "RESULTS", tmp_path / "second")
+    monkeypatch.setattr("sys.argv", ["agree", str(tmp_path / "first")])
+    agree.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["peers.json: 1 of 1 agree", "step.json: 0 of 1 agree"]
+    assert lines[2].startswith("  1.19 apart") and lines[2].endswith("x loop: 4 and 3.1")
 
 
 def test_readme_shows_the_committed_results():
