@@ -96,17 +96,23 @@ struct Accumulate {
   }
 };
 
+// Columns that a product of matrices so wide has to fill: whole registers of AVX2, which are half ones of AVX-512.
+template <class Real>
+int64_t filled(int64_t columns) {
+  constexpr int64_t kUnit = 32 / static_cast<int64_t>(sizeof(Real));
+  return (columns + kUnit - 1) / kUnit * kUnit;
+}
+
 template <class Real, template <class> class Finish>
 struct Gemm {
   Factors<Real> factors[2];
   int terms;
-  int64_t rows, columns;  // columns: rounded up to whole vectors, for which there must be place
+  int64_t rows, columns;  // columns: rounded up by `filled`, for which there must be place
   Finish<Real> finish;
 
   template <class Tiles>
   struct Body {
     using S = Simd<Real, Tiles::bytes>;
-    using V = typename S::V;
     static constexpr int W = S::width;
 
     static HG_INLINE void run(const Gemm& g) {
@@ -114,23 +120,27 @@ struct Gemm {
       constexpr bool kLarge = Tiles::bytes == 64;
       int64_t j = 0;
       if constexpr (kLarge)
-        for (; j + 4 * W <= g.columns; j += 4 * W) strip<6, 4>(g, j);
-      for (; j + 2 * W <= g.columns; j += 2 * W) strip<kLarge ? 8 : 5, 2>(g, j);
-      for (; j < g.columns; j += W) strip<8, 1>(g, j);
+        for (; j + 4 * W <= g.columns; j += 4 * W) strip<S, 6, 4>(g, j);
+      for (; j + 2 * W <= g.columns; j += 2 * W) strip<S, kLarge ? 8 : 5, 2>(g, j);
+      for (; j + W <= g.columns; j += W) strip<S, 8, 1>(g, j);
+      if constexpr (kLarge)
+        if (j < g.columns) strip<Simd<Real, Tiles::bytes / 2>, 8, 1>(g, j);
     }
 
-    template <int R, int C>
+    template <class S, int R, int C>
     static HG_INLINE void strip(const Gemm& g, int64_t j) {
       int64_t i = 0;
-      for (; i + R <= g.rows; i += R) tile<R, C>(g, i, j);
-      for (; i + 4 <= g.rows; i += 4) tile<4, C>(g, i, j);
-      for (; i + 2 <= g.rows; i += 2) tile<2, C>(g, i, j);
-      for (; i < g.rows; ++i) tile<1, C>(g, i, j);
+      for (; i + R <= g.rows; i += R) tile<S, R, C>(g, i, j);
+      for (; i + 4 <= g.rows; i += 4) tile<S, 4, C>(g, i, j);
+      for (; i + 2 <= g.rows; i += 2) tile<S, 2, C>(g, i, j);
+      for (; i < g.rows; ++i) tile<S, 1, C>(g, i, j);
     }
 
-    template <int R, int C>
+    template <class S, int R, int C>
     static HG_INLINE void tile(const Gemm& g, int64_t i, int64_t j) {
       // Unrolled by command: else the sums are zeroed and finished in memory, not in registers.
+      using V = typename S::V;
+      constexpr int W = S::width;
       V sums[R][C];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)

@@ -185,15 +185,14 @@ class Product {
       if (along_inputs) {
         NarrowGemm<Real>::run({{by_v, by_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
       } else if (l == last) {
-        constexpr int64_t kHalf = kMlpPadding / 2 / sizeof(Real);  // a padded row may be half empty
-        const int64_t columns = (layer.out + kHalf - 1) / kHalf * kHalf;
-        Gemm<Real, PlusBias>::run({{by_v, by_w}, terms, rows, columns, {packed + at.bias, delta, at.out_row}});
+        Gemm<Real, PlusBias>::run(
+            {{by_v, by_w}, terms, rows, filled<Real>(layer.out), {packed + at.bias, delta, at.out_row}});
       } else {
         Gemm<Real, ThroughActivation>::run(
             {{by_v, by_w},
              terms,
              rows,
-             at.out,
+             filled<Real>(layer.out),
              {packed + at.bias, real(layer.slope, begin), real(layer.bend, begin), layer.slope.stride,
               layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out_row}});
       }
@@ -205,14 +204,15 @@ class Product {
       const Factors<Real> of_delta{delta, at.out_row, inputs(l), rows};
       if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias});
       if (l == 0) {
-        Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, at.in, {sum + at.sum, at.in_row}});
+        Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row}});
         break;
       }
       const MlpLayer& before = layers_[l - 1];
       for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
       const Real* tangent = tangents + rows * layout_[l - 1].tangent;
       const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, {tangent, at.in_row}, rows};
-      Gemm<Real, Accumulate>::run({{of_delta, of_tangent}, 2, layer.out, at.in, {sum + at.sum, at.in_row}});
+      Gemm<Real, Accumulate>::run(
+          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row}});
       const Matrix weight = at.w_rows < 0 ? Matrix{real(layer.weight), layer.weight.stride}
                                           : Matrix::apart(weights_->get() + at.w_rows, layer.out);
       const Matrix vector =
@@ -223,7 +223,7 @@ class Product {
           {{by_w, by_v},
            2,
            rows,
-           at.in,
+           filled<Real>(layer.in),
            {real(before.slope, begin), before.bend.data ? curved + rows * layout_[l - 1].tangent : nullptr,
             before.slope.stride, at.in_row, next_delta, at.in_row}});
     }
