@@ -358,6 +358,19 @@ def test_no_warning_without_cause():
             hg.inverse_hvp((w**2).sum(), w, torch.ones(3), solver)
 
 
+@pytest.mark.parametrize("shape", [(40,), (3, 40)])
+@pytest.mark.parametrize(
+    "solver", ["auto", hg.CG(), hg.Neumann(3), hg.Identity(), hg.Direct(), hg.Chebyshev(4), hg.MINRES()]
+)
+def test_the_right_hand_side_stays_as_it_is(solver, shape):
+    a, b = spd(40, 20.0), 1e-6 * torch.randn(shape, dtype=torch.float64)
+    before = b.clone()
+    for _ in range(2):
+        solutions = [hg.solve(hg.DenseMatrix(a), b, solver, residual=residual).value for residual in (False, True)]
+        assert torch.equal(b, before)
+        assert_close(solutions[0], solutions[1], 1e-12)
+
+
 def test_a_solution_prints_in_a_line():
     solution = hg.solve(hg.DenseMatrix(torch.eye(500)), torch.ones(500), hg.CG(), history=True)
     assert "converged" in repr(solution)

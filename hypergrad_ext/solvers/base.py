@@ -26,7 +26,7 @@ class Outcome:
     """What a solver hands back.
 
     Attributes:
-        x: The solution in the flat layout.
+        x: The solution in the flat layout, which the caller may overwrite.
         statuses: One status per row.
         steps: Steps taken.
         detail: The numbers behind the status.
