@@ -216,7 +216,7 @@ class Hessian(LinearOperator):
         return self.products.hvp(v)
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """``H v`` for a batch: by replay, on every thread a product at a time, or one batched pass where that is faster."""
+        """``H v`` for a batch: by replay, a product on every thread, or one batched pass where that is faster."""
         return self.products.hvps(v)
 
     def prepare(self, products: int, rows: int) -> Hessian:
