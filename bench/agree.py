@@ -1,6 +1,6 @@
 """Whether two runs of the suite agree within the spread they print: ``python -m bench agree FOLDER``.
 
-``FOLDER`` holds the results of another run on the same machine, by default a copy of ``bench/results`` made before the
+``FOLDER`` holds the results of another run on the same machine, such as a copy of ``bench/results`` made before the
 suite ran again. Every ratio has quartiles: two runs agree on it if the ranges between them overlap.
 """
 

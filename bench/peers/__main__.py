@@ -16,10 +16,10 @@ QUICK_TASKS = ("neumann20", "hypergradient")
 def main() -> None:
     """Measure, print and save."""
     # JAX counts its threads when it is imported: processors come first.
-    from bench.peers import PEERS
+    from bench.peers import COMPILED, PEERS
 
     parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two tasks, three rounds, without torch.compile")
+    parser.add_argument("--quick", action="store_true", help="two tasks, three rounds, nothing that compiles torch")
     parser.add_argument("--problem", action="append", help="default: all")
     parser.add_argument("--task", action="append", help="default: all")
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="default: all")
@@ -41,7 +41,7 @@ def main() -> None:
         for name in given or ():
             if name not in known:
                 parser.error(f"expected one of {', '.join(known)}, got {name}")
-    peers = options.peer or [p for p in PEERS if not (options.quick and p == "torch.compile")]
+    peers = options.peer or [p for p in PEERS if not (options.quick and p in ("torch.compile", COMPILED))]
     rounds = options.rounds or (3 if options.quick else 7)
     name = f"peers_{'quick_' if options.quick else ''}threads{options.threads}"
     rows = []

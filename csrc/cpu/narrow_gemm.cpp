@@ -176,8 +176,8 @@ struct NarrowBodies {
 };
 
 // Where the part of a task begins, at a whole tile.
-int64_t begin_of(int64_t task, int64_t tasks, int64_t total, int64_t tile) {
-  return task == tasks ? total : task * ((total + tile - 1) / tile) / tasks * tile;
+int64_t begin_of(int64_t task, int64_t tasks, int64_t total) {
+  return task == tasks ? total : task * ((total + kTile - 1) / kTile) / tasks * kTile;
 }
 
 }  // namespace
@@ -196,8 +196,8 @@ void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots) {
       function({slots[left.slot] + left.offset + n * left.strides[0],
                 slots[right.slot] + right.offset + n * right.strides[0], rows(left, turned), rows(right, !turned),
                 slots[g.out.slot] + g.out.offset + n * g.out.strides[0], turned ? 1 : g.out.strides[1],
-                turned ? g.out.strides[1] : 1, begin_of(task, team.threads, total, kTile),
-                begin_of(task + 1, team.threads, total, kTile), narrow, g.a.sizes[2], g.accumulate});
+                turned ? g.out.strides[1] : 1, begin_of(task, team.threads, total),
+                begin_of(task + 1, team.threads, total), narrow, g.a.sizes[2], g.accumulate});
     });
 }
 
@@ -210,8 +210,8 @@ void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots) {
     share(team.threads, team, [&](int64_t task) {
       function({slots[g.a.slot] + g.a.offset + n * g.a.strides[0], slots[g.b.slot] + g.b.offset + n * g.b.strides[0],
                 g.a.strides[1], g.a.strides[2], g.b.strides[1], slots[g.out.slot] + g.out.offset + n * g.out.strides[0],
-                g.out.strides[1], g.out.sizes[1], begin_of(task, team.threads, columns, kTile),
-                begin_of(task + 1, team.threads, columns, kTile), g.a.sizes[2], g.accumulate});
+                g.out.strides[1], g.out.sizes[1], begin_of(task, team.threads, columns),
+                begin_of(task + 1, team.threads, columns), g.a.sizes[2], g.accumulate});
     });
 }
 
