@@ -12,6 +12,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #endif
 
+#include <algorithm>
 #include <map>
 #include <string_view>
 #include <typeinfo>
@@ -37,7 +38,8 @@ bool generated(const Node& node) {
          type == "N5torch8autograd13CopyBackwardsE";
 }
 
-bool has_hooks(Node& node) {
+bool has_hooks(const NodePtr& pointer) {
+  Node& node = *pointer;
   return !node.tensor_pre_hooks().empty() || !node.retains_grad_hooks().empty() || !node.pre_hooks().empty() ||
          !node.post_hooks().empty();
 }
@@ -50,6 +52,8 @@ Place place_of(const at::Tensor& t) {
   const void* place = t.numel() > 0 ? t.const_data_ptr() : static_cast<const void*>(t.unsafeGetTensorImpl());
   return {place, t.scalar_type(), t.sizes().vec(), t.strides().vec()};
 }
+
+int64_t version_of(const at::Tensor& t) { return t.is_inference() ? 0 : t._version(); }
 
 bool plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet special({c10::DispatchKey::Python, c10::DispatchKey::FuncTorchBatched,
@@ -79,11 +83,17 @@ Graph::Graph(const std::vector<at::Tensor>& outputs, const std::vector<at::Tenso
   if (!refusal.empty()) key.clear(), tensors.clear();
 }
 
+bool Graph::current() const {
+  const bool written = !std::equal(tensors.begin(), tensors.end(), versions_.begin(), versions_.end(),
+                                   [](const at::Tensor& t, int64_t version) { return version_of(t) == version; });
+  return refusal.empty() && !written && without_hooks_();
+}
+
 #if defined(HG_HAVE_VISITOR)
 void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves,
                  const std::vector<at::Tensor>& seeds) {
   AutogradCompilerCall call(SizeInput::DYNAMIC);
-  std::vector<NodePtr> todo;
+  std::vector<NodePtr> todo, nodes;
   std::unordered_set<const Node*> seen;
   const auto edge_to = [&](const at::Tensor& t) {
     const auto edge = torch::autograd::impl::gradient_edge(t);
@@ -98,9 +108,10 @@ void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::T
   while (!todo.empty()) {
     const NodePtr node = std::move(todo.back());
     todo.pop_back();
+    nodes.push_back(node);
     NodeCall& visited = call.node_calls.lookup(node);
     put(key, visited.id), put(key, reinterpret_cast<intptr_t>(typeid(*node).name()));
-    if (has_hooks(*node)) return void(refusal = node->name() + " has hooks");
+    if (has_hooks(node)) return void(refusal = node->name() + " has hooks");
     if (dynamic_cast<const torch::autograd::AccumulateGrad*>(node.get())) continue;  // its state does not matter
     if (!generated(*node)) return void(refusal = node->name() + " may do anything");
     const size_t before = call.tensor_args.inputs.size();
@@ -130,6 +141,8 @@ void Graph::look(const std::vector<at::Tensor>& outputs, const std::vector<at::T
     put(key, places.emplace(place_of(t), i).first->second);
     put_layout(key, t), put(key, t.storage_offset()), put(key, t.unsafeGetTensorImpl()->is_wrapped_number());
   }
+  for (const at::Tensor& t : tensors) versions_.push_back(version_of(t));
+  without_hooks_ = [nodes = std::move(nodes)] { return std::none_of(nodes.begin(), nodes.end(), has_hooks); };
   // What ops may depend on besides their arguments.
   const auto local = c10::impl::tls_local_dispatch_key_set();
   put(key, local.included_.raw_repr()), put(key, local.excluded_.raw_repr());

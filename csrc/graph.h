@@ -4,6 +4,7 @@
 #include <ATen/DimVector.h>
 #include <ATen/core/Tensor.h>
 
+#include <functional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -13,6 +14,9 @@ namespace hg::plan {
 // Where a tensor is and how it is laid out: tensors of equal place are the same numbers.
 using Place = std::tuple<const void*, at::ScalarType, std::vector<int64_t>, std::vector<int64_t>>;
 Place place_of(const at::Tensor& t);
+
+// How often it was written to, as far as that is counted.
+int64_t version_of(const at::Tensor& t);
 
 // Dense numbers on the CPU, without a meaning of their own (no subclass, no transform, no lazy conjugate).
 bool plain(const at::Tensor& t);
@@ -33,9 +37,15 @@ struct Graph {
   std::vector<at::Tensor> tensors;  // that its nodes have saved, in an order that the key decides, and seeds
   std::string refusal;              // why there is no key
 
+  // Whether it is as it was when it was looked at: nothing that it has saved was written to, and no node got hooks.
+  bool current() const;
+
  private:
   void look(const std::vector<at::Tensor>& outputs, const std::vector<at::Tensor>& leaves,
             const std::vector<at::Tensor>& seeds);
+
+  std::vector<int64_t> versions_;        // of tensors
+  std::function<bool()> without_hooks_;  // looks at the nodes again
 };
 
 }  // namespace hg::plan

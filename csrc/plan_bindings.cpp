@@ -132,11 +132,12 @@ class Reader {
   Plan& plan_;
 };
 
-std::shared_ptr<Plan> make(bool is_double, int64_t arena, std::vector<int64_t> leaves, int64_t constants,
-                           int64_t dynamic, int64_t scalars, std::vector<double> immediates,
+std::shared_ptr<Plan> make(bool is_double, int64_t arena, std::vector<int64_t> leaves, std::vector<int64_t> outputs,
+                           int64_t constants, int64_t dynamic, int64_t scalars, std::vector<double> immediates,
                            const py::list& instructions) {
   auto plan = std::make_shared<Plan>();
   plan->is_double = is_double, plan->arena = arena, plan->leaves = std::move(leaves);
+  plan->outputs = std::move(outputs);
   plan->constants = constants, plan->dynamic = dynamic, plan->scalars = scalars;
   plan->immediates = std::move(immediates);
   Reader reader(*plan);
@@ -237,6 +238,7 @@ void bind_links(py::module_& m) {
         return std::make_unique<Graph>(tensors(outputs), tensors(leaves), tensors(seeds));
       }))
       .def_property_readonly("key", [](const Graph& self) { return py::bytes(self.key); })
+      .def("current", &Graph::current)
       .def_readonly("refusal", &Graph::refusal);
   py::class_<Link>(m, "Link")
       .def("constants", [](const Link& self, const Graph& graph) { return list_of(self.constants(graph)); })

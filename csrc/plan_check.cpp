@@ -6,9 +6,8 @@
 namespace hg::plan {
 
 void check(Plan& plan) {
-  const int64_t leaves = static_cast<int64_t>(plan.leaves.size());
-  const int64_t first_constant = 1 + leaves, first_dynamic = first_constant + plan.constants;
-  const int64_t first_out = first_dynamic + plan.dynamic;
+  const int64_t first_constant = plan.first_constant(), first_dynamic = plan.first_dynamic();
+  const int64_t first_out = plan.first_output();
   plan.extents.assign(plan.constants, 0);
   std::vector<int64_t> results(plan.dynamic, 0);
   const auto extent = [](const View& view) {
@@ -31,7 +30,7 @@ void check(Plan& plan) {
     const int64_t there = slot == 0               ? plan.arena
                           : slot < first_constant ? plan.leaves[slot - 1]
                           : slot < first_out      ? results[slot - first_dynamic]
-                                                  : plan.leaves[slot - first_out];
+                                                  : plan.outputs[slot - first_out];
     TORCH_CHECK_VALUE(end <= there, "a view reaches element ", end, " of ", there, " in slot ", slot);
   };
   for (const Instruction& instruction : plan.instructions) {

@@ -56,6 +56,8 @@ bool dense(const at::Tensor& t, bool several) {
 
 int64_t Plan::numel() const { return std::accumulate(leaves.begin(), leaves.end(), int64_t{0}); }
 
+int64_t Plan::output_numel() const { return std::accumulate(outputs.begin(), outputs.end(), int64_t{0}); }
+
 int64_t Plan::operations() const {
   int64_t sum = 0;
   for (const Instruction& instruction : instructions) sum += std::visit(Operations{}, instruction.work);
@@ -98,6 +100,7 @@ void Bound::check_vectors(const char* name, const at::Tensor& t) const {
   TORCH_CHECK_VALUE(t.is_cpu() && t.dim() == 2 && t.size(1) == plan_->numel() && t.is_contiguous(), name,
                     " must be contiguous on the CPU with shape (k, ", plan_->numel(), "), got ", t.sizes(), " on ",
                     t.device());
+  TORCH_CHECK_VALUE(plan_->outputs == plan_->leaves, "a solve needs products of the shapes of its vectors");
 }
 
 at::Tensor Bound::product(at::TensorList v, std::optional<int64_t> rows) {
@@ -118,7 +121,8 @@ at::Tensor Bound::product(at::TensorList v, std::optional<int64_t> rows) {
     parts.push_back({static_cast<char*>(t.data_ptr()), rows ? t.stride(0) * plan_->item() : 0});
   }
   const at::TensorOptions options = at::TensorOptions().dtype(plan_->dtype());
-  at::Tensor out = rows ? empty({k, plan_->numel()}, options) : empty({plan_->numel()}, options);
+  const int64_t n = plan_->output_numel();
+  at::Tensor out = rows ? empty({k, n}, options) : empty({n}, options);
   run(parts, k, static_cast<char*>(out.data_ptr()));
   return out;
 }
@@ -134,7 +138,7 @@ void Bound::run(const at::Tensor& v, const at::Tensor& out) {
 }
 
 void Bound::run(const std::vector<Part>& v, int64_t rows, char* out) {
-  const int64_t row_bytes = plan_->numel() * plan_->item();
+  const int64_t row_bytes = plan_->output_numel() * plan_->item();
   const auto one = [&](int64_t row, Lane& lane) {
     std::vector<char*> parts(v.size());
     for (size_t i = 0; i < v.size(); ++i) parts[i] = v[i].data + row * v[i].stride;

@@ -40,8 +40,9 @@ struct Instruction {
 
 struct Plan {
   bool is_double = false;
-  int64_t arena = 0;            // elements
-  std::vector<int64_t> leaves;  // elements of the vector's parts
+  int64_t arena = 0;             // elements
+  std::vector<int64_t> leaves;   // elements of the vector's parts
+  std::vector<int64_t> outputs;  // and of the results'
   int64_t constants = 0, dynamic = 0, scalars = 0, views = 0;
   std::vector<double> immediates;  // numbers that follow the solve's scalars
   std::vector<Instruction> instructions;
@@ -49,9 +50,13 @@ struct Plan {
 
   at::ScalarType dtype() const { return is_double ? at::kDouble : at::kFloat; }
   int64_t item() const { return is_double ? 8 : 4; }  // bytes of an element
-  int64_t numel() const;
-  int64_t operations() const;  // of a product, roughly
-  int64_t slots() const { return 1 + 2 * static_cast<int64_t>(leaves.size()) + constants + dynamic; }
+  int64_t numel() const;                              // elements of a vector
+  int64_t output_numel() const;                       // and of a result
+  int64_t operations() const;                         // of a product, roughly
+  int64_t first_constant() const { return 1 + static_cast<int64_t>(leaves.size()); }
+  int64_t first_dynamic() const { return first_constant() + constants; }
+  int64_t first_output() const { return first_dynamic() + dynamic; }
+  int64_t slots() const { return first_output() + static_cast<int64_t>(outputs.size()); }
 };
 
 // Whether torch's BLAS can be called.
@@ -77,7 +82,7 @@ class Bound {
   // product as one flat tensor, or one for each vector, (rows, elements).
   at::Tensor product(at::TensorList v, std::optional<int64_t> rows);
 
-  // As glm_neumann_solve and glm_cg_solve.
+  // As glm_neumann_solve and glm_cg_solve, of a plan whose results are of the vectors' shapes.
   std::tuple<at::Tensor, at::Tensor> neumann_series(const at::Tensor& b, double alpha, double damping, int64_t steps,
                                                     const at::Tensor& stop);
   std::tuple<at::Tensor, at::Tensor, at::Tensor> conjugate_gradients(const at::Tensor& b, double damping, int64_t steps,

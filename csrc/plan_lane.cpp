@@ -32,14 +32,13 @@ Lane::Lane(const Plan& plan, const std::vector<at::Tensor>& constants, const std
       views_(plan.views),
       slots_(plan.slots(), nullptr) {
   slots_[0] = arena_.data_ptr();
-  const int64_t first = 1 + static_cast<int64_t>(plan.leaves.size());
-  for (int64_t i = 0; i < plan.constants; ++i) slots_[first + i] = constants[i].data_ptr();
+  for (int64_t i = 0; i < plan.constants; ++i) slots_[plan.first_constant() + i] = constants[i].data_ptr();
 }
 
 void Lane::run(const std::vector<char*>& v, char* out) {
   std::copy(v.begin(), v.end(), slots_.begin() + 1);
-  auto slot = slots_.begin() + 1 + v.size() + plan_.constants + plan_.dynamic;
-  for (const int64_t leaf : plan_.leaves) *slot++ = out, out += leaf * plan_.item();
+  auto slot = slots_.begin() + plan_.first_output();
+  for (const int64_t output : plan_.outputs) *slot++ = out, out += output * plan_.item();
   plan_.is_double ? run_as<double>() : run_as<float>();
 }
 
@@ -48,7 +47,7 @@ void Lane::run_as() {
   using Kernels = cpu::PlanKernels<Real>;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   Real* const* slots = reinterpret_cast<Real* const*>(slots_.data());
-  const int64_t first = 1 + static_cast<int64_t>(plan_.leaves.size()) + plan_.constants;
+  const int64_t first = plan_.first_dynamic();
   for (const Instruction& instruction : plan_.instructions) {
     switch (instruction.work.index()) {
       case 0:
@@ -121,7 +120,7 @@ void Lane::call(const Aten& aten) {
     stack.assign(list.begin(), list.end());
   }
   TORCH_CHECK(stack.size() == aten.results.size(), aten.op.schema(), " gave ", stack.size(), " results");
-  const int64_t first = 1 + static_cast<int64_t>(plan_.leaves.size()) + plan_.constants;
+  const int64_t first = plan_.first_dynamic();
   for (size_t i = 0; i < stack.size(); ++i) {
     if (!aten.results[i]) continue;
     const View& expected = *aten.results[i];

@@ -226,7 +226,7 @@ Name Recorder::constant(const at::Tensor& t) {
     if (origins_) origins_->constant(t);
     if (zeros_.count(t.unsafeGetTensorImpl()) > 0) zero_constants_.push_back(next);
     constants_.push_back(t);
-    versions_.push_back(t.is_inference() ? 0 : t._version());
+    versions_.push_back(version_of(t));
   }
   fixed_.insert_or_assign(t.unsafeGetTensorImpl(), Known{at->second, Shell(t.getIntrusivePtr())});
   return at->second;
@@ -285,8 +285,7 @@ bool Recorder::finish(const std::vector<at::Tensor>& product) {
   for (const at::Tensor& t : constants_) put('c'), put_layout(key_, t);
   put(static_cast<int64_t>(scalars_.size()));
   for (size_t i = 0; i < constants_.size(); ++i) {
-    if (!constants_[i].is_inference() && constants_[i]._version() != versions_[i])
-      refuse("a constant was overwritten during the product");
+    if (version_of(constants_[i]) != versions_[i]) refuse("a constant was overwritten during the product");
   }
   return refusal_.empty();
 }

@@ -64,6 +64,7 @@ class Bilevel:
         )
         self.hparams = take_apart("hparams", hparams)
         check_hparams(self.hparams, self.hessian.params)
+        self.hessian.expect_mixed(self.hparams.tensors)
         self._v, self._direct = self._validation_gradients(val_loss, direct)
 
     def system(self, operator: LinearOperator | None) -> tuple[LinearOperator, Tree, str]:

@@ -157,6 +157,11 @@ class Products:
             return self._timed(self._gradient.hvps, v, k)
         return self._replayed(v, k)
 
+    def mixed(self, x: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None]:
+        """``d <gradient, x> / d others``, replayed where products are, if the gradient knows of ``others``."""
+        replayed = None if self._traced is None else self._traced.mixed(x, others)
+        return self._gradient.mixed(x, others) if replayed is None else replayed
+
     def _passes_backward(self) -> bool:
         if self._eager or torch._C._len_torch_dispatch_stack() > 0:
             return True

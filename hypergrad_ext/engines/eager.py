@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,11 @@ class RetainedGradient:
     """
 
     def __init__(
-        self, grads: Sequence[Tensor | None] | None, leaves: Sequence[Tensor], loss: Tensor | None = None
+        self,
+        grads: Sequence[Tensor | None] | None,
+        leaves: Sequence[Tensor],
+        loss: Tensor | None = None,
+        others: Sequence[Tensor] = (),
     ) -> None:
         """Keep gradients that have a graph.
 
@@ -38,11 +43,15 @@ class RetainedGradient:
                 built from the loss when it is needed, which a solve by replay may never do.
             leaves: The tensors it was taken by.
             loss: The scalar whose gradient it is, with its graph.
+            others: What `mixed` will be asked for, as far as that is known.
         """
         self.leaves = list(leaves)
         self.loss = loss
+        self.others = list(others)
         self._given = grads
         self._zeros: dict[int, Tensor] = {}
+        # The loss's graph, taken down for the first product; see `linked`.
+        self.graph: Any | None = None
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
 
@@ -86,9 +95,9 @@ class RetainedGradient:
         self.used, self._curved = shape
 
     @classmethod
-    def of(cls, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
+    def of(cls, loss: Tensor, leaves: Sequence[Tensor], others: Sequence[Tensor] = ()) -> RetainedGradient:
         """Build the gradient graph of a scalar loss."""
-        return cls(None, leaves, loss).fresh()
+        return cls(None, leaves, loss, others).fresh()
 
     def fresh(self, seed: Tensor | None = None) -> RetainedGradient:
         """The gradient of the same loss, built anew."""
@@ -98,13 +107,21 @@ class RetainedGradient:
                 grads = torch.autograd.grad(self.loss, self.leaves, seed, create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)
-        return RetainedGradient(grads, self.leaves, self.loss)
+        return RetainedGradient(grads, self.leaves, self.loss, self.others)
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, one tensor per leaf. Cost: one backward pass through the gradient's graph."""
         if not self.curved:
             return [self._zero(i) for i in range(len(self.leaves))]
-        return [self._zero(i) if h is None else h for i, h in enumerate(self._pull(self.leaves, v))]
+        return self._whole(self._pull(self.leaves, v))
+
+    def hvp_and_mixed(self, v: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor | None]]:
+        """``H v`` and the mixed derivative by the `others`, of a curved gradient, in one backward pass."""
+        parts = self._pull([*self.leaves, *self.others], v)
+        return self._whole(parts[: len(self.leaves)]), list(parts[len(self.leaves) :])
+
+    def _whole(self, parts: Sequence[Tensor | None]) -> list[Tensor]:
+        return [self._zero(i) if part is None else part for i, part in enumerate(parts)]
 
     def hvps(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` for a batch: one batched backward pass, or one after another, as the first batch shows to be faster.

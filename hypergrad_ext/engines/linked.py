@@ -36,6 +36,7 @@ class _Known:
     link: Any | None
     key: Hashable
     scalars: list[float]
+    mixed: list[bool]
     first: weakref.ref[RetainedGradient]
     shape: tuple[list[bool], list[int]]
     confirmed: bool = False
@@ -48,13 +49,15 @@ def look(gradient: RetainedGradient, v: Sequence[Tensor]) -> Any | None:
     """The graph of a loss, taken down; None where that cannot be."""
     if any(t.device.type != "cpu" or not t.is_contiguous() for t in v):
         return None
-    return _graph(gradient)
+    seen, gradient.graph = gradient.graph, None
+    # By now what the graph has saved may have been overwritten.
+    return seen if seen is not None and seen.current() else _graph(gradient)
 
 
 def _graph(gradient: RetainedGradient) -> Any | None:
     if _native._C is None or gradient.loss is None or gradient.loss.device.type != "cpu":
         return None
-    graph = _native._C.Graph([gradient.loss], gradient.leaves, [gradient.seed])
+    graph = _native._C.Graph([gradient.loss], [*gradient.leaves, *gradient.others], [gradient.seed])
     return None if graph.refusal else graph
 
 
@@ -64,8 +67,8 @@ def recall(gradient: RetainedGradient) -> bool:
     known = None if graph is None else _known.get(graph.key)
     if known is None or known.link is None or not known.confirmed:
         return False
-    # The graph is looked at again for the first product: by then what it has saved may have been overwritten.
     gradient.assume(known.shape)
+    gradient.graph = graph
     return True
 
 
@@ -79,7 +82,7 @@ def find(graph: Any) -> Recording | None:
     except RuntimeError as error:
         _refuse(known, str(error))
         return None
-    return Recording(known.key, constants, known.scalars)
+    return Recording(known.key, constants, known.scalars, mixed=known.mixed)
 
 
 def wanted(graph: Any) -> bool:
@@ -88,22 +91,25 @@ def wanted(graph: Any) -> bool:
     return known is None or (known.link is not None and not known.confirmed)
 
 
-def learn(graph: Any, recording: Recording, gradient: RetainedGradient) -> None:
-    """Make a link from recorded passes, or hold the one that there is against them."""
+def learn(graph: Any, recording: Recording, gradient: RetainedGradient) -> bool:
+    """Make a link from recorded passes, or hold the one that there is against them; whether it is now confirmed."""
     known = _known.get(graph.key)
     if known is None:
-        known = _Known(recording.link, recording.key, recording.scalars, weakref.ref(gradient), gradient.shape)
+        first, mixed = weakref.ref(gradient), recording.mixed
+        known = _Known(recording.link, recording.key, recording.scalars, mixed, first, gradient.shape)
         _known.put(graph.key, known)
     elif known.link is None or known.confirmed or known.first() is gradient:
-        return
+        return False
     else:
         known.confirmed = True
     if known.link is None:
-        return
-    if (known.key, known.scalars, known.shape) != (recording.key, recording.scalars, gradient.shape):
+        return False
+    shown = recording.key, recording.scalars, recording.mixed, gradient.shape
+    if (known.key, known.scalars, known.mixed, known.shape) != shown:
         _refuse(known, "another recording")
     elif not known.link.agrees(graph, recording.constants):
         _refuse(known, "other constants")
+    return known.confirmed
 
 
 def _refuse(known: _Known, reason: str) -> None:

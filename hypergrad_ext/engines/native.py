@@ -22,7 +22,7 @@ class Plan:
     """A program as the compiled module runs it. Holds no tensors of a solve."""
 
     def __init__(self, compiled: Any, derived: list[Callable], shapes: list[torch.Size]) -> None:
-        """Wrap a compiled plan."""
+        """Wrap a compiled plan, with the shapes of its results."""
         self._compiled = compiled
         self._derived = derived
         self._shapes = shapes
@@ -31,7 +31,7 @@ class Plan:
         """The plan with the data of one solve, and memory of its own."""
         with torch.no_grad():
             all_constants = [*constants, *(f(constants, scalars) for f in self._derived)]
-        return Bound(self._compiled.bind([t.detach() for t in all_constants], list(scalars)), self._shapes)
+        return Bound(self._compiled.bind(all_constants, list(scalars)), self._shapes)
 
 
 class Bound:
@@ -45,13 +45,13 @@ class Bound:
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` in new tensors."""
-        flat = self._compiled.product([t.detach() for t in v])
+        flat = self._compiled.product(v)
         return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
 
     def products(self, v: Sequence[Tensor]) -> list[Tensor]:
         """The same for tensors with a leading dimension k; torch's threads make whole products, if there is work."""
         k = len(v[0])
-        flat = self._compiled.product([t.detach() for t in v], k)
+        flat = self._compiled.product(v, k)
         return [t.view(k, *shape) for t, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)]
 
     def neumann_series(
@@ -84,10 +84,15 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
     """
     if _native._C is None:
         raise Unsupported(_native.MISSING)
-    leaves = [recording.details.tensors[f"v{i}"] for i in range(program.leaves)]
+    leaves, outputs = (
+        [recording.details.tensors[name] for name in names]
+        for names in ([f"v{i}" for i in range(program.leaves)], program.outputs)
+    )
     dtype = leaves[0].dtype
     if dtype not in (torch.float32, torch.float64) or any(t.dtype != dtype for t in leaves):
         raise Unsupported("the native plan needs parameters that are all float32 or all float64")
+    if any(t.dtype != dtype or not t.numel() for t in outputs):
+        raise Unsupported("the native plan gives results of the parameters' dtype, with elements")
     if any(t.device.type != "cpu" for t in (*leaves, *recording.constants)):
         raise Unsupported("the native plan runs on the CPU")
     if not _native._C.has_blas:
@@ -106,13 +111,14 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
         dtype == torch.float64,
         arena,
         [t.numel() for t in leaves],
+        [t.numel() for t in outputs],
         constants,
         lowering.dynamic,
         len(recording.scalars),
         lowering.immediates,
         serialised(instructions, (1, program.leaves, constants, lowering.dynamic)),
     )
-    return Plan(compiled, lowering.derived, [t.shape for t in leaves])
+    return Plan(compiled, lowering.derived, [t.shape for t in outputs])
 
 
 def serialised(instructions: Sequence[Instruction], counts: tuple[int, int, int, int]) -> list[tuple]:

@@ -24,10 +24,10 @@ class Program:
         run: ``run(v, constants, scalars)`` gives the result's parts as a list.
     """
 
-    def __init__(self, recording: Recording) -> None:
-        """Simplify a recording and compile its function."""
+    def __init__(self, recording: Recording, results: slice = slice(None)) -> None:
+        """Simplify a recording, as far as it leads to some of its results, and compile its function."""
         details = recording.details
-        self.calls, self.outputs = _without_repeats(details.calls, details.outputs)
+        self.calls, self.outputs = _without_repeats(details.calls, details.outputs[results])
         self.calls, self.outputs = _without_zeros(self.calls, self.outputs, details)
         self.calls = _without_unused(self.calls, self.outputs)
         self.leaves = sum(name[0] == "v" for name in recording.details.tensors)

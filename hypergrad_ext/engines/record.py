@@ -53,6 +53,7 @@ class Recording:
         constants: ``c0, c1, ...``: saved tensors, parameters, and whatever else does not depend on the vector.
         scalars: ``s0, s1, ...``.
         link: How the constants come about, if that was asked for and is known; see `linked`.
+        mixed: Of every tensor by which the product is followed by the mixed derivative, whether it has a part of it.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class Recording:
         scalars: list[float],
         details: Callable[[], Details] | None = None,
         link: Any | None = None,
+        mixed: Sequence[bool] = (),
     ) -> None:
         """Keep what every solve needs; ``details`` are for the solve that compiles."""
         self.key = key
         self.constants = constants
         self.scalars = scalars
         self.link = link
+        self.mixed = list(mixed)
         self._details = details
 
     @functools.cached_property

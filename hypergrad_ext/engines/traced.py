@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Counts:
 counts = Counts()
 # A program holds no tensors.
 _compiled: Recent[Callable | native.Plan] = Recent(64)
+_Linear = Callable[[Sequence[Tensor]], list[Tensor]]
 _logged: set[str] = set()
 
 
@@ -53,8 +55,8 @@ class TracedGradient:
     The first product is an ordinary backward pass that is recorded on the way. Its operations find their
     compiled program in a cache that is shared by all solves; the saved tensors of this solve become its
     constants. From the third solve of a loss with a like graph on, they are found without that pass, and without the
-    gradient's graph, if `linked` can. A
-    product that cannot be replayed goes on as a backward pass, and the log says why.
+    gradient's graph, if `linked` can; then the mixed derivative is replayed, too, by a plan of its own from the same
+    recording. A product that cannot be replayed goes on as a backward pass, and the log says why.
 
     Attributes:
         form: How products are run: ``"traced"``, ``"native"``, ``"compiled"``, ``"cuda_graph"``; ``"eager"`` after a
@@ -70,9 +72,11 @@ class TracedGradient:
         self.form = form
         self.reason = ""
         self.seconds = 0.0
-        self._run: Callable[[Sequence[Tensor]], list[Tensor]] | None = None
+        self._run: _Linear | None = None
         self._bound: native.Bound | cuda_graph.Bound | None = None
         self._versions: list[tuple[Tensor, int]] = []
+        # That of a link; passes that are recorded in this solve have the gradient's graph.
+        self._found: Recording | None = None
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, one tensor per parameter."""
@@ -87,6 +91,16 @@ class TracedGradient:
             return self._bound.products(v)
         products = [self.hvp([t[j] for t in v]) for j in range(len(v[0]))]
         return [torch.stack(parts) for parts in zip(*products, strict=True)]
+
+    def mixed(self, x: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor | None] | None:
+        """The mixed derivative, where that is replayed without the gradient's graph; else None."""
+        if self._found is None or not self._unchanged() or not _same(others, self._gradient.others):
+            return None
+        plan = _compiled.get(("mixed", self._found.key))
+        if not isinstance(plan, native.Plan) or any(t.dtype != x[0].dtype for t in self._gradient.leaves):
+            return None
+        parts = iter(plan.bind(self._found.constants, self._found.scalars).product(x))
+        return [next(parts) if part else None for part in self._found.mixed]
 
     def bound_now(self) -> native.Bound | cuda_graph.Bound | None:
         """What runs whole solves, if it runs the products: a native plan or a CUDA graph."""
@@ -105,12 +119,10 @@ class TracedGradient:
             counts.linked += 1
             self.seconds = self._clock() - begin
             self._bind(found, v)
+            self._found = found
             return None
         try:
-            follow = graph if graph is not None and linked.wanted(graph) else None
-            # To be followed from the loss on, the gradient is built once more.
-            product = self._gradient.hvp if follow is None else self._from_loss
-            recording, result = record(product, v, follow)
+            recording, result = self._record(graph, v)
             counts.recorded += 1
             self.seconds = self._clock() - begin
             self._bind(recording, v)
@@ -118,13 +130,45 @@ class TracedGradient:
             counts.refused += 1
             self._refuse(str(refusal))
             return self._gradient.hvp(v)
-        if follow is not None:
-            linked.learn(follow, recording, self._gradient)
+        if graph is not None and linked.learn(graph, recording, self._gradient):
+            self._prepare_mixed(recording, v)
         # A product with a graph would be a leak.
         return [t.detach() for t in result]
 
-    def _from_loss(self, v: Sequence[Tensor]) -> list[Tensor]:
-        return self._gradient.fresh(self._gradient.seed).hvp(v)
+    def _record(self, graph: Any | None, v: Sequence[Tensor]) -> tuple[Recording, list[Tensor]]:
+        """Record a product, if it may be linked to ``graph`` together with the mixed derivative."""
+        if graph is None:
+            return record(self._gradient.hvp, v)
+        mixed: list[bool] = []
+
+        def product(v: Sequence[Tensor]) -> list[Tensor]:
+            # To be followed from the loss on, the gradient is built once more.
+            gradient = self._gradient.fresh(self._gradient.seed) if follow is not None else self._gradient
+            whole, parts = gradient.hvp_and_mixed(v)
+            mixed.extend(part is not None for part in parts)
+            return [*whole, *(part for part in parts if part is not None)]
+
+        follow = graph if linked.wanted(graph) else None
+        recording, result = record(product, v, follow)
+        recording.mixed = mixed
+        return recording, result[: len(v)]
+
+    def _prepare_mixed(self, recording: Recording, v: Sequence[Tensor]) -> None:
+        """Compile the mixed derivative for solves that will have no graph of the gradient."""
+        key = "mixed", recording.key
+        if self.form == "traced" or not any(recording.mixed) or _compiled.get(key) is not None:
+            return
+        try:
+            plan = native.lower(Program(recording, slice(len(v), None)), recording)
+            bound = plan.bind(recording.constants, recording.scalars)
+            self._check(bound.product, self._mixed_parts, v)
+        except (Unsupported, Untraceable) as refusal:
+            _log_once(f"mixed derivatives by backward passes: {refusal}")
+        else:
+            _compiled.put(key, plan)
+
+    def _mixed_parts(self, v: Sequence[Tensor]) -> list[Tensor]:
+        return [part for part in self._gradient.mixed(v, self._gradient.others) if part is not None]
 
     def _bind(self, recording: Recording, v: Sequence[Tensor]) -> None:
         program = self._program(recording, v)
@@ -148,7 +192,7 @@ class TracedGradient:
             bound = cuda_graph.bind(recording.key, program, recording.constants, recording.scalars, v)
             counts.captured += bound.fresh
             if bound.fresh:
-                self._check(bound.product, v)
+                self._check(bound.product, self._gradient.hvp, v)
         except Untraceable as refusal:
             self.reason = str(refusal)
             _log_once(f"Hessian-vector products without a CUDA graph: {refusal}")
@@ -159,12 +203,12 @@ class TracedGradient:
         program = self._cached(recording)
         if program is not None:
             return program
-        program = self._compile(recording)
+        program = self._compile(recording, len(v))
         constants, scalars = recording.constants, recording.scalars
         if isinstance(program, native.Plan):
-            self._check(program.bind(constants, scalars).product, v)
+            self._check(program.bind(constants, scalars).product, self._gradient.hvp, v)
         else:
-            self._check(lambda w: program(w, constants, scalars), v)
+            self._check(lambda w: program(w, constants, scalars), self._gradient.hvp, v)
         counts.compiled += 1
         _compiled.put(self._key(recording), program)
         return program
@@ -175,8 +219,8 @@ class TracedGradient:
     def _key(self, recording: Recording) -> Hashable:
         return "traced" if self.form == "cuda_graph" else self.form, recording.key
 
-    def _compile(self, recording: Recording) -> Callable | native.Plan:
-        program = Program(recording)
+    def _compile(self, recording: Recording, parts: int) -> Callable | native.Plan:
+        program = Program(recording, slice(parts))
         if self.form in ("native", "compiled"):
             try:
                 return native.lower(program, recording, compile_kernels=self.form == "compiled")
@@ -189,11 +233,10 @@ class TracedGradient:
         run = torch.compile(program.run, fullgraph=True, dynamic=False) if self.form == "compiled" else program.run
         return torch.no_grad()(run)
 
-    def _check(self, product: Callable[[Sequence[Tensor]], list[Tensor]], v: Sequence[Tensor]) -> None:
-        """Compare with an eager product for another vector: a recording that missed something is found here."""
+    def _check(self, replay: _Linear, backward: _Linear, v: Sequence[Tensor]) -> None:
+        """Compare with a backward pass for another vector: a recording that missed something is found here."""
         w = [_other(t) for t in v]
-        truth = self._gradient.hvp(w)
-        value = product(w)
+        truth, value = backward(w), replay(w)
         total = float(torch.stack([t.double().norm() for t in truth]).norm())
         if not total < float("inf"):
             raise Untraceable("a product is not finite")
@@ -220,6 +263,11 @@ def _log_once(message: str) -> None:
     if message not in _logged:
         _logged.add(message)
         _logger.warning(message)
+
+
+def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether they are the very same tensors."""
+    return [id(t) for t in tensors] == [id(t) for t in others]
 
 
 def _other(t: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class Hessian(LinearOperator):
         self.module = params if isinstance(params, nn.Module) else None
         self._gradient: Gradient | None = None
         self._products: Products | None = None
+        self._hparams: list[Tensor] = []
         self._engine = engine
         if isinstance(loss, Tensor):
             check_loss(name, loss)
@@ -259,15 +260,19 @@ class Hessian(LinearOperator):
 
     def mixed(self, x: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor | None]:
         r""":math:`x^\top \partial^2 L / \partial w\, \partial \lambda`; None for a tensor that the gradient ignores."""
-        return self.gradient.mixed(x, hparams)
+        return (self.gradient if self._products is None else self._products).mixed(x, hparams)
+
+    def expect_mixed(self, hparams: Sequence[Tensor]) -> None:
+        """Take note, before the first product, that `mixed` by these will follow: they are recorded together."""
+        self._hparams = list(hparams)
 
     def _gradient_of(self, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
         """The gradient with its graph; not built yet if replayed products are expected to need none."""
         if self._batches is None and expects_replay(self._key(), self._engine):
-            gradient = RetainedGradient(None, leaves, loss)
+            gradient = RetainedGradient(None, leaves, loss, self._hparams)
             if recall(gradient):
                 return gradient
-        return RetainedGradient.of(loss, leaves)
+        return RetainedGradient.of(loss, leaves, self._hparams)
 
     def _differentiate(self) -> Gradient:
         if isinstance(self._loss, Tensor):
