@@ -50,8 +50,6 @@ struct Gemm {
   View a, b, out;
   bool accumulate;
 };
-// Most that a small product adds up, and its most multiply-adds.
-constexpr int64_t kSmallDepth = 128, kSmallOps = 1 << 18;
 // Most rows or columns of a narrow product, and the least that it adds up.
 constexpr int64_t kNarrow = 16, kNarrowDepth = 64;
 
@@ -79,7 +77,6 @@ namespace hg::cpu {
 
 template <class Real>
 struct PlanKernels {
-  // Small products only.
   static void multiply(const plan::Gemm& g, Real* const* slots);
   // Narrow ones: of factors that are both dense along what is added up; with few rows, where b and out have dense ones.
   static void dots(const plan::Gemm& g, Real* const* slots);

@@ -280,7 +280,6 @@ void bind_recorder(py::module_& m) {
 void bind(py::module_& m) {
   bind_links(m);
   bind_recorder(m);
-  m.attr("has_blas") = has_blas();
   py::class_<Bound, std::shared_ptr<Bound>>(m, "BoundPlan")
       .def(
           "product",

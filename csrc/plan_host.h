@@ -59,13 +59,6 @@ struct Plan {
   int64_t slots() const { return first_output() + static_cast<int64_t>(outputs.size()); }
 };
 
-// Whether torch's BLAS can be called.
-bool has_blas();
-
-// out = a b, or out += a b.
-template <class Real>
-void multiply(const Gemm& g, Real* const* slots);
-
 // Refuses a plan with a view outside its memory, and notes how far views of constants reach.
 void check(Plan& plan);
 

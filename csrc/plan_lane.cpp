@@ -12,6 +12,18 @@
 namespace hg::plan {
 namespace {
 
+// By the kernel for its shape.
+template <class Real>
+void multiply(const Gemm& g, Real* const* slots) {
+  using Kernels = cpu::PlanKernels<Real>;
+  const int64_t rows = g.out.sizes[1], columns = g.out.sizes[2];
+  const bool deep = g.a.sizes[2] >= kNarrowDepth;
+  if (deep && std::min(rows, columns) <= kNarrow && g.a.strides[2] == 1 && g.b.strides[1] == 1)
+    return Kernels::dots(g, slots);
+  if (deep && rows <= kNarrow && columns > kNarrow && g.b.strides[2] == 1) return Kernels::few_rows(g, slots);
+  Kernels::multiply(g, slots);
+}
+
 template <class Real>
 void call(const Compiled& kernel, Real* const* slots, const std::vector<double>& numbers) {
   std::array<void*, kMaxPlaces> places;

@@ -4,8 +4,6 @@ from torch import Tensor
 
 _Tensors = list[Tensor] | tuple[Tensor, ...]
 
-has_blas: bool
-
 def build_info() -> dict[str, object]: ...
 def neumann_step_(
     v: _Tensors, p: _Tensors, hv: _Tensors, stats: Tensor, alpha: float, damping: float = 0.0

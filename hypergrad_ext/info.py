@@ -66,7 +66,7 @@ def _backends_of(op: ops.Op, device: str) -> list[list[str]]:
 
 
 def _engine() -> str:
-    if _native._C is None or not _native._C.has_blas:
+    if _native._C is None:
         return "on the CPU recorded torch operations where they are measured to be faster, else backward passes"
     return "native plans on the CPU, CUDA graphs on a GPU, if measured faster than backward passes; the log says which"
 

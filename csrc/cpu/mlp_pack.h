@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "mlp_gemm.h"
 #include "simd.h"
+#include "turn.h"
 
 namespace hg::cpu {
 
@@ -39,7 +39,6 @@ struct Transpose {
   template <class Tiles>
   struct Body {
     using S = Simd<Real, Tiles::bytes>;
-    using V = typename S::V;
     static constexpr int W = S::width;
 
     static HG_INLINE void run(const Transpose& m) {
@@ -48,7 +47,7 @@ struct Transpose {
         for (int64_t j = 0; j < m.columns; j += W)
           for (int64_t i = p; i < p + P; i += W)
             if (i + W <= m.rows && j + W <= m.columns)
-              whole(m, i, j, panel + j * P + i - p, std::make_integer_sequence<int, W>());
+              turn<S>(m.in + i * m.in_stride + j, m.in_stride, panel + j * P + i - p, P);
             else
               part(m, i, j, panel + j * P + i - p);
     }
@@ -60,27 +59,6 @@ struct Transpose {
         for (; r < filled; ++r) out[r] = m.in[(i + r) * m.in_stride + c];
         for (; r < W; ++r) out[r] = 0;
       }
-    }
-
-    // Swaps off-diagonal quarters of ever larger blocks, all in registers.
-    template <int... L>
-    static HG_INLINE void whole(const Transpose& m, int64_t i, int64_t j, Real* out,
-                                std::integer_sequence<int, L...> lanes) {
-      V x[W];
-      for (int r = 0; r < W; ++r) x[r] = S::load(m.in + (i + r) * m.in_stride + j);
-      swap<1>(x, lanes), swap<2>(x, lanes), swap<4>(x, lanes), swap<8>(x, lanes);
-      for (int c = 0; c < W; ++c) S::store(out + c * P, x[c]);
-    }
-
-    template <int Step, int... L>
-    static HG_INLINE void swap(V (&x)[W], std::integer_sequence<int, L...>) {
-      if constexpr (Step < W)
-        for (int r = 0; r < W; ++r) {
-          if (r & Step) continue;
-          const V a = x[r], b = x[r + Step];
-          x[r] = __builtin_shufflevector(a, b, (L & Step ? W + L - Step : L)...);
-          x[r + Step] = __builtin_shufflevector(a, b, (L & Step ? W + L : L + Step)...);
-        }
     }
   };
 

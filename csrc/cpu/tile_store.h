@@ -19,35 +19,31 @@ HG_INLINE void copy_few(const Real* from, Real* to, int64_t count) {
     }
 }
 
-// out (+)= sums, R rows `row` elements apart, of which the first `inside` of C vectors' elements are there.
+// out (+)= sums, R rows `row` elements apart, of which the first `inside` of C vectors' elements are there: all of
+// those before the last vector.
 template <class S, class Real, int R, int C>
 HG_INLINE void store_tile(typename S::V (&sums)[R][C], Real* out, int64_t row, int64_t inside, bool accumulate) {
   constexpr int W = S::width;
-  if (inside == C * W) {
+  const int64_t whole = inside / W, rest = inside % W;
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) {
-        Real* at = out + r * row + c * W;
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      Real* at = out + r * row + c * W;
+      if (c < C - 1 || whole == C) {
         if (accumulate) sums[r][c] += S::load(at);
         S::store(at, sums[r][c]);
+        continue;
       }
-    return;
-  }
-  // As many vectors as there are, by way of memory, where what is not inside may be left out.
-  Real values[C * W] = {};
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    Real* at = out + r * row;
-    if (accumulate) {
-      copy_few<C * W>(at, values, inside);
-#pragma GCC unroll 2
-      for (int c = 0; c < C; ++c) sums[r][c] += S::load(values + c * W);
+      // By way of memory, where what is not inside may be left out.
+      Real values[W] = {};
+      if (accumulate) {
+        copy_few<W / 2>(at, values, rest);
+        sums[r][c] += S::load(values);
+      }
+      S::store(values, sums[r][c]);
+      copy_few<W / 2>(values, at, rest);
     }
-#pragma GCC unroll 2
-    for (int c = 0; c < C; ++c) S::store(values + c * W, sums[r][c]);
-    copy_few<C * W>(values, at, inside);
-  }
 }
 
 }  // namespace hg::cpu

@@ -95,10 +95,6 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
         raise Unsupported("the native plan gives results of the parameters' dtype, with elements")
     if any(t.device.type != "cpu" for t in (*leaves, *recording.constants)):
         raise Unsupported("the native plan runs on the CPU")
-    if not _native._C.has_blas:
-        raise Unsupported("this torch exports no BLAS")
-    if max(t.numel() for t in recording.details.tensors.values()) >= 2**31:
-        raise Unsupported("a tensor has more elements than BLAS counts")
     lowering = Lowering(program, recording, dtype)
     for call in program.calls:
         lowering.call(call)
