@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,6 @@ class Space:
         self.sizes = [t.numel() for t in leaves.tensors]
         self.numel = sum(self.sizes)
         self._starts = [0, *itertools.accumulate(self.sizes)][:-1]
-        self._strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
         if self.numel == 0:
             raise ValueError(
                 f"{leaves.names[0]}: expected at least one element in all, got shape {tuple(self.shapes[0])}"
@@ -169,6 +169,11 @@ class Space:
         self.dtype = torch.float64 if torch.float64 in self.dtypes else torch.float32
         self.uniform = len(set(self.dtypes)) == 1
         self.exact = self.uniform and self.dtypes[0] == self.dtype
+
+    @functools.cached_property
+    def _strides(self) -> list[tuple[int, ...]]:
+        """Of contiguous tensors of the parameters' shapes."""
+        return [torch.empty(shape, device="meta").stride() for shape in self.shapes]
 
     def pack(self, argument: str, tree: Tree, *, rows: int | None = None, graph: bool = False) -> Packed:
         """Copy a vector, or a batch of vectors, of this space into a new flat buffer.
