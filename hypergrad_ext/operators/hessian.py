@@ -60,8 +60,8 @@ class Hessian(LinearOperator):
     their graphs, and build no graph of the gradient as long as nothing else needs it, the mixed derivative of a
     hypergradient included (not with Python's autograd functions or hooks, whose doings a graph does not show).
     Recording costs one to four products, which no count shows, and none of it has been run on a GPU yet. Called inside
-    of ``torch.compile``, all of this breaks the graph and runs as it is. Peak memory, as a multiple of that of a training
-    step (seven models from MLP to LSTM; bench/results): backward passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4,
+    of ``torch.compile``, all of this breaks the graph and runs as it is. Peak memory, as a multiple of that of a
+    training step (seven models from MLP to LSTM; bench/results): backward passes 2.3 to 6.4, ``"traced"`` 2.8 to 7.4,
     ``"native"`` 4.1 to 8.8; a CUDA graph keeps a copy of what its program saved, and its intermediates, for the next
     solve. Where that is too much, give the batch in parts (``batches``): no more than one part's graph is held.
 
