@@ -22,6 +22,7 @@ constexpr int64_t kGroupBytes = 256, kPart = 24;
 constexpr int64_t kDepth = 768;
 // A right factor that is read by few rows, or that fits the first cache, is read where it is.
 constexpr int64_t kFewRows = 24, kFirstCache = 32 << 10;
+
 // out (+)= a b for one matrix of a batch, or a part of its rows and columns; element (i, t) of a at i * a_row +
 // t * a_depth, and so on.
 template <class Real>
