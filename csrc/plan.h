@@ -77,6 +77,7 @@ namespace hg::cpu {
 
 template <class Real>
 struct PlanKernels {
+  // A product of any shape.
   static void multiply(const plan::Gemm& g, Real* const* slots);
   // Narrow ones: of factors that are both dense along what is added up; with few rows, where b and out have dense ones.
   static void dots(const plan::Gemm& g, Real* const* slots);

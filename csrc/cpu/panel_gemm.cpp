@@ -159,13 +159,13 @@ void PlanKernels<Real>::multiply(const plan::Gemm& g, Real* const* slots) {
   const auto parts_of = [&](int64_t there, int64_t most) {
     return std::clamp<int64_t>((wanted + there - 1) / there, 1, std::max<int64_t>(1, most));
   };
-  const int64_t across = parts_of(batch, (columns + kGroup - 1) / kGroup);
+  const int64_t groups = (columns + kGroup - 1) / kGroup, across = parts_of(batch, groups);
   const int64_t down = parts_of(batch * across, rows / kPart), tasks = batch * across * down;
   const int64_t ranges = team.ranges(tasks, kTasks);
   share(ranges, team, [&](int64_t range) {
     for (int64_t task = range * tasks / ranges; task < (range + 1) * tasks / ranges; ++task) {
       const int64_t i = task / (across * down), part = task / down % across, strip = task % down;
-      const int64_t groups = (columns + kGroup - 1) / kGroup, first = part * groups / across * kGroup;
+      const int64_t first = part * groups / across * kGroup;
       const int64_t last = std::min((part + 1) * groups / across * kGroup, columns);
       const int64_t top = strip * rows / down, bottom = (strip + 1) * rows / down;
       function({a + i * g.a.strides[0] + top * g.a.strides[1], g.a.strides[1], g.a.strides[2],
