@@ -156,7 +156,8 @@ def build_extension(kind, torch):
         link += [str(runtime), "-ldl", "-lrt", "-lpthread"]
     if kind == "emulate":
         # Of the CPU's kernels those that native plans run: the others have a CUDA kernel, which takes their place.
-        planned = {"plan", "convolution", "panel_gemm", "narrow_gemm", "neumann_step", "cg_step", "softmax_hessian"}
+        products = {"panel_gemm", "narrow_gemm", "sweep", "convolution"}
+        planned = {"plan", *products, "neumann_step", "cg_step", "softmax_hessian"}
         sources = [s for s in sources if s.parent.name != "cpu" or s.stem in planned]
         sources += emulated_sources()
         # Kernels say where the compiler is to unroll; g++ does not know the word.

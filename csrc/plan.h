@@ -6,9 +6,15 @@
 
 #include <array>
 #include <cstdint>
+#include <variant>
 #include <vector>
 
 namespace hg::plan {
+
+// Indices of a first dimension.
+struct Range {
+  int64_t begin, end;
+};
 
 struct View {
   int64_t slot = 0, offset = 0;
@@ -63,6 +69,14 @@ struct Convolution {
   bool accumulate;  // add to what is there
 };
 
+// out = last.a f(first.a first.b) with f by rows, in one pass over first.a, which last.b is too: a block of its rows stays
+// in the cache from one product to the other. Both are narrow; what lies between writes the rows that it reads.
+struct Sweep {
+  Gemm first;
+  std::vector<std::variant<Pointwise, Softmax>> between;
+  Gemm last;
+};
+
 // A kernel that was compiled for this plan; it takes the places of views, and numbers.
 struct Compiled {
   void (*run)(void* const* places, const double* numbers);
@@ -86,6 +100,14 @@ struct PlanKernels {
   static void sum(const plan::Sum& s, Real* const* slots);
   static void softmax(const plan::Softmax& s, Real* const* slots);
   static void convolve(const plan::Convolution& c, Real* const* slots);
+  static void sweep(const plan::Sweep& s, Real* const* slots, const double* numbers);
+
+  // Some rows, on this thread; of few_rows those of b, added up in `out` as if that were the product's.
+  static void dots(const plan::Gemm& g, Real* const* slots, plan::Range rows);
+  static void few_rows(const plan::Gemm& g, Real* const* slots, plan::Range depth, Real* out, int64_t out_row,
+                       bool accumulate);
+  static void pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers, plan::Range range);
+  static void softmax(const plan::Softmax& s, Real* const* slots, plan::Range range);
 };
 
 }  // namespace hg::cpu

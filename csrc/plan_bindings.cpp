@@ -42,6 +42,27 @@ Pointwise pointwise(const py::list& fields) {
   return p;
 }
 
+Gemm gemm(const py::list& fields) {
+  return {view(fields[0]), view(fields[1]), view(fields[2]), py::cast<bool>(fields[3])};
+}
+
+Softmax softmax(const py::list& fields) {
+  return {py::cast<bool>(fields[0]), py::cast<int64_t>(fields[1]), py::cast<int64_t>(fields[2]), view(fields[3]),
+          view(fields[4]),           view(fields[5])};
+}
+
+Sweep sweep(const py::list& fields) {
+  Sweep s{gemm(fields[0]), {}, gemm(fields[2])};
+  for (const py::handle work : fields[1]) {
+    const auto [kind, parts] = py::cast<std::pair<std::string, py::list>>(work);
+    if (kind == "softmax")
+      s.between.emplace_back(softmax(parts));
+    else
+      s.between.emplace_back(pointwise(parts));
+  }
+  return s;
+}
+
 class Reader {
  public:
   explicit Reader(Plan& plan) : plan_(plan) {}
@@ -52,18 +73,15 @@ class Reader {
     Instruction i;
     i.frees = integers(object[2]);
     if (kind == "gemm") {
-      i.work = Gemm{view(fields[0]), view(fields[1]), view(fields[2]), py::cast<bool>(fields[3])};
+      i.work = gemm(fields);
     } else if (kind == "pointwise") {
       i.work = pointwise(fields);
     } else if (kind == "sum") {
       i.work = Sum{integers(fields[0]), view(fields[1]), view(fields[2])};
     } else if (kind == "softmax") {
-      i.work = Softmax{py::cast<bool>(fields[0]),
-                       py::cast<int64_t>(fields[1]),
-                       py::cast<int64_t>(fields[2]),
-                       view(fields[3]),
-                       view(fields[4]),
-                       view(fields[5])};
+      i.work = softmax(fields);
+    } else if (kind == "sweep") {
+      i.work = sweep(fields);
     } else if (kind == "convolution") {
       const auto pair = [&](int at) { return py::cast<std::array<int64_t, 2>>(fields[at]); };
       i.work = Convolution{

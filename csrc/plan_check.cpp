@@ -33,33 +33,62 @@ void check(Plan& plan) {
                                                   : plan.outputs[slot - first_out];
     TORCH_CHECK_VALUE(end <= there, "a view reaches element ", end, " of ", there, " in slot ", slot);
   };
+  const auto check_product = [&](const Gemm& g) {
+    for (const View* view : {&g.a, &g.b, &g.out}) {
+      TORCH_CHECK_VALUE(view->sizes.size() == 3, "a matrix product has ", view->sizes.size(), " dimensions");
+      inside(*view);
+    }
+    TORCH_CHECK_VALUE(g.a.sizes[1] == g.out.sizes[1] && g.b.sizes[2] == g.out.sizes[2] &&
+                          g.a.sizes[2] == g.b.sizes[1] && g.a.sizes[0] == g.out.sizes[0] &&
+                          g.b.sizes[0] == g.out.sizes[0],
+                      "matrices do not fit: ", g.a.sizes, " times ", g.b.sizes, " is not ", g.out.sizes);
+  };
+  const auto check_pointwise = [&](const Pointwise& p) {
+    const int64_t count = static_cast<int64_t>(p.operands.size());
+    TORCH_CHECK_VALUE(count <= kMaxOperands, "a group has ", count, " operands");
+    for (const View& view : p.operands) {
+      TORCH_CHECK_VALUE(view.sizes == p.sizes, "operands of a group differ in their sizes");
+      inside(view);
+    }
+    for (const Op& op : p.ops)
+      TORCH_CHECK_VALUE(op.out >= 0 && std::max({op.out, op.a, op.b, op.c}) < count &&
+                            op.scalar < plan.scalars + static_cast<int64_t>(plan.immediates.size()),
+                        "an op names an operand that is not there");
+  };
+  const auto check_softmax = [&](const Softmax& m) {
+    for (const View* view : {&m.grad, &m.probabilities, &m.out})
+      inside({view->slot, view->offset, {m.rows, m.columns}, {m.columns, 1}});
+  };
+  const auto check_sweep = [&](const Sweep& s) {
+    check_product(s.first), check_product(s.last);
+    const View &x = s.first.a, &again = s.last.b;
+    TORCH_CHECK_VALUE(x.slot == again.slot && x.offset == again.offset && x.sizes == again.sizes &&
+                          x.strides[1] == again.strides[1] && x.sizes[0] == 1,
+                      "a sweep multiplies by two matrices");
+    TORCH_CHECK_VALUE(x.strides[2] == 1 && again.strides[2] == 1 && s.first.b.strides[1] == 1 &&
+                          s.last.out.strides[2] == 1 && s.first.out.sizes[2] <= kNarrow &&
+                          s.last.out.sizes[1] <= kNarrow && !s.first.accumulate,
+                      "a sweep's products must be narrow and have dense rows");
+    for (const auto& work : s.between) {
+      const auto* m = std::get_if<Softmax>(&work);
+      const auto* p = std::get_if<Pointwise>(&work);
+      m ? check_softmax(*m) : check_pointwise(*p);
+      TORCH_CHECK_VALUE(m ? m->rows == x.sizes[1] : !p->sizes.empty() && p->sizes[0] % x.sizes[1] == 0,
+                        "what lies between a sweep's products has other rows");
+    }
+  };
   for (const Instruction& instruction : plan.instructions) {
     if (const auto* g = std::get_if<Gemm>(&instruction.work)) {
-      for (const View* view : {&g->a, &g->b, &g->out}) {
-        TORCH_CHECK_VALUE(view->sizes.size() == 3, "a matrix product has ", view->sizes.size(), " dimensions");
-        inside(*view);
-      }
-      TORCH_CHECK_VALUE(g->a.sizes[1] == g->out.sizes[1] && g->b.sizes[2] == g->out.sizes[2] &&
-                            g->a.sizes[2] == g->b.sizes[1] && g->a.sizes[0] == g->out.sizes[0] &&
-                            g->b.sizes[0] == g->out.sizes[0],
-                        "matrices do not fit: ", g->a.sizes, " times ", g->b.sizes, " is not ", g->out.sizes);
+      check_product(*g);
     } else if (const auto* p = std::get_if<Pointwise>(&instruction.work)) {
-      const int64_t count = static_cast<int64_t>(p->operands.size());
-      TORCH_CHECK_VALUE(count <= kMaxOperands, "a group has ", count, " operands");
-      for (const View& view : p->operands) {
-        TORCH_CHECK_VALUE(view.sizes == p->sizes, "operands of a group differ in their sizes");
-        inside(view);
-      }
-      for (const Op& op : p->ops)
-        TORCH_CHECK_VALUE(op.out >= 0 && std::max({op.out, op.a, op.b, op.c}) < count &&
-                              op.scalar < plan.scalars + static_cast<int64_t>(plan.immediates.size()),
-                          "an op names an operand that is not there");
+      check_pointwise(*p);
+    } else if (const auto* w = std::get_if<Sweep>(&instruction.work)) {
+      check_sweep(*w);
     } else if (const auto* s = std::get_if<Sum>(&instruction.work)) {
       TORCH_CHECK_VALUE(s->out.sizes == s->sizes && s->in.sizes == s->sizes, "a sum's views differ in their sizes");
       inside(s->out), inside(s->in);
     } else if (const auto* m = std::get_if<Softmax>(&instruction.work)) {
-      for (const View* view : {&m->grad, &m->probabilities, &m->out})
-        inside({view->slot, view->offset, {m->rows, m->columns}, {m->columns, 1}});
+      check_softmax(*m);
     } else if (const auto* c = std::get_if<Convolution>(&instruction.work)) {
       for (const View* view : {&c->x, &c->w, &c->y}) {
         TORCH_CHECK_VALUE(view->sizes.size() == 4, "a convolution has ", view->sizes.size(), " dimensions");

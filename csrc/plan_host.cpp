@@ -30,6 +30,11 @@ struct Operations {
   int64_t operator()(const Convolution& c) const {
     return elements(c.y.sizes) * elements(c.w.sizes) / std::max<int64_t>(1, c.w.sizes[0]);
   }
+  int64_t operator()(const Sweep& s) const {
+    int64_t sum = (*this)(s.first) + (*this)(s.last);
+    for (const auto& work : s.between) sum += std::visit(*this, work);
+    return sum;
+  }
   int64_t operator()(const Compiled& c) const {
     int64_t sum = 0;
     for (const View& view : c.views) sum += elements(view.sizes);

@@ -34,7 +34,7 @@ struct Aten {
 };
 
 struct Instruction {
-  std::variant<Gemm, Pointwise, Sum, Softmax, Convolution, Compiled, Aten> work;
+  std::variant<Gemm, Pointwise, Sum, Softmax, Convolution, Sweep, Compiled, Aten> work;
   std::vector<int64_t> frees;  // slots of ATen results that nothing reads after it
 };
 

@@ -78,6 +78,9 @@ void Lane::run_as() {
         Kernels::convolve(std::get<Convolution>(instruction.work), slots);
         break;
       case 5:
+        Kernels::sweep(std::get<Sweep>(instruction.work), slots, numbers_.data());
+        break;
+      case 6:
         plan::call<Real>(std::get<Compiled>(instruction.work), slots, numbers_);
         break;
       default:

@@ -105,7 +105,7 @@ struct NarrowBodies {
   struct ByRows {
     using S = Simd<Real, Tiles::bytes>;
     using V = typename S::V;
-    static constexpr int W = S::width, kRows = Tiles::bytes == 64 ? 10 : 5, kDeep = 16;
+    static constexpr int W = S::width, kRows = Tiles::bytes == 64 ? 10 : 5, kDeep = 32;
 
     static HG_INLINE void run(const Few<Real>& g) {
       const int64_t blocks = (g.rows + kRows - 1) / kRows;
@@ -202,6 +202,23 @@ void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots) {
 }
 
 template <class Real>
+void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots, plan::Range rows) {
+  static const auto function = ForTiles<NarrowBodies<Real>::template ByDots, const Dots<Real>&>::get();
+  function({slots[g.a.slot] + g.a.offset, slots[g.b.slot] + g.b.offset, g.a.strides[1], g.b.strides[2],
+            slots[g.out.slot] + g.out.offset, g.out.strides[1], g.out.strides[2], rows.begin, rows.end, g.out.sizes[2],
+            g.a.sizes[2], g.accumulate});
+}
+
+template <class Real>
+void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots, plan::Range depth, Real* out, int64_t out_row,
+                                 bool accumulate) {
+  static const auto function = ForTiles<NarrowBodies<Real>::template ByRows, const Few<Real>&>::get();
+  function({slots[g.a.slot] + g.a.offset + depth.begin * g.a.strides[2],
+            slots[g.b.slot] + g.b.offset + depth.begin * g.b.strides[1], g.a.strides[1], g.a.strides[2],
+            g.b.strides[1], out, out_row, g.out.sizes[1], 0, g.out.sizes[2], depth.end - depth.begin, accumulate});
+}
+
+template <class Real>
 void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots) {
   static const auto function = ForTiles<NarrowBodies<Real>::template ByRows, const Few<Real>&>::get();
   const int64_t columns = g.out.sizes[2];
@@ -219,5 +236,9 @@ template void PlanKernels<float>::dots(const plan::Gemm&, float* const*);
 template void PlanKernels<double>::dots(const plan::Gemm&, double* const*);
 template void PlanKernels<float>::few_rows(const plan::Gemm&, float* const*);
 template void PlanKernels<double>::few_rows(const plan::Gemm&, double* const*);
+template void PlanKernels<float>::dots(const plan::Gemm&, float* const*, plan::Range);
+template void PlanKernels<double>::dots(const plan::Gemm&, double* const*, plan::Range);
+template void PlanKernels<float>::few_rows(const plan::Gemm&, float* const*, plan::Range, float*, int64_t, bool);
+template void PlanKernels<double>::few_rows(const plan::Gemm&, double* const*, plan::Range, double*, int64_t, bool);
 
 }  // namespace hg::cpu

@@ -13,6 +13,7 @@ namespace {
 
 using plan::Code;
 using plan::Op;
+using plan::Range;
 using plan::View;
 
 // Elements that all ops of a group do before the next block: a few dozen operands of it stay in the caches.
@@ -20,11 +21,6 @@ constexpr int64_t kBlock = 512;
 
 // Elements, times the ops on each, that a thread should have at least; ranges per thread.
 constexpr int64_t kGrain = 1 << 17, kRanges = 2;
-
-// A range of the first dimension's indices.
-struct Range {
-  int64_t begin, end;
-};
 
 // Calls f(offsets) for every index of all dimensions but the last, of the first those in the range unless it is the
 // last; offsets of the views in elements.
@@ -206,13 +202,18 @@ struct SoftmaxBody {
 }  // namespace
 
 template <class Real>
-void PlanKernels<Real>::pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers) {
+void PlanKernels<Real>::pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers, Range range) {
   static const auto function =
       ForIsa<PointwiseBody<Real>, const plan::Pointwise&, Real* const*, const double*, Range>::get();
+  function(p, slots, numbers, range);
+}
+
+template <class Real>
+void PlanKernels<Real>::pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers) {
   // What is written lies apart for indices that differ.
   const auto apart = [&](const Op& op) { return p.sizes.empty() || p.operands[op.out].strides[0] != 0; };
   share_first(p.sizes, static_cast<int64_t>(p.ops.size()), std::all_of(p.ops.begin(), p.ops.end(), apart),
-              [&](Range range) { function(p, slots, numbers, range); });
+              [&](Range range) { pointwise(p, slots, numbers, range); });
 }
 
 template <class Real>
@@ -223,9 +224,14 @@ void PlanKernels<Real>::sum(const plan::Sum& s, Real* const* slots) {
 }
 
 template <class Real>
-void PlanKernels<Real>::softmax(const plan::Softmax& s, Real* const* slots) {
+void PlanKernels<Real>::softmax(const plan::Softmax& s, Real* const* slots, Range range) {
   static const auto function = ForIsa<SoftmaxBody<Real>, const plan::Softmax&, Real* const*, Range>::get();
-  share_first({s.rows, s.columns}, 2, true, [&](Range range) { function(s, slots, range); });
+  function(s, slots, range);
+}
+
+template <class Real>
+void PlanKernels<Real>::softmax(const plan::Softmax& s, Real* const* slots) {
+  share_first({s.rows, s.columns}, 2, true, [&](Range range) { softmax(s, slots, range); });
 }
 
 template struct PlanKernels<float>;

@@ -22,7 +22,8 @@ class Instruction:
     """One step of a plan.
 
     Attributes:
-        kind: ``"gemm"``, ``"pointwise"``, ``"sum"``, ``"softmax"`` or ``"aten"``.
+        kind: ``"gemm"``, ``"pointwise"``, ``"sum"``, ``"softmax"``, ``"convolution"``, ``"sweep"``, ``"compiled"`` or
+            ``"aten"``.
         fields: What `csrc/plan.h` says for this kind, with views where it has memory.
         writes: Roots that it fills or changes.
     """

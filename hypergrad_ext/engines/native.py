@@ -15,6 +15,7 @@ from hypergrad_ext.engines.layout import Instruction, allocate, group
 from hypergrad_ext.engines.lowering import Lowering, Unsupported
 from hypergrad_ext.engines.program import Program
 from hypergrad_ext.engines.record import Recording
+from hypergrad_ext.engines.sweep import sweeps
 from hypergrad_ext.engines.views import Root, View
 
 
@@ -98,7 +99,7 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
     lowering = Lowering(program, recording, dtype)
     for call in program.calls:
         lowering.call(call)
-    instructions = group(lowering.finish(program.outputs))
+    instructions = sweeps(group(lowering.finish(program.outputs)))
     if compile_kernels:
         instructions = codegen.compiled(instructions, dtype)
     arena = allocate(instructions)

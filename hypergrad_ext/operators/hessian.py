@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -333,10 +333,12 @@ def evaluate(
 
 
 def _takes_one_argument(function: Callable) -> bool:
-    if isinstance(function, FunctionType):
+    plain = function.__func__ if isinstance(function, MethodType) else function
+    if isinstance(plain, FunctionType):
         # To build a signature takes longer than a small loss.
-        code, defaults = function.__code__, len(function.__defaults__ or ())
-        if code.co_argcount - defaults <= 1 <= code.co_argcount and not code.co_kwonlyargcount:
+        code, defaults = plain.__code__, len(plain.__defaults__ or ())
+        count = code.co_argcount - (plain is not function)
+        if count - defaults <= 1 <= count and not code.co_kwonlyargcount:
             return True
     try:
         inspect.signature(function).bind(None)
