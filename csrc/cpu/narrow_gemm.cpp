@@ -214,8 +214,8 @@ void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots, plan::
                                  bool accumulate) {
   static const auto function = ForTiles<NarrowBodies<Real>::template ByRows, const Few<Real>&>::get();
   function({slots[g.a.slot] + g.a.offset + depth.begin * g.a.strides[2],
-            slots[g.b.slot] + g.b.offset + depth.begin * g.b.strides[1], g.a.strides[1], g.a.strides[2],
-            g.b.strides[1], out, out_row, g.out.sizes[1], 0, g.out.sizes[2], depth.end - depth.begin, accumulate});
+            slots[g.b.slot] + g.b.offset + depth.begin * g.b.strides[1], g.a.strides[1], g.a.strides[2], g.b.strides[1],
+            out, out_row, g.out.sizes[1], 0, g.out.sizes[2], depth.end - depth.begin, accumulate});
 }
 
 template <class Real>
