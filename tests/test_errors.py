@@ -16,6 +16,22 @@ def quadratic(w):
     return (w**2).sum()
 
 
+class Losses:
+    """Methods as losses."""
+
+    def of_params(self, w):
+        return quadratic(w)
+
+    def of_more(self, w, penalty=2.0, *, offset=0.0):
+        return penalty * quadratic(w) + offset
+
+    def of_nothing(self):
+        return quadratic(W)
+
+    def of_two(self, w, penalty):
+        return penalty * quadratic(w)
+
+
 LOSS_CASES = {
     "not scalar": (lambda: W**2, ValueError, r"loss: expected a scalar, got shape \(3,\)"),
     "no graph": (lambda: (W.detach() ** 2).sum(), ValueError, "loss: expected a loss with a graph"),
@@ -24,6 +40,8 @@ LOSS_CASES = {
     "a float": (lambda: 3.0, TypeError, "loss: expected a scalar tensor or a function of the parameters, got float"),
     "function of nothing": (lambda: lambda w: torch.ones(()), ValueError, "loss: expected a loss with a graph"),
     "function of no argument": (lambda: lambda: W, TypeError, "loss: expected a function of the parameters, got one"),
+    "method of no argument": (lambda: Losses().of_nothing, TypeError, "loss: expected a function of the parameters"),
+    "method of two": (lambda: Losses().of_two, TypeError, "loss: expected a function of the parameters, got one"),
     "function that returns a float": (lambda: lambda w: 1.0, TypeError, "loss: expected a function that returns"),
     "function that returns a vector": (lambda: lambda w: w, ValueError, r"loss: expected a scalar, got shape \(3,\)"),
     "independent of params": (lambda: (torch.ones(2, requires_grad=True) ** 2).sum(), ValueError, "depends on none"),
@@ -79,6 +97,11 @@ def cases(table):
 def test_loss(value, error, message):
     with pytest.raises(error, match=message):
         hg.inverse_hvp(value(), W, V)
+
+
+@pytest.mark.parametrize("loss", [Losses().of_params, Losses().of_more], ids=["of params", "with defaults"])
+def test_methods_are_losses(loss):
+    assert torch.equal(hg.Hessian(loss, W) @ V, hg.Hessian(loss(W), W) @ V)
 
 
 @cases(PARAMS_CASES)
