@@ -69,8 +69,8 @@ struct Convolution {
   bool accumulate;  // add to what is there
 };
 
-// out = last.a f(first.a first.b) with f by rows, in one pass over first.a, which last.b is too: a block of its rows stays
-// in the cache from one product to the other. Both are narrow; what lies between writes the rows that it reads.
+// out = last.a f(first.a first.b) with f by rows, in one pass over first.a, which last.b is too: a block of its rows
+// stays in the cache from one product to the other. Both are narrow; what lies between writes the rows that it reads.
 struct Sweep {
   Gemm first;
   std::vector<std::variant<Pointwise, Softmax>> between;

@@ -47,8 +47,12 @@ Gemm gemm(const py::list& fields) {
 }
 
 Softmax softmax(const py::list& fields) {
-  return {py::cast<bool>(fields[0]), py::cast<int64_t>(fields[1]), py::cast<int64_t>(fields[2]), view(fields[3]),
-          view(fields[4]),           view(fields[5])};
+  return {py::cast<bool>(fields[0]),
+          py::cast<int64_t>(fields[1]),
+          py::cast<int64_t>(fields[2]),
+          view(fields[3]),
+          view(fields[4]),
+          view(fields[5])};
 }
 
 Sweep sweep(const py::list& fields) {

@@ -1,5 +1,5 @@
-// Both products of a layer of a dozen outputs with its input, in one pass over that: a block of rows is read from memory
-// once, and again from the second cache.
+// Both products of a layer of a dozen outputs with its input, in one pass over that: a block of rows is read from
+// memory once, and again from the second cache.
 #include <algorithm>
 
 #include "../plan.h"
