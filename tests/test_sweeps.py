@@ -67,6 +67,13 @@ def product(loss, x, params, v, engine):
     return operator @ v
 
 
+def assert_native_is_right(loss, rows, features, outputs):
+    """A replayed product against a backward pass, in float64."""
+    x, params = layer(rows, features, outputs, torch.float64)
+    v = {n: torch.randn_like(p) for n, p in params.items()}
+    assert_close(product(loss, x, params, v, "native"), product(loss, x, params, v, "eager"), 1e-12)
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     rows=st.integers(16, 200),
@@ -99,32 +106,23 @@ def test_sweeps_against_torch(rows, features, outputs, name, bias, dtype, thread
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("outputs", [1, 10])
 def test_what_is_done_by_rows_is_swept(name, outputs, kinds):
-    x, params = layer(200, 80, outputs, torch.float64)
-    v = {n: torch.randn_like(p) for n, p in params.items()}
-    ours = product(LOSSES[name], x, params, v, "native")
+    assert_native_is_right(LOSSES[name], 200, 80, outputs)
     assert kinds.count("sweep") == 1 and "gemm" not in kinds
-    assert_close(ours, product(LOSSES[name], x, params, v, "eager"), 1e-12, name)
 
 
 @pytest.mark.parametrize("name", MIXED)
 @pytest.mark.parametrize("outputs", [2, 10])
 def test_what_mixes_rows_is_not(name, outputs, kinds):
-    x, params = layer(200, 80, outputs, torch.float64)
-    v = {n: torch.randn_like(p) for n, p in params.items()}
-    ours = product(MIXED[name], x, params, v, "native")
+    assert_native_is_right(MIXED[name], 200, 80, outputs)
     assert "sweep" not in kinds
-    assert_close(ours, product(MIXED[name], x, params, v, "eager"), 1e-12, name)
 
 
 @pytest.mark.parametrize(
     ("rows", "features", "outputs"), [(200, 80, 17), (15, 80, 3), (200, 60, 3), (100, 5000, 3)], ids=str
 )
 def test_other_shapes_are_not(rows, features, outputs, kinds):
-    x, params = layer(rows, features, outputs, torch.float64)
-    v = {n: torch.randn_like(p) for n, p in params.items()}
-    ours = product(LOSSES["squares"], x, params, v, "native")
+    assert_native_is_right(LOSSES["squares"], rows, features, outputs)
     assert "sweep" not in kinds
-    assert_close(ours, product(LOSSES["squares"], x, params, v, "eager"), 1e-12)
 
 
 def test_inputs_with_gaps_several_vectors_and_a_penalty(kinds):
