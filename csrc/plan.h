@@ -77,13 +77,17 @@ struct Sweep {
   Gemm last;
 };
 
-// A kernel that was compiled for this plan; it takes the places of views, and numbers.
+// A kernel that was compiled for this plan; it takes the places of views, numbers, and a range of its first dimension.
 struct Compiled {
-  void (*run)(void* const* places, const double* numbers);
+  void (*run)(void* const* places, const double* numbers, int64_t begin, int64_t end);
   std::vector<View> views;
   std::vector<int64_t> numbers;
+  Range range;
+  bool apart;  // what is written lies apart for indices that differ
 };
 constexpr int kMaxPlaces = 128;
+
+using Kernel = std::variant<Gemm, Pointwise, Sum, Softmax, Convolution, Sweep, Compiled>;
 
 }  // namespace hg::plan
 

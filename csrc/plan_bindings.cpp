@@ -55,16 +55,57 @@ Softmax softmax(const py::list& fields) {
           view(fields[5])};
 }
 
+Convolution convolution(const py::list& fields) {
+  const auto pair = [&](int at) { return py::cast<std::array<int64_t, 2>>(fields[at]); };
+  return {view(fields[0]),           view(fields[1]),           view(fields[2]),          pair(3), pair(4), pair(5),
+          py::cast<bool>(fields[6]), py::cast<bool>(fields[7]), py::cast<bool>(fields[8])};
+}
+
+Compiled compiled(const py::list& fields) {
+  Compiled kernel{reinterpret_cast<decltype(Compiled::run)>(py::cast<intptr_t>(fields[0])),
+                  {},
+                  integers(fields[2]),
+                  {0, py::cast<int64_t>(fields[3])},
+                  py::cast<bool>(fields[4])};
+  for (const py::handle v : fields[1]) kernel.views.push_back(view(v));
+  return kernel;
+}
+
+// The kind and the fields of an instruction that is part of another one.
+std::pair<std::string, py::list> part(const py::handle& object) {
+  return py::cast<std::pair<std::string, py::list>>(object);
+}
+
 Sweep sweep(const py::list& fields) {
   Sweep s{gemm(fields[0]), {}, gemm(fields[2])};
   for (const py::handle work : fields[1]) {
-    const auto [kind, parts] = py::cast<std::pair<std::string, py::list>>(work);
+    const auto [kind, parts] = part(work);
     if (kind == "softmax")
       s.between.emplace_back(softmax(parts));
     else
       s.between.emplace_back(pointwise(parts));
   }
   return s;
+}
+
+Kernel kernel(const std::string& kind, const py::list& fields) {
+  if (kind == "gemm") return gemm(fields);
+  if (kind == "pointwise") return pointwise(fields);
+  if (kind == "sum") return Sum{integers(fields[0]), view(fields[1]), view(fields[2])};
+  if (kind == "softmax") return softmax(fields);
+  if (kind == "convolution") return convolution(fields);
+  if (kind == "sweep") return sweep(fields);
+  TORCH_CHECK_VALUE(kind == "compiled", "no such instruction: ", kind);
+  return compiled(fields);
+}
+
+std::vector<Kernel> kernels(const py::handle& objects) {
+  std::vector<Kernel> list;
+  for (const py::handle object : py::cast<py::list>(objects)) {
+    const auto [kind, fields] = part(object);
+    list.push_back(kernel(kind, fields));
+  }
+  return list;
 }
 
 class Reader {
@@ -74,31 +115,15 @@ class Reader {
   Instruction instruction(const py::tuple& object) {
     const auto kind = py::cast<std::string>(object[0]);
     const auto fields = py::cast<py::list>(object[1]);
-    Instruction i;
-    i.frees = integers(object[2]);
-    if (kind == "gemm") {
-      i.work = gemm(fields);
-    } else if (kind == "pointwise") {
-      i.work = pointwise(fields);
-    } else if (kind == "sum") {
-      i.work = Sum{integers(fields[0]), view(fields[1]), view(fields[2])};
-    } else if (kind == "softmax") {
-      i.work = softmax(fields);
-    } else if (kind == "sweep") {
-      i.work = sweep(fields);
-    } else if (kind == "convolution") {
-      const auto pair = [&](int at) { return py::cast<std::array<int64_t, 2>>(fields[at]); };
-      i.work = Convolution{
-          view(fields[0]),           view(fields[1]),           view(fields[2]),          pair(3), pair(4), pair(5),
-          py::cast<bool>(fields[6]), py::cast<bool>(fields[7]), py::cast<bool>(fields[8])};
-    } else if (kind == "compiled") {
-      Compiled kernel{
-          reinterpret_cast<decltype(Compiled::run)>(py::cast<intptr_t>(fields[0])), {}, integers(fields[2])};
-      for (const py::handle v : fields[1]) kernel.views.push_back(view(v));
-      i.work = std::move(kernel);
-    } else {
+    Instruction i{Kernel{}, integers(object[2])};
+    if (kind == "bands")
+      i.work = Bands(py::cast<int64_t>(fields[0]), kernels(fields[1]));
+    else if (kind == "tasks")
+      i.work = Tasks(kernels(fields[0]));
+    else if (kind == "aten")
       i.work = aten(fields);
-    }
+    else
+      i.work = kernel(kind, fields);
     return i;
   }
 

@@ -18,35 +18,6 @@ constexpr int64_t kGrain = 1 << 17;
 // Bytes that the memory of all threads may take together where whole products are shared.
 constexpr int64_t kLaneBytes = int64_t{1} << 28;
 
-int64_t elements(const std::vector<int64_t>& sizes) {
-  return std::accumulate(sizes.begin(), sizes.end(), int64_t{1}, std::multiplies<int64_t>());
-}
-
-struct Operations {
-  int64_t operator()(const Gemm& g) const { return elements(g.out.sizes) * g.a.sizes[2]; }
-  int64_t operator()(const Pointwise& p) const { return elements(p.sizes) * static_cast<int64_t>(p.ops.size()); }
-  int64_t operator()(const Sum& s) const { return elements(s.sizes); }
-  int64_t operator()(const Softmax& s) const { return s.rows * s.columns; }
-  int64_t operator()(const Convolution& c) const {
-    return elements(c.y.sizes) * elements(c.w.sizes) / std::max<int64_t>(1, c.w.sizes[0]);
-  }
-  int64_t operator()(const Sweep& s) const {
-    int64_t sum = (*this)(s.first) + (*this)(s.last);
-    for (const auto& work : s.between) sum += std::visit(*this, work);
-    return sum;
-  }
-  int64_t operator()(const Compiled& c) const {
-    int64_t sum = 0;
-    for (const View& view : c.views) sum += elements(view.sizes);
-    return sum;
-  }
-  int64_t operator()(const Aten& a) const {
-    int64_t sum = 0;
-    for (const auto& result : a.results) sum += result ? elements(result->sizes) : 0;
-    return sum;
-  }
-};
-
 // The elements of one vector, if there are several along the first dimension, one after another.
 bool dense(const at::Tensor& t, bool several) {
   int64_t expected = 1;
@@ -65,7 +36,13 @@ int64_t Plan::output_numel() const { return std::accumulate(outputs.begin(), out
 
 int64_t Plan::operations() const {
   int64_t sum = 0;
-  for (const Instruction& instruction : instructions) sum += std::visit(Operations{}, instruction.work);
+  for (const Instruction& instruction : instructions) {
+    if (const auto* kernel = std::get_if<Kernel>(&instruction.work)) sum += plan::operations(*kernel);
+    if (const auto* bands = std::get_if<Bands>(&instruction.work)) sum += bands->operations();
+    if (const auto* tasks = std::get_if<Tasks>(&instruction.work)) sum += tasks->operations;
+    if (const auto* aten = std::get_if<Aten>(&instruction.work))
+      for (const auto& result : aten->results) sum += result ? elements(result->sizes) : 0;
+  }
   return sum;
 }
 

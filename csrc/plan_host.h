@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "plan_bands.h"
 
 namespace hg::plan {
 
@@ -34,7 +35,7 @@ struct Aten {
 };
 
 struct Instruction {
-  std::variant<Gemm, Pointwise, Sum, Softmax, Convolution, Sweep, Compiled, Aten> work;
+  std::variant<Kernel, Bands, Tasks, Aten> work;
   std::vector<int64_t> frees;  // slots of ATen results that nothing reads after it
 };
 

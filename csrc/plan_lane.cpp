@@ -7,10 +7,14 @@
 #include <algorithm>
 #include <array>
 
+#include "cpu/share.h"
 #include "tensors.h"
 
 namespace hg::plan {
 namespace {
+
+// Operations that a thread should have at least, and ranges of a compiled kernel per thread.
+constexpr int64_t kGrain = 1 << 17, kRanges = 2;
 
 // By the kernel for its shape.
 template <class Real>
@@ -25,13 +29,49 @@ void multiply(const Gemm& g, Real* const* slots) {
 }
 
 template <class Real>
-void call(const Compiled& kernel, Real* const* slots, const std::vector<double>& numbers) {
-  std::array<void*, kMaxPlaces> places;
-  std::array<double, kMaxPlaces> values;
-  for (size_t i = 0; i < kernel.views.size(); ++i) places[i] = slots[kernel.views[i].slot] + kernel.views[i].offset;
-  for (size_t i = 0; i < kernel.numbers.size(); ++i) values[i] = numbers[kernel.numbers[i]];
-  kernel.run(places.data(), values.data());
-}
+struct Run {
+  using Kernels = cpu::PlanKernels<Real>;
+
+  Real* const* slots;
+  const std::vector<double>& numbers;
+
+  void operator()(const Gemm& g) const { multiply(g, slots); }
+  void operator()(const Pointwise& p) const { Kernels::pointwise(p, slots, numbers.data()); }
+  void operator()(const Sum& s) const { Kernels::sum(s, slots); }
+  void operator()(const Softmax& s) const { Kernels::softmax(s, slots); }
+  void operator()(const Convolution& c) const { Kernels::convolve(c, slots); }
+  void operator()(const Sweep& s) const { Kernels::sweep(s, slots, numbers.data()); }
+
+  void operator()(const Compiled& kernel) const {
+    std::array<void*, kMaxPlaces> places;
+    std::array<double, kMaxPlaces> values;
+    for (size_t i = 0; i < kernel.views.size(); ++i) places[i] = slots[kernel.views[i].slot] + kernel.views[i].offset;
+    for (size_t i = 0; i < kernel.numbers.size(); ++i) values[i] = numbers[kernel.numbers[i]];
+    const auto [begin, end] = kernel.range;
+    const cpu::Team team = cpu::team_for(kernel.apart ? operations(kernel) : 0, kGrain);
+    const int64_t count = end - begin, ranges = team.ranges(count, kRanges);
+    cpu::share(ranges, team, [&, begin = begin](int64_t i) {
+      kernel.run(places.data(), values.data(), begin + i * count / ranges, begin + (i + 1) * count / ranges);
+    });
+  }
+
+  void operator()(const Bands& b) const {
+    const cpu::Team team = cpu::team_for(b.operations(), kGrain);
+    const int64_t bands = at::in_parallel_region() ? 1 : std::min(team.threads, b.rows());
+    if (bands == 1) return all(b.kernels());
+    const auto& narrowed = b.in(bands);
+    cpu::share(bands, team, [&](int64_t i) { all(narrowed[i]); });
+  }
+
+  void operator()(const Tasks& t) const {
+    cpu::share(static_cast<int64_t>(t.kernels.size()), cpu::team_for(t.operations, kGrain),
+               [&](int64_t i) { std::visit(*this, t.kernels[i]); });
+  }
+
+  void all(const std::vector<Kernel>& kernels) const {
+    for (const Kernel& kernel : kernels) std::visit(*this, kernel);
+  }
+};
 
 }  // namespace
 
@@ -56,36 +96,18 @@ void Lane::run(const std::vector<char*>& v, char* out) {
 
 template <class Real>
 void Lane::run_as() {
-  using Kernels = cpu::PlanKernels<Real>;
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
-  Real* const* slots = reinterpret_cast<Real* const*>(slots_.data());
+  const Run<Real> run{reinterpret_cast<Real* const*>(slots_.data()), numbers_};
   const int64_t first = plan_.first_dynamic();
   for (const Instruction& instruction : plan_.instructions) {
-    switch (instruction.work.index()) {
-      case 0:
-        multiply<Real>(std::get<Gemm>(instruction.work), slots);
-        break;
-      case 1:
-        Kernels::pointwise(std::get<Pointwise>(instruction.work), slots, numbers_.data());
-        break;
-      case 2:
-        Kernels::sum(std::get<Sum>(instruction.work), slots);
-        break;
-      case 3:
-        Kernels::softmax(std::get<Softmax>(instruction.work), slots);
-        break;
-      case 4:
-        Kernels::convolve(std::get<Convolution>(instruction.work), slots);
-        break;
-      case 5:
-        Kernels::sweep(std::get<Sweep>(instruction.work), slots, numbers_.data());
-        break;
-      case 6:
-        plan::call<Real>(std::get<Compiled>(instruction.work), slots, numbers_);
-        break;
-      default:
-        call(std::get<Aten>(instruction.work));
-    }
+    if (const auto* kernel = std::get_if<Kernel>(&instruction.work))
+      std::visit(run, *kernel);
+    else if (const auto* bands = std::get_if<Bands>(&instruction.work))
+      run(*bands);
+    else if (const auto* tasks = std::get_if<Tasks>(&instruction.work))
+      run(*tasks);
+    else
+      call(std::get<Aten>(instruction.work));
     for (const int64_t slot : instruction.frees) dynamic_[slot - first].reset();
   }
 }

@@ -50,33 +50,52 @@ def compiled(instructions: Sequence[Instruction], dtype: torch.dtype) -> list[In
     Raises:
         NoCompiler: If Inductor finds none, or it fails.
     """
-    users = Counter(root for i in instructions for root in {v.root for v in i.views()} | set(i.writes))
+    single = [part for i in instructions for part in i.parts() or (i,)]
+    users = Counter(root for i in single for root in {v.root for v in i.views()} | set(i.writes))
     bodies: dict[str, int] = {}
-    result = []
-    for i in instructions:
+    kernels: list[Instruction] = []
+
+    def replaced(i: Instruction) -> Instruction:
+        if i.parts():
+            parts = list(map(replaced, i.parts()))
+            return Instruction(i.kind, [*i.fields[:-1], parts], [root for part in parts for root in part.writes])
         if i.kind == "pointwise":
-            views, numbers, lines = _pointwise(i, users)
+            first, (views, numbers, lines) = (i.fields[0] or (1,))[0], _pointwise(i, users)
         elif i.kind == "sum":
-            views, numbers, lines = _sum(i)
+            first, (views, numbers, lines) = (i.fields[0] or (1,))[0], _sum(i)
         elif i.kind == "softmax":
-            views, numbers, lines = _softmax(i)
+            first, (views, numbers, lines) = i.fields[1], _softmax(i)
         else:
-            result.append(i)
-            continue
+            return i
         kernel = bodies.setdefault("\n".join(lines), len(bodies))
         written = {v.root for v in views}
-        result.append(Instruction("compiled", [kernel, views, numbers], [r for r in i.writes if r in written]))
+        writes = [root for root in i.writes if root in written]
+        kernels.append(Instruction("compiled", [kernel, views, numbers, first, _apart(i)], writes))
+        return kernels[-1]
+
+    result = list(map(replaced, instructions))
     addresses = _load(list(bodies), "double" if dtype == torch.float64 else "float")
-    for i in result:
-        if i.kind == "compiled":
-            i.fields[0] = addresses[i.fields[0]]
+    for i in kernels:
+        i.fields[0] = addresses[i.fields[0]]
     return result
+
+
+def _apart(i: Instruction) -> bool:
+    """Whether what is written lies apart for indices of the first dimension that differ."""
+    if i.kind == "softmax":
+        return True
+    sizes, *_ = i.fields
+    if i.kind == "sum":
+        return len(sizes) > 1 and i.fields[1].strides[0] != 0
+    _, operands, ops = i.fields
+    return bool(sizes) and all(operands[op[1]].strides[0] != 0 for op in ops)
 
 
 def _load(bodies: list[str], real: str) -> list[int]:
     source = [f"typedef {real} real;"]
     for at, body in enumerate(bodies):
-        source.append(f'extern "C" void kernel{at}(real* const* p, const double* numbers) {{\n{body}\n}}')
+        arguments = "real* const* p, const double* numbers, long begin, long end"
+        source.append(f'extern "C" void kernel{at}({arguments}) {{\n{body}\n}}')
     try:
         from torch._inductor.codecache import CppCodeCache
 
@@ -124,13 +143,18 @@ def _pointwise(instruction: Instruction, users: Counter[Root]) -> tuple[list[Vie
 def _loops(sizes: Sequence[int], views: Sequence[View], inner: Sequence[str]) -> list[str]:
     """Nested loops around the innermost statements; all views are walked through at once."""
     last = len(sizes) - 1
-    lines = [f"for (long i{d} = 0; i{d} < {sizes[d]}; ++i{d}) {{" for d in range(last)]
+    lines = [_loop(sizes, d) for d in range(last)]
     for at, view in enumerate(views):
         offset = "".join(f" + i{d} * {view.strides[d]}" for d in range(last) if view.strides[d])
         lines.append(f"real* const p{at} = p[{at}]{offset};")
     if last >= 0:
-        lines += ["#pragma GCC ivdep", f"for (long i{last} = 0; i{last} < {sizes[last]}; ++i{last}) {{"]
+        lines += ["#pragma GCC ivdep", _loop(sizes, last)]
     return [*lines, *inner, "}" * len(sizes)]
+
+
+def _loop(sizes: Sequence[int], d: int) -> str:
+    """The head of a loop; of the first dimension a kernel runs a range."""
+    return f"for (long i{d} = {0 if d else 'begin'}; i{d} < {sizes[d] if d else 'end'}; ++i{d}) {{"
 
 
 def _index(sizes: Sequence[int], view: View, d: int) -> str:
@@ -143,7 +167,7 @@ def _sum(instruction: Instruction) -> tuple[list[View], list[int], list[str]]:
     if last < 0 or out.strides[last]:
         to, of = (_index(sizes, view, last) for view in views)
         return views, [], _loops(sizes, views, [f"p0[{to}] += p1[{of}];"])
-    lines = [f"for (long i{d} = 0; i{d} < {sizes[d]}; ++i{d}) {{" for d in range(last)]
+    lines = [_loop(sizes, d) for d in range(last)]
     for at, view in enumerate(views):
         offset = "".join(f" + i{d} * {view.strides[d]}" for d in range(last) if view.strides[d])
         lines.append(f"real* const p{at} = p[{at}]{offset};")
@@ -164,10 +188,10 @@ def _strips(n: int, statement: str, index: str) -> Iterator[str]:
 
 
 def _softmax(instruction: Instruction) -> tuple[list[View], list[int], list[str]]:
-    log, rows, columns, grad, probabilities, out = instruction.fields
+    log, _, columns, grad, probabilities, out = instruction.fields
     term, result = ("g[j]", "g[j] - p1[j] * by") if log else ("g[j] * p1[j]", "p1[j] * (g[j] - by)")
     lines = [
-        f"for (long i = 0; i < {rows}; ++i) {{",
+        "for (long i = begin; i < end; ++i) {",
         f"const real* const g = p[0] + i * {columns};",
         f"const real* const p1 = p[1] + i * {columns};",
         f"real* const y = p[2] + i * {columns};",

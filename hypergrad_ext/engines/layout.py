@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,9 +22,10 @@ class Instruction:
     """One step of a plan.
 
     Attributes:
-        kind: ``"gemm"``, ``"pointwise"``, ``"sum"``, ``"softmax"``, ``"convolution"``, ``"sweep"``, ``"compiled"`` or
-            ``"aten"``.
-        fields: What `csrc/plan.h` says for this kind, with views where it has memory.
+        kind: ``"gemm"``, ``"pointwise"``, ``"sum"``, ``"softmax"``, ``"convolution"``, ``"sweep"``, ``"compiled"``,
+            ``"bands"``, ``"tasks"`` or ``"aten"``.
+        fields: What `csrc/plan.h` says for this kind, with views where it has memory, and instructions where it has
+            parts.
         writes: Roots that it fills or changes.
     """
 
@@ -41,6 +42,12 @@ class Instruction:
                 yield x
             elif isinstance(x, (list, tuple)):
                 stack.extend(x)
+            elif isinstance(x, Instruction):
+                stack.append(x.fields)
+
+    def parts(self) -> Sequence[Instruction]:
+        """The instructions that bands or tasks consist of."""
+        return self.fields[-1] if self.kind in ("bands", "tasks") else ()
 
 
 def group(instructions: list[Instruction]) -> list[Instruction]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hypergrad_ext import _native
 from hypergrad_ext.engines import codegen
+from hypergrad_ext.engines.bands import bands
 from hypergrad_ext.engines.layout import Instruction, allocate, group
 from hypergrad_ext.engines.lowering import Lowering, Unsupported
 from hypergrad_ext.engines.program import Program
@@ -22,50 +24,57 @@ from hypergrad_ext.engines.views import Root, View
 class Plan:
     """A program as the compiled module runs it. Holds no tensors of a solve."""
 
-    def __init__(self, compiled: Any, derived: list[Callable], shapes: list[torch.Size]) -> None:
-        """Wrap a compiled plan, with the shapes of its results."""
-        self._compiled = compiled
+    def __init__(self, make: Callable[[bool], Any], derived: list[Callable], shapes: list[torch.Size]) -> None:
+        """Wrap what makes compiled plans, by bands or not, with the shapes of their results."""
+        self.compiled = cache(make)
+        self.shapes = shapes
         self._derived = derived
-        self._shapes = shapes
+        self.compiled(_banded())
 
     def bind(self, constants: Sequence[Tensor], scalars: Sequence[float]) -> Bound:
         """The plan with the data of one solve, and memory of its own."""
         with torch.no_grad():
             all_constants = [*constants, *(f(constants, scalars) for f in self._derived)]
-        return Bound(self._compiled.bind(all_constants, list(scalars)), self._shapes)
+        return Bound(self, all_constants, list(scalars))
+
+
+def _banded(vectors: int = 1) -> bool:
+    """Whether threads share a product; of several vectors, each thread makes products of its own."""
+    return vectors == 1 and torch.get_num_threads() > 1
 
 
 class Bound:
     """The products of one solve."""
 
-    def __init__(self, compiled: Any, shapes: list[torch.Size]) -> None:
-        """Wrap a bound plan."""
-        self._compiled = compiled
-        self._shapes = shapes
-        self._sizes = [shape.numel() for shape in shapes]
+    def __init__(self, plan: Plan, constants: list[Tensor], scalars: list[float]) -> None:
+        """Bind a plan."""
+        self._bind = cache(lambda banded: plan.compiled(banded).bind(constants, scalars))
+        self._shapes = plan.shapes
+        self._sizes = [shape.numel() for shape in plan.shapes]
+        self._bind(_banded())
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` in new tensors."""
-        flat = self._compiled.product(v)
+        flat = self._bind(_banded()).product(v)
         return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
 
     def products(self, v: Sequence[Tensor]) -> list[Tensor]:
         """The same for tensors with a leading dimension k; torch's threads make whole products, if there is work."""
         k = len(v[0])
-        flat = self._compiled.product(v, k)
+        flat = self._bind(_banded(k)).product(v, k)
         return [t.view(k, *shape) for t, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)]
 
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See `LinearOperator.neumann_series`."""
-        return self._compiled.neumann_series(b, alpha, damping, steps, stop)
+        return self._bind(_banded(len(b))).neumann_series(b, alpha, damping, steps, stop)
 
     def conjugate_gradients(
         self, b: Tensor, damping: float, steps: int, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `LinearOperator.conjugate_gradients`."""
-        return self._compiled.conjugate_gradients(b, damping, steps, state)
+        return self._bind(_banded(len(b))).conjugate_gradients(b, damping, steps, state)
 
 
 def lower(program: Program, recording: Recording, compile_kernels: bool = False) -> Plan:
@@ -83,7 +92,8 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
         Unsupported: If the compiled module is missing, or dtype or device are not its own.
         codegen.NoCompiler: If kernels cannot be compiled.
     """
-    if _native._C is None:
+    module = _native._C
+    if module is None:
         raise Unsupported(_native.MISSING)
     leaves, outputs = (
         [recording.details.tensors[name] for name in names]
@@ -99,23 +109,28 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
     lowering = Lowering(program, recording, dtype)
     for call in program.calls:
         lowering.call(call)
-    instructions = sweeps(group(lowering.finish(program.outputs)))
-    if compile_kernels:
-        instructions = codegen.compiled(instructions, dtype)
-    arena = allocate(instructions)
+    grouped = sweeps(group(lowering.finish(program.outputs)))
     constants = len(recording.constants) + len(lowering.derived)
-    compiled = _native._C.Plan(
-        dtype == torch.float64,
-        arena,
-        [t.numel() for t in leaves],
-        [t.numel() for t in outputs],
-        constants,
-        lowering.dynamic,
-        len(recording.scalars),
-        lowering.immediates,
-        serialised(instructions, (1, program.leaves, constants, lowering.dynamic)),
-    )
-    return Plan(compiled, lowering.derived, [t.shape for t in outputs])
+    scalars = len(recording.scalars)
+
+    def make(banded: bool) -> Any:
+        instructions = bands(grouped) if banded else grouped
+        if compile_kernels:
+            instructions = codegen.compiled(instructions, dtype)
+        arena = allocate(instructions)
+        return module.Plan(
+            dtype == torch.float64,
+            arena,
+            [t.numel() for t in leaves],
+            [t.numel() for t in outputs],
+            constants,
+            lowering.dynamic,
+            scalars,
+            lowering.immediates,
+            serialised(instructions, (1, program.leaves, constants, lowering.dynamic)),
+        )
+
+    return Plan(make, lowering.derived, [t.shape for t in outputs])
 
 
 def serialised(instructions: Sequence[Instruction], counts: tuple[int, int, int, int]) -> list[tuple]:
@@ -128,6 +143,8 @@ def serialised(instructions: Sequence[Instruction], counts: tuple[int, int, int,
     def write(x: Any) -> Any:
         if isinstance(x, View):
             return slot(x.root), x.root.position + x.offset, x.sizes, x.strides
+        if isinstance(x, Instruction):
+            return x.kind, write(x.fields)
         return type(x)(map(write, x)) if type(x) in (tuple, list) else x
 
     dead: list[list[int]] = []

@@ -35,7 +35,7 @@ def sweeps(instructions: Sequence[Instruction]) -> list[Instruction]:
             result += found.before
             rest[: found.length] = found.after
             first, *between, last = found.run
-            fields = [first.fields, [(i.kind, i.fields) for i in between], last.fields]
+            fields = [first.fields, between, last.fields]
             result.append(Instruction("sweep", fields, [root for i in found.run for root in i.writes]))
     return result
 
