@@ -144,7 +144,7 @@ def _summary(environment: dict[str, object], rows: list[Row]) -> list[str]:
     ]
     if slower:
         out += markdown(
-            ["problem", "task", "against", "times faster", "quartiles"],
+            ["problem", "task", "against", "times faster", "spread"],
             [
                 [row["problem"], row["task"], row["peer"], f"{row['times']:.2f}", f"{row['low']:.2f}-{row['high']:.2f}"]
                 for row in slower
@@ -228,7 +228,7 @@ def _details(environment: dict[str, object], rows: list[Row]) -> list[str]:
             for row in mine
             if row["task"] == task
         ]
-        head = ["task", "package", "products", "error", "ms", "gradients", "ours is times faster", "quartiles"]
+        head = ["task", "package", "products", "error", "ms", "gradients", "ours is times faster", "spread"]
         out += [*markdown(head, lines), ""]
     return out
 

@@ -150,6 +150,15 @@ struct GlmArguments {
       : x(tensor("x", x_)), weights(tensor("weights", weights_)), v(tensor(name, v_)), l2(optional_tensor("l2", l2_)) {}
 };
 
+py::list views(py::handle flat, const std::vector<std::vector<int64_t>>& shapes) {
+  const at::Tensor* t = hg::from_python(flat.ptr());
+  if (!t) throw py::type_error("flat must be a tensor");
+  py::list list;
+  for (const at::Tensor& part : hg::views(*t, shapes))
+    list.append(py::reinterpret_steal<py::object>(hg::to_python(part)));
+  return list;
+}
+
 py::object norms(py::handle x, std::optional<int64_t> rows) {
   const TensorSequence list("x", x);
   return tensor_of([&] { return hg::norms(list, rows); });
@@ -357,6 +366,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   m.doc() = "Compiled kernels of hypergrad_ext.";
   m.def("build_info", &build_info);
+  m.def("views", &views, py::arg("flat"), py::arg("shapes"));
   m.def("norms", &norms, py::arg("x"), py::arg("rows") = py::none());
   m.def("neumann_step_", &neumann_step_, py::arg("v"), py::arg("p"), py::arg("hv"), py::arg("stats"), py::arg("alpha"),
         py::arg("damping") = 0.0);

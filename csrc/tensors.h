@@ -4,6 +4,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "vector_list.h"
 
 struct _object;  // PyObject
@@ -14,6 +16,9 @@ at::Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor empty_like(const at::Tensor& t);
 at::Tensor zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor full(at::IntArrayRef sizes, double value, const at::TensorOptions& options);
+
+// Parts of a flat tensor (n,), or (k, n), one after another along its last dimension, as views of these shapes.
+std::vector<at::Tensor> views(const at::Tensor& flat, const std::vector<std::vector<int64_t>>& shapes);
 
 // Rows of vectors, (k, n), as a list of one tensor.
 VectorList rows_of(const at::Tensor& t);

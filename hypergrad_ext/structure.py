@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hypergrad_ext import _native
+
 Tree = Any
 """A tensor, or a list, tuple or dict (nested if you like) of tensors."""
 
@@ -109,6 +111,27 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
     return [t._version for t in tensors if not t.is_inference()]
 
 
+def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Parts of a flat tensor ``(n,)`` or ``(k, n)``, one after another, in these shapes; no copy."""
+    plain = (
+        type(flat) is Tensor and not flat.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(flat)
+    )
+    if _native._C is not None and plain:
+        # A list of dozens takes as long in Python as a product of a small network.
+        return _native._C.views(flat, shapes)
+    parts = flat.split([shape.numel() for shape in shapes], dim=-1)
+    return [part.view((*flat.shape[:-1], *shape)) for part, shape in zip(parts, shapes, strict=True)]
+
+
 def dense(t: Tensor) -> Tensor:
     """A derivative as the solvers take it: that of ``nn.Embedding(sparse=True)`` is sparse."""
     return t.to_dense() if t.is_sparse else t
@@ -172,8 +195,7 @@ class Space:
 
     @functools.cached_property
     def _strides(self) -> list[tuple[int, ...]]:
-        """Of contiguous tensors of the parameters' shapes."""
-        return [torch.empty(shape, device="meta").stride() for shape in self.shapes]
+        return list(map(contiguous_strides, self.shapes))
 
     def pack(self, argument: str, tree: Tree, *, rows: int | None = None, graph: bool = False) -> Packed:
         """Copy a vector, or a batch of vectors, of this space into a new flat buffer.
@@ -217,16 +239,14 @@ class Space:
         def restore(x: Tensor) -> Tree:
             ordered: list[Tensor] = [x] * len(order)
             for i, view, dtype in zip(order, self.views(x), dtypes, strict=True):
-                ordered[i] = view.to(dtype).contiguous()
+                ordered[i] = view if view.dtype is dtype and batch is None else view.to(dtype).contiguous()
             return leaves.rebuild(ordered)
 
         return Packed(flat, restore)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The parameters' views of a flat buffer ``(n,)`` or ``(k, n)``; no copy."""
-        lead = flat.shape[:-1]
-        parts = flat.split(self.sizes, dim=-1)
-        return [part.view((*lead, *shape)) for part, shape in zip(parts, self.shapes, strict=True)]
+        return views(flat, self.shapes)
 
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """``(n,)`` or ``(k, n)``, of parts of one dtype: the buffer itself where they are its `views`, else a copy."""

@@ -16,7 +16,8 @@ from hypergrad_ext import _native
 from hypergrad_ext.engines import native, traced
 from hypergrad_ext.engines.bands import bands
 from hypergrad_ext.engines.layout import COPY, Instruction
-from hypergrad_ext.engines.views import Root, View, contiguous_strides
+from hypergrad_ext.engines.views import Root, View
+from hypergrad_ext.structure import contiguous_strides
 from tests.compare import assert_close
 from tests.models import Attention, Recurrent, Residual, loss_of
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -17,8 +18,9 @@ from tests.allocations import peak
 
 pytest.importorskip("bench", reason="runs in a checkout, where bench/ is")
 
-from bench import agree, compare, report, scaling  # noqa: E402
+from bench import agree, compare, measure, report, scaling  # noqa: E402
 from bench.peers import CLOSED_FORM, COMPILED, OURS, PEERS, adapter, run  # noqa: E402
+from bench.peers import __main__ as peers_main  # noqa: E402
 from bench.peers.problems import Problem  # noqa: E402
 from bench.peers.tasks import TARGET, TASKS, concrete, exact, flat, steps_to_target  # noqa: E402
 
@@ -165,6 +167,29 @@ def made_up(peer: str, problem: str, task: str, times: float | None, status: str
     numbers = {"low": times, "high": times, "ms": times, "gradients": times}
     about = {"problem": problem, "task": task, "peer": peer, "steps": 20, "error": 1e-6}
     return about | {"times": times} | numbers | {"status": status}
+
+
+def test_processes_are_merged_with_all_of_their_spread():
+    row = made_up(BY_HAND, "mlp", "cg20", 2.0) | {"low": 1.9, "high": 2.2}
+    other = made_up(BY_HAND, "mlp", "cg20", 8.0) | {"low": 7.0, "high": 9.0, "error": 2e-6}
+    (both,) = run.merged([[row], [other]])
+    assert both["times"] == pytest.approx(4) and (both["low"], both["high"]) == (1.9, 9.0)
+    assert both["error"] == 2e-6 and both["processes"] == 2
+    wrong = made_up(BY_HAND, "mlp", "cg20", None, "wrong: error 1")
+    assert run.merged([[row], [wrong]]) == [wrong | {"processes": 2}]
+
+
+def test_processes_measure_and_what_they_find_is_saved(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    arguments = ["--quick", "--problem=logistic", "--task=neumann20", f"--peer={BY_HAND}", "--processes=2"]
+    monkeypatch.setattr("sys.argv", ["bench.peers", *arguments, "--threads=1"])
+    peers_main.main()
+    (path,) = tmp_path.glob("peers_quick_threads1_*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["peer"], row["status"], row["processes"]) for row in rows] == [(OURS, "ok", 2), (BY_HAND, "ok", 2)]
+    assert 0 < rows[1]["low"] <= rows[1]["times"] <= rows[1]["high"]
+    assert "saved" in capfd.readouterr().out
 
 
 def test_means_are_geometric_and_of_what_was_timed():

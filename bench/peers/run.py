@@ -17,6 +17,8 @@ from bench.peers.problems import Problem
 from bench.peers.tasks import Task, Unsupported, concrete, error_of, tolerance
 
 OK = "ok"
+# Seconds up to which a call follows another one of the same package, and so is timed as in a loop of its own.
+_SHORT = 0.2
 
 
 def check(problem: Problem, task: Task, peer: str) -> tuple[Callable[[], object] | None, int, float | None, str]:
@@ -68,13 +70,31 @@ def compare(
         return torch.autograd.grad(problem.train_loss(problem.params), leaves)
 
     with _quiet():
-        seconds = interleave({**runs, "gradient": gradient}, rounds, 0, clock=clock, budget=budget)
+        seconds = interleave({**runs, "gradient": gradient}, rounds + 1, 0, clock=clock, budget=budget, twice=_SHORT)
+    seconds = {name: values[1:] for name, values in seconds.items()}  # of the first, nobody knew how long it takes
     unit = median(seconds["gradient"])
     for row in rows:
         if row["peer"] in runs:
             times, low, high = ratio(seconds, row["peer"], OURS)
             middle = median(seconds[row["peer"]])
             row.update(times=times, low=low, high=high, ms=1e3 * middle, gradients=middle / unit)
+    return rows
+
+
+def merged(runs: list[list[dict[str, object]]]) -> list[dict[str, object]]:
+    """Rows of several processes as one: geometric means, and the lowest and the highest quartile of any."""
+    rows = []
+    for same in zip(*runs, strict=True):
+        row = next((row for row in same if row["status"] != OK), same[0])
+        timed = [row for row in same if row["times"] is not None]
+        if row["status"] == OK and timed:
+            means = {
+                key: math.exp(sum(math.log(r[key]) for r in timed) / len(timed))  # type: ignore[arg-type]
+                for key in ("times", "ms", "gradients")
+            }
+            low, high = min(r["low"] for r in timed), max(r["high"] for r in timed)
+            row = row | means | {"low": low, "high": high, "error": max(r["error"] for r in timed)}
+        rows.append(row | {"processes": len(same)})
     return rows
 
 

@@ -176,11 +176,11 @@ class Products:
             return self._gradient.hvp(v) if rows is None else self._gradient.hvps(v)
         return _product(self._traced, v, rows)
 
-    def bound(self, v: Sequence[Tensor], backend: str | None) -> native.Bound | cuda_graph.Bound | None:
+    def bound(self, v: Callable[[], Sequence[Tensor]], backend: str | None) -> native.Bound | cuda_graph.Bound | None:
         """What runs whole solves with this solve's data, if products run on it.
 
         Args:
-            v: Vectors with a leading dimension k, to be recorded with if need be.
+            v: Gives vectors with a leading dimension k, to be recorded with if need be.
             backend: The backend of the solver's steps.
 
         Returns:
@@ -194,8 +194,9 @@ class Products:
         if self._traced is None:
             if not self._worth_it(self._expected - self._made):
                 return None
-            k = v[0].shape[0]
-            self._start([t[0] for t in v] if k == 1 else v, None if k == 1 else k)
+            vectors = v()
+            k = vectors[0].shape[0]
+            self._start([t[0] for t in vectors] if k == 1 else vectors, None if k == 1 else k)
         return self._traced.bound_now() if self._traced is not None else None
 
     def made(self, products: int) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.engines.recent import Recent
 from hypergrad_ext.engines.record import Untraceable
+from hypergrad_ext.structure import views
 
 # Iterations before a capture: libraries make their handles and choose their kernels.
 _WARM_UP = 3
@@ -216,7 +217,6 @@ class Bound:
         self._graphs = graphs
         self._constants = constants
         self._shapes = shapes
-        self._sizes = [shape.numel() for shape in shapes]
         # Tells this solve from others; not `self`, which would keep its constants alive.
         self._token = object()
         self.fresh = fresh
@@ -224,8 +224,7 @@ class Bound:
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` in new tensors."""
         self._graphs.load(self._token, self._constants)
-        flat = self._graphs.product(v).clone()
-        return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+        return views(self._graphs.product(v).clone(), self._shapes)
 
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor

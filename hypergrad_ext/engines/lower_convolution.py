@@ -12,7 +12,8 @@ from torch import Tensor
 from hypergrad_ext.engines.layout import COPY, Instruction
 from hypergrad_ext.engines.lower_pointwise import summed
 from hypergrad_ext.engines.record import Call
-from hypergrad_ext.engines.views import Root, View, contiguous_strides, expanded, extent, inserted
+from hypergrad_ext.engines.views import Root, View, expanded, extent, inserted
+from hypergrad_ext.structure import contiguous_strides
 
 if TYPE_CHECKING:
     from hypergrad_ext.engines.lowering import Lowering

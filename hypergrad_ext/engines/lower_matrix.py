@@ -9,7 +9,8 @@ import torch
 
 from hypergrad_ext.engines.layout import COPY, Instruction
 from hypergrad_ext.engines.record import Call, Name
-from hypergrad_ext.engines.views import View, batched, contiguous_strides, expanded, rows_are_dense, transposed
+from hypergrad_ext.engines.views import View, batched, expanded, rows_are_dense, transposed
+from hypergrad_ext.structure import contiguous_strides
 
 if TYPE_CHECKING:
     from hypergrad_ext.engines.lowering import Lowering

@@ -14,7 +14,8 @@ from hypergrad_ext.engines import lower_convolution, lower_matrix, lower_pointwi
 from hypergrad_ext.engines.layout import COPY, Instruction
 from hypergrad_ext.engines.program import Program, names_in
 from hypergrad_ext.engines.record import Call, Name, Recording, Text
-from hypergrad_ext.engines.views import Root, View, contiguous_strides, expanded, extent
+from hypergrad_ext.engines.views import Root, View, expanded, extent
+from hypergrad_ext.structure import contiguous_strides
 
 aten = torch.ops.aten
 

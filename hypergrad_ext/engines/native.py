@@ -19,6 +19,7 @@ from hypergrad_ext.engines.program import Program
 from hypergrad_ext.engines.record import Recording
 from hypergrad_ext.engines.sweep import sweeps
 from hypergrad_ext.engines.views import Root, View
+from hypergrad_ext.structure import views
 
 
 class Plan:
@@ -50,19 +51,16 @@ class Bound:
         """Bind a plan."""
         self._bind = cache(lambda banded: plan.compiled(banded).bind(constants, scalars))
         self._shapes = plan.shapes
-        self._sizes = [shape.numel() for shape in plan.shapes]
         self._bind(_banded())
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` in new tensors."""
-        flat = self._bind(_banded()).product(v)
-        return [t.view(shape) for t, shape in zip(flat.split(self._sizes), self._shapes, strict=True)]
+        return views(self._bind(_banded()).product(v), self._shapes)
 
     def products(self, v: Sequence[Tensor]) -> list[Tensor]:
         """The same for tensors with a leading dimension k; torch's threads make whole products, if there is work."""
         k = len(v[0])
-        flat = self._bind(_banded(k)).product(v, k)
-        return [t.view(k, *shape) for t, shape in zip(flat.split(self._sizes, 1), self._shapes, strict=True)]
+        return views(self._bind(_banded(k)).product(v, k), self._shapes)
 
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor

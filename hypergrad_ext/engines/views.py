@@ -62,15 +62,6 @@ def extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
 
 
-def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a contiguous tensor."""
-    strides, step = [], 1
-    for size in reversed(sizes):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
-
-
 def inserted(values: tuple[int, ...], at: int, value: int) -> tuple[int, ...]:
     """The values with one more at a place."""
     return (*values[:at], value, *values[at:])

@@ -250,7 +250,7 @@ class Hessian(LinearOperator):
         return x, state, taken
 
     def _bound(self, b: Tensor, backend: str | None) -> native.Bound | cuda_graph.Bound | None:
-        return self.products.bound(self.space.views(b), backend) if self.space.exact else None
+        return self.products.bound(lambda: self.space.views(b), backend) if self.space.exact else None
 
     def _key(self) -> Hashable:
         """Which function this is, as far as speed is concerned."""

@@ -103,10 +103,8 @@ class System:
 
     def apply(self, x: Tensor) -> Tensor:
         """``(H + damping I) x`` by the operator that was given: for residuals, outside the hot loop."""
-        result = self.damping * x
-        for out, part in zip(self.views(result), self._times(self.operator, self.views(x)), strict=True):
-            out.add_(part)
-        return result
+        product = self._space.joined(self._times(self.operator, self.views(x)))
+        return torch.add(product, x, alpha=self.damping)
 
     def product_of_given(self, v: Tensor) -> Tensor:
         """``H v`` by the operator that was given, as one flat tensor: to look at the spectrum, before a solve."""
