@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.bench_step import LISTS
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference
 
 
@@ -94,5 +94,5 @@ def test_cg_step(name, threads, benchmark, report, quick):
     row: dict[str, object] = {"list": name, "threads": threads, "fused us": median(seconds["fused"]) * 1e6}
     row["rel. error"] = error
     for other in [*variants][1:]:
-        row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
+        row[f"x {other}"] = spread(seconds, other, "fused")
     report("cg_step", row)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import hypergrad_ext as hg
 from bench import measure
 from bench.ceilings import at_the_floor, floor, percent_of_floor
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference
 
 try:
@@ -168,7 +168,7 @@ def run(
     row["% of floor"] = percent_of_floor(seconds, "fused")
     row["x torch at the floor"] = at_the_floor(seconds, better)
     for other in [*variants][1:]:
-        row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
+        row[f"x {other}"] = spread(seconds, other, "fused")
     report(table, row)
 
 

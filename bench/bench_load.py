@@ -18,12 +18,13 @@ import pytest
 import torch
 
 import hypergrad_ext as hg
-from bench.bench_engines import MODELS, neumann
 from bench.bench_glm import Problem as Glm
 from bench.bench_mlp import IDS, PROBLEMS
 from bench.bench_mlp import Problem as Mlp
 from bench.bench_softmax import Problem as Softmax
+from bench.jax_series import neumann
 from bench.measure import median
+from bench.models import MODELS
 from hypergrad_ext import ops
 from tests.models import loss_of
 

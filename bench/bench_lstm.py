@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.measure import clock_for, interleave, median, ratio
+from bench.measure import clock_for, interleave, median, ratio, spread
 from hypergrad_ext import nn
 
 # Steps, batch, units (of the input, too), layers.
@@ -110,7 +110,7 @@ def measured(variants: dict[str, Callable], truth: tuple[Tensor, ...], threads: 
     assert errors["fused"] <= 2 * errors["loop"] + 1e-7, errors
     seconds = interleave(variants, rounds, warmup=2, clock=clock_for(threads))
     row: dict[str, object] = {"rel. error": errors["fused"], "fused ms": median(seconds["fused"]) * 1e3}
-    others = {name: "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, name, "fused")) for name in [*variants][1:]}
+    others = {name: spread(seconds, name, "fused") for name in [*variants][1:]}
     return row | {f"x {name}": others.get(name, "no double backward") for name in ("oneDNN", "own cells", "loop")}
 
 

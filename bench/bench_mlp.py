@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import hypergrad_ext as hg
 from bench import measure
 from bench.ceilings import at_the_floor, floor, percent_of_floor
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference_mlp
 
 try:
@@ -161,5 +161,5 @@ def test_mlp_hvp(problem, k, threads, benchmark, report, quick):
     row["x double backward at the floor"] = at_the_floor(seconds, "double backward")
     for other in ("double backward", "closed form in torch", "linearize", "jitted JAX"):
         known = other in variants
-        row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused")) if known else "-"
+        row[f"x {other}"] = spread(seconds, other, "fused") if known else "-"
     report("mlp_hvp", row)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference
 
 PROBLEMS = [(100_000, 10), (1_000_000, 10), (40_000, 50), (1000, 1000), (20_000, 1000), (40, 50_304), (400, 50_304)]
@@ -91,5 +91,5 @@ def test_softmax_hessian(shape, k, dtype, benchmark, report, quick):
     # Logits are read, vectors read and written; the lower bound, as if caches held the rest.
     row["GB/s"] = problem.logits.nbytes * (1 + 2 * k) / median(seconds["fused"]) / 1e9
     for other in [*variants][1:]:
-        row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
+        row[f"x {other}"] = spread(seconds, other, "fused")
     report("softmax_hessian", row)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.bench_step import LISTS
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference_minres
 
 ALPHA, MOMENTUM = 0.01, 0.5
@@ -157,5 +157,5 @@ def test_step(name, list_name, threads, benchmark, report, quick):
     row: dict[str, object] = {"list": list_name, "threads": threads, "fused us": fused * 1e6}
     row |= {"GB/s": BYTES[name] * step.m.numel() / fused / 1e9, "rel. error": error}
     for other in [*variants][1:]:
-        row[f"x {other}"] = "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, other, "fused"))
+        row[f"x {other}"] = spread(seconds, other, "fused")
     report(name.rstrip("_"), row)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import interleave, median, ratio
+from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference
 
 ALPHA = 0.01
@@ -126,6 +126,5 @@ def test_neumann_step(name, threads, benchmark, report, quick):
         "rel. error": error,
     }
     for other in [*variants][1:]:
-        middle, low, high = ratio(seconds, other, "fused")
-        row[f"x {other}"] = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+        row[f"x {other}"] = spread(seconds, other, "fused")
     report("neumann_step", row)

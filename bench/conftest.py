@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from bench import measure
+from hypergrad_ext.engines import choose, traced
 
 _rows: dict[str, list[dict[str, object]]] = {}
 
@@ -28,6 +30,16 @@ def _threads(item: pytest.Item) -> object:
     return (
         item.callspec.params.get("threads") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
     )
+
+
+@pytest.fixture(params=[1, 2], ids=["threads1", "threads2"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Torch's number of threads, and of cores; nothing is known of any model yet."""
+    traced.clear_cache()
+    choose.clear_histories()
+    torch.manual_seed(0)
+    with measure.threads(request.param):
+        yield request.param
 
 
 @pytest.fixture

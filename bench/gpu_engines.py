@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 import hypergrad_ext as hg
-from bench.bench_engines import MODELS, neumann, spread
-from bench.measure import RESULTS, environment, interleave, median, table, write
+from bench.jax_series import neumann
+from bench.measure import RESULTS, environment, interleave, median, spread, table, write
+from bench.models import MODELS
 from hypergrad_ext.engines import cuda_graph, traced
 from tests.models import loss_of
 

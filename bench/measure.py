@@ -91,6 +91,11 @@ def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> tuple[float,
     return middle, low, high
 
 
+def spread(seconds: dict[str, list[float]], slow: str, fast: str) -> str:
+    """That ratio with its quartiles, as tables show it; ``-`` if one of both was not timed."""
+    return "{:.2f} ({:.2f}-{:.2f})".format(*ratio(seconds, slow, fast)) if {slow, fast} <= seconds.keys() else "-"
+
+
 def median(values: list[float]) -> float:
     """The median."""
     return statistics.median(values)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import weakref
 
 import pytest
 import torch
@@ -157,6 +159,16 @@ def test_a_solve_uses_them_and_several_vectors_do_not(plans):
             assert_close(ours, theirs, 1e-10)
             made.append([i.kind for i in plans[-1]])
     assert "bands" in made[0] and "bands" not in made[1]
+
+
+def test_a_plan_keeps_no_tensors_of_the_solve_it_was_made_in():
+    loss, params = network(["layer"] * 4, 61)
+    assert_right(loss, params, 2)
+    (x,) = (cell.cell_contents for cell in loss.__closure__ if isinstance(cell.cell_contents, torch.Tensor))
+    alive = weakref.ref(x)
+    del loss, params, x
+    gc.collect()
+    assert alive() is None
 
 
 def test_the_same_result_every_time():

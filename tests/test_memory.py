@@ -102,8 +102,8 @@ def test_process_memory_is_flat_over_200_outer_steps(engine):
 
 
 VECTORS = {
-    "Neumann": (hg.Neumann(4, alpha=0.5), 4),
-    "Richardson": (hg.Neumann(4, alpha=0.5, form="richardson"), 4),
+    "Neumann": (hg.Neumann(4, alpha=0.5), 3),
+    "Richardson": (hg.Neumann(4, alpha=0.5, form="richardson"), 3),
     "Chebyshev": (hg.Chebyshev(4, bounds=(1.0, 2.0)), 4),
     "CG": (hg.CG(max_steps=4), 4),
     "MINRES": (hg.MINRES(max_steps=4), 6),

@@ -109,24 +109,17 @@ def lower(program: Program, recording: Recording, compile_kernels: bool = False)
         lowering.call(call)
     grouped = sweeps(group(lowering.finish(program.outputs)))
     constants = len(recording.constants) + len(lowering.derived)
-    scalars = len(recording.scalars)
+    counts = constants, lowering.dynamic, len(recording.scalars), lowering.immediates
+    sizes = [t.numel() for t in leaves], [t.numel() for t in outputs]
+    slots = 1, len(leaves), constants, lowering.dynamic
 
+    # Called again in later solves: it must not hold on to tensors of this one.
     def make(banded: bool) -> Any:
         instructions = bands(grouped) if banded else grouped
         if compile_kernels:
             instructions = codegen.compiled(instructions, dtype)
         arena = allocate(instructions)
-        return module.Plan(
-            dtype == torch.float64,
-            arena,
-            [t.numel() for t in leaves],
-            [t.numel() for t in outputs],
-            constants,
-            lowering.dynamic,
-            scalars,
-            lowering.immediates,
-            serialised(instructions, (1, program.leaves, constants, lowering.dynamic)),
-        )
+        return module.Plan(dtype == torch.float64, arena, *sizes, *counts, serialised(instructions, slots))
 
     return Plan(make, lowering.derived, [t.shape for t in outputs])
 
