@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import hypergrad_ext as hg
 from bench import measure
 from bench.measure import interleave, median, spread
-from bench.models import MODELS
+from bench.models import MODELS, OVERHEAD_BOUND
 from tests.models import loss_of
 
 SOLVER = hg.Neumann(20, alpha=1e-3)
@@ -41,6 +41,8 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_hypergradient(name, threads, benchmark, report, quick):
+    if quick and name not in OVERHEAD_BOUND:
+        pytest.skip("--quick: small models")
     model, *train = MODELS[name]()
     _, *val = MODELS[name]()
     variants: dict[str, Callable] = {e: hypergradient(model, train, val, e) for e in ("eager", "auto")}

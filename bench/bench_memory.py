@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import hypergrad_ext as hg
-from bench.models import MODELS
+from bench.models import MODELS, OVERHEAD_BOUND
 from tests.allocations import peak
 from tests.models import loss_of
 
@@ -49,7 +49,9 @@ def _status(key: str) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_memory(name, benchmark, report):
+def test_memory(name, benchmark, report, quick):
+    if quick and name not in OVERHEAD_BOUND[:2]:
+        pytest.skip("--quick: two models")
     row: dict[str, object] = {"model": name}
     for kind in KINDS:
         command = [sys.executable, "-m", "bench.bench_memory", name, kind]
