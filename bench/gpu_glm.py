@@ -9,7 +9,6 @@ a node of a CUDA graph, and a barrier of the grid.
 from __future__ import annotations
 
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
+from bench.device_time import in_graph, medians, microseconds
 from bench.measure import environment, table, write
 from hypergrad_ext import _native, ops, reference
 
@@ -25,34 +25,6 @@ DEVICE = torch.device("cuda")
 # torch's matrix products refuse to run in deterministic mode without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 STEPS = 100
-
-
-def microseconds(variants: dict[str, Callable[[], object]], rounds: int = 15, calls: int = 5) -> dict[str, float]:
-    """Device time per call, the variants in turn: medians over the rounds after the first two."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds + 2):
-        for name, run in variants.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                run()
-            stop.record()
-            stop.synchronize()
-            times[name].append(1e3 * start.elapsed_time(stop) / calls)
-    return {name: statistics.median(t[2:]) for name, t in times.items()}
-
-
-def graphed(run: Callable[[], object]) -> Callable[[], None]:
-    """The same as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def deterministic(run: Callable[[], object]) -> Callable[[], None]:
@@ -148,10 +120,10 @@ def solves(copy: float) -> list[dict[str, object]]:
             variants |= {"without bulk copies": without("bulk", problem.whole)}
         variants |= {
             "deterministic": deterministic(problem.whole),
-            "graph of two products": graphed(problem.loop),
+            "graph of two products": in_graph(problem.loop),
             "eager two products": problem.loop,
         }
-        times = {name: us / STEPS for name, us in microseconds(variants).items()}
+        times = {name: us / STEPS for name, us in medians(microseconds(variants)).items()}
         rate = problem.x.nbytes / times["one launch"] / 1e3
         row: dict[str, object] = {"solve, us per step": problem.name, "path": path, "one launch": times["one launch"]}
         row["without bulk copies"] = times.pop("without bulk copies", None)
@@ -165,12 +137,11 @@ def products(copy: float) -> list[dict[str, object]]:
     for shape in [(60_000, 784, 1, 1), (60_000, 784, 1, 8), (60_000, 784, 10, 1), (2_000_000, 128, 1, 1)]:
         for dtype in (torch.float32, torch.bfloat16):
             problem = Problem(*shape, dtype)
-            times = microseconds(
-                {
-                    "one pass": lambda problem=problem: problem.product(problem.b),
-                    "two products": lambda problem=problem: problem.two_products(problem.b),
-                }
-            )
+            variants = {
+                "one pass": lambda problem=problem: problem.product(problem.b),
+                "two products": lambda problem=problem: problem.two_products(problem.b),
+            }
+            times = medians(microseconds(variants, cold=True))
             rate = problem.x.nbytes / times["one pass"] / 1e3
             rows.append({"product, us": problem.name, **times, "GB/s": rate, "share of copy": rate / copy})
     return rows
@@ -190,13 +161,12 @@ def machine() -> dict[str, object]:
         for _ in range(20):
             near.copy_(small)
 
-    times = microseconds(
-        {"memory": lambda: other.copy_(big), "cache": graphed(copy_in_cache), "node": graphed(add_ones)}
-    )
+    variants = {"memory": lambda: other.copy_(big), "cache": in_graph(copy_in_cache), "node": in_graph(add_ones)}
+    times = medians(microseconds(variants))
     # All multiprocessors take part, and have next to nothing to compute.
     multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     tiny = Problem(32 * multiprocessors, 32, 1, 1)
-    steps = microseconds({"one": tiny.whole, "two": deterministic(tiny.whole)})
+    steps = medians(microseconds({"one": tiny.whole, "two": deterministic(tiny.whole)}))
     return {
         "copy GB/s": 2 * big.nbytes / times["memory"] / 1e3,
         "copy in L2 GB/s": 20 * 2 * small.nbytes / times["cache"] / 1e3,

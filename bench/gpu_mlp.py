@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from bench.device_time import in_graph, microseconds
 from bench.gpu_glm import without
 from bench.measure import environment, table, write
 from hypergrad_ext import _native, backends, ops, reference_mlp
@@ -72,39 +73,6 @@ class Problem:
         return _native._C.mlp_hvp_plan(sizes, len(self.x), len(self.v), 4, self.activation != "relu")
 
 
-def in_graph(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The same, captured once on the current stream and replayed."""
-    for _ in range(3):
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        value = run()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return value
-
-    return replay
-
-
-def microseconds(
-    variants: dict[str, Callable[[], Tensor]], rounds: int = 25, calls: int = 10
-) -> dict[str, list[float]]:
-    """Device time per call, variants in turn; the first rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(rounds + 3):
-        for name, run in variants.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(calls):
-                run()
-            stop.record()
-            stop.synchronize()
-            if round_ >= 3:
-                times[name].append(1e3 * start.elapsed_time(stop) / calls)
-    return times
-
-
 def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) -> list[dict[str, object]]:
     """One row per variant."""
     problem = Problem(sizes, n, activation, k)
@@ -124,7 +92,7 @@ def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) 
         assert errors[variant] <= 2 * errors["double backward"] + 1e-6, (variant, errors)
     for variant, run in list(variants.items()):
         variants[f"{variant}, graph"] = in_graph(run)
-    times = microseconds(variants)
+    times = microseconds(variants, rounds=25, calls=10)
     # Multiply-adds of the matrix products: two for the first layer, six for every other.
     layers = list(zip(sizes, sizes[1:], strict=False))
     flops = 2 * k * n * (6 * sum(i * o for i, o in layers) - 4 * sizes[0] * sizes[1])

@@ -1,7 +1,7 @@
 """The Neumann step on a GPU: ``python -m bench.gpu_steps [FOLDER]``.
 
-Device time by events, every variant in turn, against a list of torch's own operations and against the bandwidth of
-a plain copy; every variant is checked against float64 first.
+Device time by events, every variant in turn, as in a solve and from a cold cache, against a list of torch's own
+operations and against the bandwidth of a plain copy; every variant is checked against float64 first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import measure
-from bench.gpu_glm import microseconds
+from bench.device_time import medians, microseconds
 from hypergrad_ext import backends, ops, reference
 
 DEVICE = torch.device("cuda")
@@ -32,7 +32,7 @@ def copy_bandwidth() -> float:
     """GB/s of a copy that no cache holds, reads and writes counted."""
     big = torch.empty(2**28, device=DEVICE)
     other = torch.empty_like(big)
-    return 2 * big.nbytes / microseconds({"copy": lambda: other.copy_(big)})["copy"] / 1e3
+    return 2 * big.nbytes / medians(microseconds({"copy": lambda: other.copy_(big)}))["copy"] / 1e3
 
 
 def rows_of(name: str, sizes: list[int], copy: float) -> list[dict[str, object]]:
@@ -53,10 +53,10 @@ def rows_of(name: str, sizes: list[int], copy: float) -> list[dict[str, object]]
         assert torch.allclose(stats, true_stats, rtol=1e-6), backend
         variants[backend] = lambda kernel=kernel: kernel([v], [p], hv, stats, 0.01, 0.0)
     rows: list[dict[str, object]] = []
-    times = microseconds(variants)
+    times, cold = (medians(microseconds(variants, cold=flag)) for flag in (False, True))
     for variant, us in times.items():
         rate = 20 * sum(sizes) / us / 1e3
-        row: dict[str, object] = {"list": name, "variant": variant, "us": us, "GB/s": rate}
+        row: dict[str, object] = {"list": name, "variant": variant, "us": us, "cold us": cold[variant], "GB/s": rate}
         rows.append(row | {"share of copy": rate / copy, "x foreach": times["foreach"] / us})
     return rows
 

@@ -18,7 +18,7 @@ from tests.allocations import peak
 
 pytest.importorskip("bench", reason="runs in a checkout, where bench/ is")
 
-from bench import agree, compare, measure, report, scaling  # noqa: E402
+from bench import agree, compare, device_time, measure, report, scaling  # noqa: E402
 from bench.peers import CLOSED_FORM, COMPILED, OURS, PEERS, adapter, run  # noqa: E402
 from bench.peers import __main__ as peers_main  # noqa: E402
 from bench.peers.problems import Problem  # noqa: E402
@@ -190,6 +190,38 @@ def test_processes_measure_and_what_they_find_is_saved(monkeypatch, tmp_path, ca
     assert [(row["peer"], row["status"], row["processes"]) for row in rows] == [(OURS, "ok", 2), (BY_HAND, "ok", 2)]
     assert 0 < rows[1]["low"] <= rows[1]["times"] <= rows[1]["high"]
     assert "saved" in capfd.readouterr().out
+
+
+def test_a_cold_call_is_timed_after_the_cache_was_filled(monkeypatch):
+    """Without a GPU: what happens between which events."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, stop):
+            return 0.02
+
+    class Other:
+        def zero_(self):
+            log.append("fill")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(device_time, "_twice_the_cache", Other)
+    variants = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
+    times = device_time.microseconds(variants, rounds=2, calls=3, cold=True)
+    assert device_time.medians(times) == {"a": pytest.approx(20), "b": pytest.approx(20)} and len(times["a"]) == 2
+    assert log[:5] == ["fill", "event", "a", "event", "wait"] and log.count("fill") == log.count("a") + log.count("b")
+    log.clear()
+    times = device_time.microseconds(variants, rounds=2, calls=3)
+    assert log[:6] == ["event", "a", "a", "a", "event", "wait"] and times["b"] == pytest.approx([20 / 3] * 2)
 
 
 def test_means_are_geometric_and_of_what_was_timed():
