@@ -80,7 +80,7 @@ _ON_CUDA = _Rates(
 )
 
 # Rows per block when the Gram matrix is formed, and rows of the matrix that are formed at once.
-_GRAM_ROWS, _STRIP = 8192, 256
+_GRAM_ROWS, _STRIP = 8192, 112
 # Gram matrices up to this size are formed: 64 MB in float32.
 _GRAM_LIMIT = 4096
 
@@ -313,8 +313,10 @@ class _Gram(DenseMatrix):
 def _add_product(out: Tensor, a: Tensor, b: Tensor, symmetric: bool) -> None:
     """``out += a.T @ b``; of a symmetric product only what is left of the diagonal, and a little more."""
     width = len(out)
-    for i in range(0, width, _STRIP if symmetric else width):
-        rows = slice(i, i + (_STRIP if symmetric else width))
+    # Of equal widths: what is left over for a narrow last one takes as long as a wide one.
+    strip = -(-width // max(1, round(width / _STRIP))) if symmetric else width
+    for i in range(0, width, strip):
+        rows = slice(i, i + strip)
         columns = slice(0, rows.stop if symmetric else width)
         out[rows, columns].addmm_(a[:, rows].T, b[:, columns])
 
