@@ -223,6 +223,18 @@ def test_order_is_kept_where_it_matters():
     assert at[0] < at[1] < at[2] and at[1] < at[3] < at[4]
 
 
+def test_what_a_run_read_across_rows_it_does_not_overwrite():
+    a, b, c, d = (Root("arena", extent=64 * 8) for _ in range(4))
+    steps = [
+        copied(View(a, 0, (64, 8), (1, 64)), view(b, 64, 8)),
+        copied(view(b, 64, 8), view(c, 64, 8)),
+        copied(view(c, 64, 8), view(a, 64, 8)),
+        copied(view(a, 64, 8), view(d, 64, 8)),
+    ]
+    within = [[steps.index(part) for part in i.parts() or (i,)] for i in bands(steps)]
+    assert within == [[0, 1], [2, 3]]
+
+
 def test_tasks_do_not_overtake_each_other():
     """What a run leaves over: read across rows, written anew, added up."""
     made, source = Root("arena", extent=64 * 8), Root("c", extent=64 * 8)

@@ -117,7 +117,9 @@ class _Run:
         """Find the instruction a place; False if the run is full."""
         i, count, written, seen = use
         later = not (seen.isdisjoint(self._later_written) and written.isdisjoint(self._later_seen))
-        if not later and count <= _LARGE and self._keeps_rows(i, written):
+        # What the run has read, maybe all of it, no band may overwrite.
+        over = not (written - self._written).isdisjoint(self._seen)
+        if not (later or over) and count <= _LARGE and self._keeps_rows(i, written):
             new = sum(root.extent for root in written - self._written if root.kind == "arena")
             if self._run and self._kept + new > _MOST_KEPT:
                 return False
