@@ -16,6 +16,9 @@ int64_t elements(const std::vector<int64_t>& sizes);
 // Of one run, roughly; a multiplication with its addition is one.
 int64_t operations(const Kernel& kernel);
 
+// Operations that a thread should have at least.
+constexpr int64_t kGrain = 1 << 17;
+
 // Kernels of which none mixes `rows` of what others write, so that every thread runs all of them for a band of rows.
 class Bands {
  public:

@@ -13,8 +13,6 @@
 namespace hg::plan {
 namespace {
 
-// Operations that a thread should have at least.
-constexpr int64_t kGrain = 1 << 17;
 // Bytes that the memory of all threads may take together where whole products are shared.
 constexpr int64_t kLaneBytes = int64_t{1} << 28;
 

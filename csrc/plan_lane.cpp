@@ -13,8 +13,8 @@
 namespace hg::plan {
 namespace {
 
-// Operations that a thread should have at least, and ranges of a compiled kernel per thread.
-constexpr int64_t kGrain = 1 << 17, kRanges = 2;
+// Ranges of a compiled kernel per thread.
+constexpr int64_t kRanges = 2;
 
 // By the kernel for its shape.
 template <class Real>
