@@ -169,6 +169,11 @@ py::object glm_hvp(py::handle x, py::handle weights, py::handle v, py::handle l2
   return tensor_of([&] { return hg::glm_hvp(a.x, a.weights, a.v, a.l2, scale, intercept); });
 }
 
+py::object glm_gram(py::handle x, py::handle weights) {
+  const at::Tensor &a = tensor("x", x), &b = tensor("weights", weights);
+  return tensor_of([&] { return hg::glm_gram(a, b); });
+}
+
 py::tuple glm_neumann_solve(py::handle x, py::handle weights, py::handle b, py::handle l2, double scale, bool intercept,
                             double alpha, double damping, int64_t steps, py::handle stop) {
   const GlmArguments a(x, weights, "b", b, l2);
@@ -382,6 +387,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("hv"), py::arg("state"), py::arg("damping") = 0.0);
   m.def("glm_hvp", &glm_hvp, py::arg("x"), py::arg("weights"), py::arg("v"), py::arg("l2"), py::arg("scale"),
         py::arg("intercept"));
+  m.def("glm_gram", &glm_gram, py::arg("x"), py::arg("weights"));
   m.def("glm_neumann_solve", &glm_neumann_solve, py::arg("x"), py::arg("weights"), py::arg("b"), py::arg("l2"),
         py::arg("scale"), py::arg("intercept"), py::arg("alpha"), py::arg("damping"), py::arg("steps"),
         py::arg("stop"));

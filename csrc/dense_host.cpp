@@ -1,10 +1,10 @@
-// Host functions for matrices given by their entries: whole solves, with torch's products.
+// Host functions for matrices given by their entries: whole solves.
 #include <ATen/ops/mm.h>
-#include <ATen/ops/mv.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "host.h"
+#include "plan.h"
 #include "solve_loop.h"
 
 namespace hg {
@@ -24,15 +24,26 @@ void check(const at::Tensor& matrix, const at::Tensor& b) {
   TORCH_CHECK_VALUE(!b.requires_grad() || !c10::GradMode::is_enabled(), "b must not require grad");
 }
 
-Multiply product_with(const at::Tensor& matrix) {
-  return [matrix, transposed = matrix.t()](const at::Tensor& v, at::Tensor& out) {
-    if (v.size(0) == 1) {
-      at::Tensor row = out[0];
-      at::mv_out(row, matrix, v[0]);
-    } else {
-      at::mm_out(out, v, transposed);
-    }
+// Up to so many vectors are multiplied by dot products with the matrix's rows, as the narrow layers of plans.
+constexpr int64_t kMostDots = 32;
+
+template <class Real>
+Multiply by_dots(const at::Tensor& matrix, int64_t k) {
+  const int64_t n = matrix.size(0), row = matrix.stride(0);
+  const plan::Gemm product{
+      {0, 0, {1, k, n}, {0, n, 1}}, {1, 0, {1, n, n}, {0, 1, row}}, {2, 0, {1, k, n}, {0, n, 1}}, false};
+  return [matrix, product](const at::Tensor& v, at::Tensor& out) {
+    // Plans have one kind of slot: what is only read is among them.
+    Real* const slots[] = {const_cast<Real*>(v.const_data_ptr<Real>()),
+                           const_cast<Real*>(matrix.const_data_ptr<Real>()), out.mutable_data_ptr<Real>()};
+    cpu::PlanKernels<Real>::dots(product, slots);
   };
+}
+
+Multiply product_with(const at::Tensor& matrix, int64_t k) {
+  if (k <= kMostDots && matrix.stride(1) == 1)
+    return matrix.scalar_type() == at::kDouble ? by_dots<double>(matrix, k) : by_dots<float>(matrix, k);
+  return [transposed = matrix.t()](const at::Tensor& v, at::Tensor& out) { at::mm_out(out, v, transposed); };
 }
 
 using BelowAutograd = c10::impl::ExcludeDispatchKeyGuard;
@@ -44,7 +55,7 @@ std::tuple<at::Tensor, at::Tensor> dense_neumann_solve(const at::Tensor& matrix,
   check(matrix, b);
   check_stop(b, steps, stop);
   const BelowAutograd guard(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
-  return neumann_series(b, alpha, damping, steps, stop, product_with(matrix.detach()));
+  return neumann_series(b, alpha, damping, steps, stop, product_with(matrix.detach(), b.size(0)));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> dense_cg_solve(const at::Tensor& matrix, const at::Tensor& b,
@@ -52,7 +63,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> dense_cg_solve(const at::Tensor& 
   check(matrix, b);
   check_state(b, state);
   const BelowAutograd guard(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
-  return conjugate_gradients(b, damping, steps, state, product_with(matrix.detach()));
+  return conjugate_gradients(b, damping, steps, state, product_with(matrix.detach(), b.size(0)));
 }
 
 }  // namespace hg

@@ -1,6 +1,8 @@
 // Host functions of the GLM family: tensors in, memory-safety checks, kernel calls.
 #include <c10/core/GradMode.h>
 
+#include <vector>
+
 #include "cuda/call.h"
 #include "glm_cuda.h"
 #include "host.h"
@@ -80,6 +82,30 @@ at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Ten
   if (!cuda::for_cpu(v)) return glm_cuda::hvp({data, x, weights, l2}, v);
   at::Tensor out = empty_like(v);
   cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  return out;
+}
+
+at::Tensor glm_gram(const at::Tensor& x, const at::Tensor& weights) {
+  TORCH_CHECK_TYPE(
+      (x.scalar_type() == at::kDouble || x.scalar_type() == at::kFloat) && weights.scalar_type() == x.scalar_type(),
+      "x and weights must both be float64 or both be float32, got ", x.scalar_type(), " and ", weights.scalar_type());
+  TORCH_CHECK_VALUE(x.is_cpu() && weights.is_cpu(), "x and weights must be on the CPU, got ", x.device(), " and ",
+                    weights.device());
+  TORCH_CHECK_VALUE(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
+                    "x must have shape (n, d) with contiguous rows, got ", x.sizes(), " with strides ", x.strides());
+  TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(0) == x.size(0) && weights.is_contiguous(),
+                    "weights must be contiguous with shape (", x.size(0), ", m), got ", weights.sizes());
+  // Autograd does not see the kernel.
+  TORCH_CHECK_VALUE(!(x.requires_grad() || weights.requires_grad()) || !c10::GradMode::is_enabled(),
+                    "x and weights must not require grad");
+  GlmData data{};
+  data.x = x.const_data_ptr(), data.weights = weights.const_data_ptr();
+  data.x_dtype = x.scalar_type() == at::kDouble ? DType::f64 : DType::f32;
+  data.n = x.size(0), data.d = x.size(1), data.stride = x.stride(0), data.classes = weights.size(1);
+  const std::vector<int64_t> sizes{data.classes, data.d, data.d};
+  if (data.n == 0 || data.d == 0) return zeros(sizes, weights.options());
+  at::Tensor out = empty(sizes, weights.options());
+  cpu::glm_gram(data, out.mutable_data_ptr());
   return out;
 }
 

@@ -59,6 +59,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                                                             double scale, bool intercept, double damping, int64_t steps,
                                                             const at::Tensor& state);
 
+// X^T diag(weights[:, c]) X for every column c of the weights, (m, d, d). x: (n, d); weights: (n, m), of one dtype,
+// both on the CPU.
+at::Tensor glm_gram(const at::Tensor& x, const at::Tensor& weights);
+
 // Products with the Hessian of cross-entropy in the logits, scale weights p (u - <p, u>), p = softmax(logits).
 // logits: (rows, classes); u: the same, or (k, rows, classes); weights: (rows,). The second form overwrites u.
 at::Tensor softmax_hessian(const at::Tensor& logits, const at::Tensor& u, double scale,

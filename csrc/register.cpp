@@ -31,7 +31,9 @@ void register_ops(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(hypergrad_ext, CPU, m) {
   register_ops(m);
-  // Whole solves that a GPU takes step by step, so that it need not wait for the host.
+  // A GPU's libraries form Gram matrices, and it takes these solves step by step, so that it need not wait for the
+  // host.
+  m.impl("glm_gram", &glm_gram);
   m.impl("mlp_neumann_solve", &mlp_neumann_solve);
   m.impl("mlp_cg_solve", &mlp_cg_solve);
   m.impl("dense_neumann_solve", &dense_neumann_solve);

@@ -160,6 +160,14 @@ glm_hvp = Op(
     device_of=2,
 )
 
+glm_gram = Op(
+    "glm_gram(Tensor x, Tensor weights) -> Tensor",
+    reference=reference.glm_gram,
+    fake=lambda x, weights: x.new_empty(weights.shape[1], x.shape[1], x.shape[1]),
+    device_of=0,
+    native=("cpp",),
+)
+
 glm_neumann_solve = Op(
     f"glm_neumann_solve({_GLM.format('b')}, {_NEUMANN}",
     reference=reference.glm_neumann_solve,
@@ -285,6 +293,7 @@ ALL = (
     chebyshev_step_,
     minres_step_,
     glm_hvp,
+    glm_gram,
     glm_neumann_solve,
     glm_cg_solve,
     softmax_hessian,

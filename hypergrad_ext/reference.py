@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+# Rows that go into a Gram matrix at a time, and rows of the matrix that are formed at once.
+_GRAM_ROWS, _GRAM_STRIP = 8192, 112
+
 
 def aligned(rows: int, *lists: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
     """Walk several tensor lists as one vector per row.
@@ -227,6 +230,27 @@ def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: flo
     out = torch.einsum("nkc,nd->kcd", z, x).reshape(k, -1)
     out = scale * (torch.cat([out, z.sum(0)], 1) if intercept else out)
     return out if l2 is None else out + l2.reshape(-1) * v
+
+
+def glm_gram(x: Tensor, weights: Tensor) -> Tensor:
+    """``X^T diag(weights[:, c]) X`` for every column c of ``weights``; X is ``(n, d)``, ``weights`` ``(n, m)``.
+
+    By blocks of rows, so that no second copy of X is made, and by strips of what is left of the diagonal: the rest
+    is its mirror image.
+
+    Returns:
+        The matrices, ``(m, d, d)``.
+    """
+    out = x.new_zeros(weights.shape[1], x.shape[1], x.shape[1])
+    # Of equal widths: what is left over for a narrow last one takes as long as a wide one.
+    width = -(-len(out[0]) // max(1, round(len(out[0]) / _GRAM_STRIP))) if out.numel() else 1
+    for rows, weights_of_rows in zip(x.split(_GRAM_ROWS), weights.split(_GRAM_ROWS), strict=True):
+        for total, weight in zip(out, weights_of_rows.T, strict=True):
+            scaled = rows * weight[:, None]
+            for left in range(0, x.shape[1], width):
+                strip = slice(left, left + width)
+                total[strip, : strip.stop].addmm_(rows[:, strip].T, scaled[:, : strip.stop])
+    return out.tril() + out.tril(-1).mT
 
 
 def glm_neumann_solve(

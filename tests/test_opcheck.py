@@ -35,6 +35,10 @@ def glm_arguments(rows=None, state=torch.float32, product=torch.float32):
     return x, weights, torch.randn(k, 21).to(state), torch.rand(21).to(state), 0.05, True
 
 
+def gram_arguments(rows=None, state=torch.float32, product=torch.float32):
+    return torch.randn(20, 6).to(state), torch.randn(20, rows or 1).to(state)
+
+
 def dense_arguments(rows=None, state=torch.float32, product=torch.float32):
     return torch.eye(9, dtype=state) + 0.1, torch.randn(rows or 1, 9, dtype=state)
 
@@ -82,6 +86,7 @@ ARGUMENTS = {
     "neumann_step_": neumann_arguments,
     "cg_step_": cg_arguments,
     "glm_hvp": glm_arguments,
+    "glm_gram": gram_arguments,
     "glm_neumann_solve": neumann_solve_arguments(glm_arguments, 2),
     "glm_cg_solve": cg_solve_arguments(glm_arguments, 2),
     "dense_neumann_solve": neumann_solve_arguments(dense_arguments, 1),

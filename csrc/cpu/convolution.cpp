@@ -66,7 +66,7 @@ struct ConvolutionBodies {
       for (; tap != end; ++tap, factors += R) {
         V pixels[C];
 #pragma GCC unroll 2
-        for (int c = 0; c < C; ++c) pixels[c] = S::load(x + *tap + c * W);
+        for (int c = 0; c < C; ++c) pixels[c] = S::factor(x + *tap + c * W);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -144,7 +144,7 @@ struct ConvolutionBodies {
         for (int64_t p = h * t.image.columns, end = p + width; p < end; ++p, y += outputs) {
           V gradients[C];
 #pragma GCC unroll 2
-          for (int c = 0; c < C; ++c) gradients[c] = S::load(y + c * W);
+          for (int c = 0; c < C; ++c) gradients[c] = S::factor(y + c * W);
 #pragma GCC unroll 12
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2

@@ -88,7 +88,7 @@ struct GlmBlockBody {
     V sums[kRows] = {};
     int64_t j = 0;
     for (; j + W <= b.d; j += W) {
-      const V column = S::load(v + j);
+      const V column = S::factor(v + j);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         if (i % 2) fetch(i, j);
@@ -158,16 +158,16 @@ struct GlmBlockBody {
       // The shorter side of the tile waits in registers for the longer one.
       if constexpr (C <= R) {
         V column[C];
-        for (int k = 0; k < C; ++k) column[k] = S::load(v[k] + j);
+        for (int k = 0; k < C; ++k) column[k] = S::factor(v[k] + j);
         for (int i = 0; i < R; ++i) {
-          const V row = S::load(x + i * b.stride + j);
+          const V row = S::factor(x + i * b.stride + j);
           for (int k = 0; k < C; ++k) sums[i][k] += row * column[k];
         }
       } else {
         V row[R];
-        for (int i = 0; i < R; ++i) row[i] = S::load(x + i * b.stride + j);
+        for (int i = 0; i < R; ++i) row[i] = S::factor(x + i * b.stride + j);
         for (int k = 0; k < C; ++k) {
-          const V column = S::load(v[k] + j);
+          const V column = S::factor(v[k] + j);
           for (int i = 0; i < R; ++i) sums[i][k] += row[i] * column;
         }
       }
@@ -257,7 +257,7 @@ struct GlmBlockBody {
       for (int64_t l = 0; l < Strip * W * b.size; l += kLine) prefetch(b, r, j, l);
     const Real* z = b.z + r * b.K + c;
     V row[Strip];
-    for (int s = 0; s < Strip; ++s) row[s] = S::load(b.x + r * b.stride + j + s * W);
+    for (int s = 0; s < Strip; ++s) row[s] = S::factor(b.x + r * b.stride + j + s * W);
     for (int k = 0; k < C; ++k)
       for (int s = 0; s < Strip; ++s) sums[k][s] += z[k] * row[s];
   }

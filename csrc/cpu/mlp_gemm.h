@@ -155,7 +155,7 @@ struct Gemm {
         for (int64_t t = 0; t < f.depth; ++t, a += along, b += f.b.stride) {
           V row[C];
 #pragma GCC unroll 4
-          for (int c = 0; c < C; ++c) row[c] = S::load(b + c * W / P * f.b.panel + c * W % P);
+          for (int c = 0; c < C; ++c) row[c] = S::factor(b + c * W / P * f.b.panel + c * W % P);
 #pragma GCC unroll 8
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -206,7 +206,7 @@ struct NarrowGemm {
         const Real *a = f.a + i * f.a_stride, *b = f.b.data + j * f.b.stride;
         int64_t t = 0;
         for (; t + S::width <= f.depth; t += S::width) {
-          const V by = S::load(b + t);
+          const V by = S::factor(b + t);
 #pragma GCC unroll 4
           for (int r = 0; r < R; ++r) sums[r] += S::load(a + r * f.a_stride + t) * by;
         }

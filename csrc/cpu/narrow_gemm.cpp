@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kGrain = 1 << 20;
 // Rows or columns of the longer side that go to one thread come in multiples of this, which no tile is larger than.
 constexpr int64_t kTile = 32;
+// Columns that take as long as fewer: then it is the time to read the other factor.
+constexpr int64_t kLeast = 4;
 // Elements of a row that stay in the first cache while all rows of the other factor pass.
 constexpr int64_t kStrip = 1024;
 
@@ -77,10 +79,10 @@ struct NarrowBodies {
       for (; t + W <= end; t += W) {
         V right[C];
 #pragma GCC unroll 5
-        for (int c = 0; c < C; ++c) right[c] = S::load(b + c * g.b_row + t);
+        for (int c = 0; c < C; ++c) right[c] = S::factor(b + c * g.b_row + t);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          const V left = S::load(a + r * g.a_row + t);
+          const V left = S::factor(a + r * g.a_row + t);
 #pragma GCC unroll 5
           for (int c = 0; c < C; ++c) sums[r][c] += left * right[c];
         }
@@ -160,7 +162,7 @@ struct NarrowBodies {
 #pragma GCC unroll 2
         for (int c = 0; c < C; ++c) {
           if (i == 0) __builtin_prefetch(b + kDeep * g.b_depth + c * W);
-          row[c] = S::load(b + c * W);
+          row[c] = S::factor(b + c * W);
         }
 #pragma GCC unroll 10
         for (int r = 0; r < R; ++r)
@@ -190,7 +192,7 @@ void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots) {
   const plan::View &left = turned ? g.b : g.a, &right = turned ? g.a : g.b;
   const auto rows = [&](const plan::View& v, bool is_b) { return v.strides[is_b ? 2 : 1]; };
   const int64_t total = std::max(g.out.sizes[1], g.out.sizes[2]), narrow = std::min(g.out.sizes[1], g.out.sizes[2]);
-  const Team team = team_for(total * narrow * g.a.sizes[2], kGrain);
+  const Team team = team_for(total * std::max(narrow, kLeast) * g.a.sizes[2], kGrain);
   for (int64_t n = 0; n < g.out.sizes[0]; ++n)
     share(team.threads, team, [&](int64_t task) {
       function({slots[left.slot] + left.offset + n * left.strides[0],

@@ -88,7 +88,7 @@ struct PackedGemm {
     for (int64_t t = 0; t < m.depth; ++t, b += kPanel) {
       V factors[C];
 #pragma GCC unroll 3
-      for (int c = 0; c < C; ++c) factors[c] = S::load(b + c * W);
+      for (int c = 0; c < C; ++c) factors[c] = S::factor(b + c * W);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const Real factor = a[r * at.a_stride + t];

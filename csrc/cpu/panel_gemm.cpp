@@ -1,6 +1,8 @@
 // Matrix products of native plans: columns of the right factor are packed into a panel as wide as a register tile,
 // which then stays in the second cache while all rows of the left one pass. On Zen 4 that is 1.05 to 1.3 times as fast
 // as MKL, and several times for small matrices, where BLAS takes longer to begin than the tiles take to end.
+#include "panel_gemm.h"
+
 #include <algorithm>
 
 #include "../plan.h"
@@ -15,27 +17,12 @@ namespace {
 
 // Multiply-adds that a thread should have at least, and tasks per thread.
 constexpr int64_t kGrain = 1 << 19, kTasks = 2;
-// Columns are shared in groups of so many bytes, one panel with AVX-512, several with other sets; rows in parts of at
-// least so many, since every part packs its panel anew.
-constexpr int64_t kGroupBytes = 256, kPart = 24;
+// Rows are shared in parts of at least so many, since every part packs its panel anew.
+constexpr int64_t kPart = 24;
 // What a panel adds up, at the most: it takes 192 KB of the second cache.
 constexpr int64_t kDepth = 768;
 // A right factor that is read by few rows, or that fits the first cache, is read where it is.
 constexpr int64_t kFewRows = 24, kFirstCache = 32 << 10;
-
-// out (+)= a b for one matrix of a batch, or a part of its rows and columns; element (i, t) of a at i * a_row +
-// t * a_depth, and so on.
-template <class Real>
-struct Part {
-  const Real* a;
-  int64_t a_row, a_depth;
-  const Real* b;
-  int64_t b_depth, b_column;
-  Real* out;
-  int64_t out_row, rows, columns, depth;
-  bool accumulate;
-  Real* panel;
-};
 
 template <class Real>
 struct PanelBodies {
@@ -47,10 +34,10 @@ struct PanelBodies {
     static constexpr bool kLarge = Tiles::bytes == 64;
     static constexpr int W = S::width, kWide = kLarge ? 4 : 2, kPanel = kWide * W;
 
-    static HG_INLINE void run(const Part<Real>& g) {
+    static HG_INLINE void run(const Part<Real>& g, Real* memory) {
       for (int64_t j = 0; j < g.columns; j += kPanel)
         for (int64_t t = 0; t < g.depth; t += kDepth)
-          panel(g, std::min(kDepth, g.depth - t), t, j, std::min<int64_t>(g.columns - j, kPanel));
+          panel(g, memory, std::min(kDepth, g.depth - t), t, j, std::min<int64_t>(g.columns - j, kPanel));
     }
 
     // The right factor's rows [t, t + depth) of some columns, by all rows of the left one.
@@ -62,13 +49,18 @@ struct PanelBodies {
       bool accumulate;
     };
 
-    static HG_INLINE void panel(const Part<Real>& g, int64_t depth, int64_t t, int64_t j, int64_t inside) {
+    static HG_INLINE void panel(const Part<Real>& g, Real* memory, int64_t depth, int64_t t, int64_t j,
+                                int64_t inside) {
       const Real* b = g.b + t * g.b_depth + j * g.b_column;
       const int64_t span = depth * g.b_depth * static_cast<int64_t>(sizeof(Real));
-      const bool in_place = g.b_column == 1 && inside % W == 0 && (g.rows <= kFewRows || span <= kFirstCache);
-      if (!in_place) pack(g, b, depth, inside);
+      const bool in_place =
+          !g.scale && g.b_column == 1 && inside % W == 0 && (g.rows <= kFewRows || span <= kFirstCache);
+      if (g.scale)
+        pack_scaled(g, b, g.scale + t * g.scale_step, depth, inside, memory);
+      else if (!in_place)
+        pack(g, b, depth, inside, memory);
       const Operand at{
-          g.a + t * g.a_depth,  in_place ? b : g.panel, in_place ? g.b_depth : kPanel, depth, g.out + j, inside,
+          g.a + t * g.a_depth,  in_place ? b : memory, in_place ? g.b_depth : kPanel, depth, g.out + j, inside,
           g.accumulate || t > 0};
       if (inside <= W) return strips<12, 1>(g, at);
       if (inside <= 2 * W) return strips<kLarge ? 12 : 6, 2>(g, at);
@@ -78,11 +70,11 @@ struct PanelBodies {
       }
     }
 
-    static HG_INLINE void pack(const Part<Real>& g, const Real* b, int64_t depth, int64_t inside) {
+    static HG_INLINE void pack(const Part<Real>& g, const Real* b, int64_t depth, int64_t inside, Real* panel) {
       int64_t p = 0;
       for (; p + W <= inside; p += W) {
         const Real* from = b + p * g.b_column;
-        Real* to = g.panel + p;
+        Real* to = panel + p;
         int64_t t = 0;
         if (g.b_column == 1)
           for (; t < depth; ++t) S::store(to + t * kPanel, S::load(from + t * g.b_depth));
@@ -93,7 +85,17 @@ struct PanelBodies {
       }
       for (const int64_t end = (inside + W - 1) / W * W; p < end; ++p)
         for (int64_t t = 0; t < depth; ++t)
-          g.panel[t * kPanel + p] = p < inside ? b[t * g.b_depth + p * g.b_column] : Real(0);
+          panel[t * kPanel + p] = p < inside ? b[t * g.b_depth + p * g.b_column] : Real(0);
+    }
+
+    static HG_INLINE void pack_scaled(const Part<Real>& g, const Real* b, const Real* scale, int64_t depth,
+                                      int64_t inside, Real* panel) {
+      for (int64_t t = 0; t < depth; ++t, b += g.b_depth, scale += g.scale_step, panel += kPanel) {
+        int64_t p = 0;
+        for (; p + W <= inside; p += W) S::store(panel + p, *scale * S::load(b + p));
+        for (const int64_t end = (inside + W - 1) / W * W; p < end; ++p)
+          panel[p] = p < inside ? *scale * b[p] : Real(0);
+      }
     }
 
     // All rows, in strips of equal heights.
@@ -136,18 +138,18 @@ struct PanelBodies {
   };
 };
 
-// Memory for a panel, a thread's own.
-template <class Real>
-Real* panel_memory() {
-  static thread_local const Buffer<Real> memory(kDepth * kGroupBytes / static_cast<int64_t>(sizeof(Real)));
-  return memory.get();
-}
-
 }  // namespace
 
 template <class Real>
+void multiply_part(const Part<Real>& part) {
+  static const auto function = ForTiles<PanelBodies<Real>::template Body, const Part<Real>&, Real*>::get();
+  // Memory for a panel, a thread's own.
+  static thread_local const Buffer<Real> memory(kDepth * kGroupBytes / static_cast<int64_t>(sizeof(Real)));
+  function(part, memory.get());
+}
+
+template <class Real>
 void PlanKernels<Real>::multiply(const plan::Gemm& g, Real* const* slots) {
-  static const auto function = ForTiles<PanelBodies<Real>::template Body, const Part<Real>&>::get();
   constexpr int64_t kGroup = kGroupBytes / static_cast<int64_t>(sizeof(Real));
   const Real* a = slots[g.a.slot] + g.a.offset;
   const Real* b = slots[g.b.slot] + g.b.offset;
@@ -168,14 +170,16 @@ void PlanKernels<Real>::multiply(const plan::Gemm& g, Real* const* slots) {
       const int64_t first = part * groups / across * kGroup;
       const int64_t last = std::min((part + 1) * groups / across * kGroup, columns);
       const int64_t top = strip * rows / down, bottom = (strip + 1) * rows / down;
-      function({a + i * g.a.strides[0] + top * g.a.strides[1], g.a.strides[1], g.a.strides[2],
-                b + i * g.b.strides[0] + first * g.b.strides[2], g.b.strides[1], g.b.strides[2],
-                out + i * g.out.strides[0] + top * g.out.strides[1] + first, g.out.strides[1], bottom - top,
-                last - first, depth, g.accumulate, panel_memory<Real>()});
+      multiply_part<Real>({a + i * g.a.strides[0] + top * g.a.strides[1], g.a.strides[1], g.a.strides[2],
+                           b + i * g.b.strides[0] + first * g.b.strides[2], g.b.strides[1], g.b.strides[2],
+                           out + i * g.out.strides[0] + top * g.out.strides[1] + first, g.out.strides[1], bottom - top,
+                           last - first, depth, g.accumulate});
     }
   });
 }
 
+template void multiply_part(const Part<float>&);
+template void multiply_part(const Part<double>&);
 template void PlanKernels<float>::multiply(const plan::Gemm&, float* const*);
 template void PlanKernels<double>::multiply(const plan::Gemm&, double* const*);
 

@@ -27,50 +27,42 @@ class _Rates:
 
     from_memory: float  # a byte
     from_cache: float  # a byte of data that fit in the cache
-    torch_mm: float  # a multiply-add of torch's matrix product
-    torch_step: float  # the same where one of the matrices has a few rows only
+    gram: float  # a multiply-add of the Gram matrix when it is formed
+    strip: int  # of that as many columns of the matrix at a time: what they have beyond the diagonal is lost
+    step: float  # a multiply-add of a product with it
     short_row: float  # what the sums at the end of a row of X cost, beside its elements
     row: float  # what a row of X costs at least, beside reading it
     loop_step: float  # the calls of a step with the Gram matrix
-    scaling: float  # a number of D x when it is formed
+    scaling: float  # a number of D x when the matrix is formed
     forming: float  # the calls that form it
     cache_bytes: float
 
 
-# Measured on AMD: Zen 5, where the product makes 200 GFLOP/s per core and MKL half of that (what rows and calls cost is
-# the time that it was on Zen 3), Zen 4 (85 and 100), and Zen 3 (55 and 80).
-_BESIDE_SLOW_BLAS = _Rates(
-    from_memory=3.5,
-    from_cache=1.0,
-    torch_mm=2.0,
-    torch_step=2.0,
-    short_row=0.0,
-    row=500.0,
-    loop_step=1.2e5,
-    scaling=100.0,
-    forming=1e7,
-    cache_bytes=32e6,
-)
+# Measured on AMD: Zen 4, where the product makes 85 to 100 GFLOP/s per core; Zen 3, 55, what forms the matrix and
+# multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured.
 _ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
-    torch_mm=0.7,
-    torch_step=1.3,
+    gram=0.9,
+    strip=32,
+    step=1.0,
     short_row=30.0,
     row=170.0,
     loop_step=4e4,
-    scaling=50.0,
-    forming=3e6,
+    scaling=20.0,
+    forming=2e6,
     cache_bytes=32e6,
 )
-_ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, torch_mm=0.9)
+_ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
+_ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
 _ON_CUDA = _Rates(
     from_memory=3.0,
     from_cache=1.2,
-    torch_mm=0.55,
-    torch_step=0.55,
+    gram=0.55,
+    strip=112,
+    step=0.55,
     short_row=0.0,
     row=0.0,
     loop_step=2.5e8,
@@ -79,8 +71,8 @@ _ON_CUDA = _Rates(
     cache_bytes=30e6,
 )
 
-# Rows per block when the Gram matrix is formed, and rows of the matrix that are formed at once.
-_GRAM_ROWS, _STRIP = 8192, 112
+# Rows of a half precision X that are widened at a time when the Gram matrix is formed.
+_ROWS = 8192
 # Gram matrices up to this size are formed: 64 MB in float32.
 _GRAM_LIMIT = 4096
 
@@ -179,16 +171,15 @@ class GLMHessian(LinearOperator):
         def reading(size: int) -> float:
             return size * (rates.from_memory if size > rates.cache_bytes else rates.from_cache)
 
-        # Blocks of two classes are formed once, those of one class by strips of their lower half.
-        strips = -(-(d + self.intercept) // _STRIP)
-        share = ((1 + 1 / strips) / 2 + (classes - 1) / 2) / classes
         data = n * d * self.inputs.element_size()
         streaming = products * max(2 * n * (d + rates.short_row) * classes * rows, reading(data) + n * rates.row)
         forming = 0.0
         if self._gram is None:
-            multiplying = rates.torch_mm * n * m * m * share + rates.scaling * n * m * (classes + 1) / 2
+            # Of every pair of classes a symmetric block.
+            pairs = classes * (classes + 1) / 2
+            multiplying = pairs * n * (d * (rates.gram * min(d, (d + rates.strip) / 2) + rates.scaling) + rates.row)
             forming = max(multiplying, reading(data)) + rates.forming
-        step = max(rates.torch_step * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
+        step = max(rates.step * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
         forming += products * step
         choice: Literal["gram", "products"] = "gram" if forming < streaming and m <= _GRAM_LIMIT else "products"
         return choice, f"Gram matrix {forming / 1e6:.3g} against {streaming / 1e6:.3g} million multiply-adds"
@@ -267,23 +258,29 @@ class GLMHessian(LinearOperator):
         return diagonal
 
     def _form_gram(self) -> Tensor:
-        """``scale X^T D X + l2``, by blocks of rows so that no second copy of X is made."""
-        d, m = self.inputs.shape[1], self.space.numel
-        p = self.weights.reshape(len(self.inputs), -1)
+        """``scale X^T D X + l2``: a symmetric block for every pair of classes."""
+        (n, d), m = self.inputs.shape, self.space.numel
+        p = self.weights.view(n, -1)
         classes, width = p.shape[1], d + self.intercept
-        blocks = torch.zeros(classes, classes, width, width, dtype=self.space.dtype, device=self.space.device)
-        for x, p_x in zip(self.inputs.split(_GRAM_ROWS), p.split(_GRAM_ROWS), strict=True):
-            x = x.to(self.space.dtype)
-            x = torch.cat([x, x.new_ones(len(x), 1)], 1) if self.intercept else x
+        blocks = p.new_zeros(classes, classes, width, width)
+        unit = torch.eye(classes, dtype=p.dtype, device=p.device)
+        # A half precision X is widened by blocks of rows, so that no second copy of it is made.
+        rows = n if self.inputs.dtype == p.dtype else _ROWS
+        for x, p_x in zip(self.inputs.split(rows), p.split(rows), strict=True):
+            x = x.to(p.dtype)
             for c in range(classes):
-                for other in range(c + 1):
-                    curvature = p_x[:, c] if classes == 1 else p_x[:, c] * (float(c == other) - p_x[:, other])
-                    _add_product(blocks[c, other], x, x * curvature[:, None], symmetric=c == other)
-        for c in range(classes):
-            blocks[c, c].copy_(blocks[c, c].tril() + blocks[c, c].tril(-1).T)
-            for other in range(c):
-                blocks[other, c] = blocks[c, other].T
-        gram = blocks.transpose(1, 2).reshape(m, m).mul_(self.scale)
+                curvature = self.scale * p_x
+                if classes > 1:
+                    curvature = curvature[:, c, None] * (unit[c, : c + 1] - p_x[:, : c + 1])
+                blocks[c, : c + 1, :d, :d] += ops.glm_gram(x, curvature)
+                if self.intercept:
+                    blocks[c, : c + 1, d, :d] += curvature.T @ x
+                    blocks[c, : c + 1, d, d] += curvature.sum(0)
+        if self.intercept:
+            blocks[:, :, :d, d] = blocks[:, :, d, :d]
+        for c in range(1, classes):
+            blocks[:c, c] = blocks[c, :c]
+        gram = blocks.transpose(1, 2).reshape(m, m)
         if classes > 1 and self.intercept:
             # Rows and columns in the order of the parameters: all weights, then all intercepts.
             order = torch.arange(classes * width, device=self.space.device).view(classes, width)
@@ -310,22 +307,11 @@ class _Gram(DenseMatrix):
         return self.space.views(self.space.joined(v) @ self.matrix)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor, symmetric: bool) -> None:
-    """``out += a.T @ b``; of a symmetric product only what is left of the diagonal, and a little more."""
-    width = len(out)
-    # Of equal widths: what is left over for a narrow last one takes as long as a wide one.
-    strip = -(-width // max(1, round(width / _STRIP))) if symmetric else width
-    for i in range(0, width, strip):
-        rows = slice(i, i + strip)
-        columns = slice(0, rows.stop if symmetric else width)
-        out[rows, columns].addmm_(a[:, rows].T, b[:, columns])
-
-
 def _rates(inputs: Tensor) -> _Rates:
     if inputs.is_cuda:
         return _ON_CUDA
     if _native.build_info().get("blas_at_half_speed"):
-        return _BESIDE_SLOW_BLAS
+        return _ON_FAST_CORES
     return _ON_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _ON_AVX2
 
 
