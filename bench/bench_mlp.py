@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import hypergrad_ext as hg
 from bench import measure
-from bench.ceilings import at_the_floor, floor, percent_of_floor
+from bench.ceilings import Floor
 from bench.measure import interleave, median, spread
 from hypergrad_ext import ops, reference_mlp
 
@@ -152,13 +152,14 @@ def test_mlp_hvp(problem, k, threads, benchmark, report, quick):
         products["jitted JAX"] = at.jax_product()
     variants = {name: repeat(product, at.products) for name, product in products.items()}
     with measure.threads(threads):
-        variants |= floor(at.flops(), at.x, threads, at.products)
-        seconds = interleave(variants, 100, warmup=1, clock=measure.clock_for(threads), budget=0.5 if quick else BUDGET)
+        floor = Floor(at.flops(), at.x, threads, at.products)
+        timing = {"clock": measure.clock_for(threads), "budget": 0.5 if quick else BUDGET}
+        seconds = interleave(variants | floor.variants, 100, warmup=1, rested=floor.variants, **timing)
         benchmark.pedantic(variants["fused"], rounds=1)
     row = {"network": IDS[PROBLEMS.index(problem)], "k": k, "threads": threads, "rel. error": error}
     row["fused ms"] = median(seconds["fused"]) / at.products * 1e3
-    row["% of floor"] = percent_of_floor(seconds, "fused")
-    row["x double backward at the floor"] = at_the_floor(seconds, "double backward")
+    row["% of floor"] = floor.percent(seconds, "fused")
+    row["x double backward at the floor"] = floor.speedup(seconds, "double backward")
     for other in ("double backward", "closed form in torch", "linearize", "jitted JAX"):
         known = other in variants
         row[f"x {other}"] = spread(seconds, other, "fused") if known else "-"

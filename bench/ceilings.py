@@ -22,6 +22,8 @@ from torch import Tensor
 from bench.measure import ratio
 
 ARITHMETIC, READING = "multiply-adds in registers", "plain reading"
+# Flops and bytes per thread of a timed call, at least: some 20 ms.
+LONG, FAR = 2e9, 4e8
 
 
 @functools.cache
@@ -41,36 +43,44 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def floor(flops: float, x: Tensor, threads: int, products: int = 1) -> dict[str, Callable[[], object]]:
-    """Variants to time beside a kernel that reads float32 ``x`` once per product and makes so many flops for it.
+class Floor:
+    """What a kernel that reads float32 ``x`` once per product, and makes so many flops for it, cannot be faster than.
 
-    They do this much of either and nothing else. Measured in the same rounds, because a machine that is shared is
-    now faster, now slower. Empty where there is no compiler.
+    ``variants`` do this much of either and nothing else, on so many threads, and so often that waking the threads is no
+    part of it. They are timed in the same rounds, because a machine that is shared is now faster, now slower. Empty
+    where there is no compiler.
     """
-    library = _library()
-    if library is None or x.dtype != torch.float32 or not x.is_contiguous():
-        return {}
-    steps, share = round(products * flops / (threads * 12 * 8 * 2)), x.numel() // threads
-    pool = ThreadPoolExecutor(threads)
 
-    def on_all(job: Callable[[int], object]) -> Callable[[], object]:
-        return (lambda: job(0)) if threads == 1 else (lambda: list(pool.map(job, range(threads))))
+    def __init__(self, flops: float, x: Tensor, threads: int, products: int = 1) -> None:
+        library = _library()
+        self.variants: dict[str, Callable[[], object]] = {}
+        if library is None or x.dtype != torch.float32 or not x.is_contiguous():
+            return
+        share = x.numel() // threads
+        self._repeats = {
+            ARITHMETIC: max(1, round(LONG * threads / (products * flops))),
+            READING: max(1, round(FAR / (products * 4 * share))),
+        }
+        steps = round(self._repeats[ARITHMETIC] * products * flops / (threads * 12 * 8 * 2))
+        times = self._repeats[READING] * products
+        pool = ThreadPoolExecutor(threads)
 
-    return {
-        ARITHMETIC: on_all(lambda _: library.multiply_add(steps)),
-        READING: on_all(lambda t: library.read_all(x.data_ptr() + 4 * t * share, share, products)),
-    }
+        def on_all(job: Callable[[int], object]) -> Callable[[], object]:
+            return (lambda: job(0)) if threads == 1 else (lambda: list(pool.map(job, range(threads))))
 
+        self.variants = {
+            ARITHMETIC: on_all(lambda _: library.multiply_add(steps)),
+            READING: on_all(lambda t: library.read_all(x.data_ptr() + 4 * t * share, share, times)),
+        }
 
-def percent_of_floor(seconds: dict[str, list[float]], kernel: str) -> float | None:
-    """How near a kernel is to the floor: the median over the rounds; None where nothing was measured."""
-    if ARITHMETIC not in seconds:
-        return None
-    return 100 * max(ratio(seconds, limit, kernel)[0] for limit in (ARITHMETIC, READING))
+    def percent(self, seconds: dict[str, list[float]], kernel: str) -> float | None:
+        """How near a kernel is to the floor: the median over the rounds; None where nothing was measured."""
+        if not self.variants:
+            return None
+        return 100 * max(ratio(seconds, limit, kernel)[0] / self._repeats[limit] for limit in self.variants)
 
-
-def at_the_floor(seconds: dict[str, list[float]], other: str) -> float | None:
-    """How many times faster than another variant a kernel at the floor would be; None likewise."""
-    if ARITHMETIC not in seconds:
-        return None
-    return min(ratio(seconds, other, limit)[0] for limit in (ARITHMETIC, READING))
+    def speedup(self, seconds: dict[str, list[float]], other: str) -> float | None:
+        """How many times faster than another variant a kernel at the floor would be; None likewise."""
+        if not self.variants:
+            return None
+        return min(ratio(seconds, other, limit)[0] * self._repeats[limit] for limit in self.variants)

@@ -9,7 +9,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ import torch
 import hypergrad_ext
 from hypergrad_ext import _native
 
+# Seconds that a thread of OpenMP spins for the next work, at the most.
+SPINNING = 0.015
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -28,12 +30,14 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     budget: float = float("inf"),
     twice: float = 0.0,
+    rested: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds per call of every variant, timed in turn in every round, each round in another order.
 
     ``setup`` runs before every call, outside its time. No round after the third begins later than ``budget``
     seconds after the first. Calls that last took fewer seconds than ``twice`` are made twice, and the second is timed:
-    it finds its own data in the caches, and no threads of another library that still spin on a core.
+    it finds its own data in the caches, and no threads of another library that still spin on a core. Before those that
+    are ``rested`` no thread does.
     """
     names = list(variants)
     for name in names * warmup:
@@ -48,6 +52,8 @@ def interleave(
             setup()
             if seconds[name] and seconds[name][-1] < twice:
                 variants[name]()
+            if name in rested:
+                time.sleep(SPINNING)
             start = clock()
             variants[name]()
             seconds[name].append(clock() - start)

@@ -224,7 +224,7 @@ struct GlmBlockBody {
     for (; j + kLong<C> * W <= b.d; j += kLong<C> * W) outer<C, kLong<C>, 1>(b, c, j);
     // Rows are unrolled where strip and columns are both short.
     for (; j + 2 * W <= b.d; j += 2 * W) outer<C, 2, C == 1 ? 4 : C == 2 ? 2 : 1>(b, c, j);
-    for (; j + W <= b.d; j += W) outer<C, 1, C == 1 ? 8 : C == 2 ? 4 : 2>(b, c, j);
+    for (; j + W <= b.d; j += W) outer<C, 1, C == 1 ? 8 : 4>(b, c, j);
     for (int k = 0; k < C; ++k)
       for (int64_t l = j; l < b.d; ++l) {
         Real sum = 0;

@@ -12,11 +12,11 @@ namespace {
 
 // Of a block: it lives in L2 between its two uses; for one vector, which goes through it a few rows at a time, it could
 // have any size.
-constexpr int64_t kBytes = 128 << 10;
-// Rows of a block come in multiples of this, which is one of the rows of most register tiles.
-constexpr int64_t kTileRows = 8;
+constexpr int64_t kBytes = 160 << 10;
+// Rows of a block come in multiples of this, which is one of the rows of all register tiles.
+constexpr int64_t kTileRows = 24;
 // Rows of a block at the most: its sums over rows are plain, and longer ones would round worse than torch's.
-constexpr int64_t kMaxRows = 256;
+constexpr int64_t kMaxRows = 240;
 // Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 // Sums over rows that are added up before they go to the total: keeps the rounding error of long sums down.

@@ -21,7 +21,7 @@ namespace hg::cpu {
 // Register bytes, and the register tiles of matrix products: at most so many columns, and so many accumulators
 // beside the operands in the register file.
 struct TilesAvx512 {
-  static constexpr int bytes = 64, columns = 5, accumulators = 25;
+  static constexpr int bytes = 64, columns = 4, accumulators = 25;
 };
 struct TilesAvx2 {
   static constexpr int bytes = 32, columns = 4, accumulators = 12;
