@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "dot_panels.h"
 #include "simd.h"
 
 namespace hg::cpu {
@@ -18,6 +19,7 @@ struct GlmBlock {
   const X* x;             // rows x d, rows `stride` elements apart
   const Real* weights;    // rows x classes: D if classes is 1, else the probabilities
   const Real* const* v;   // K pointers to d elements
+  const Real* panels;     // every eight of them, as far as they go, or null
   const Real* intercept;  // K elements of v that belong to a feature of ones, or null
   Real* z;                // scratch, rows x K
   Real* g;                // K x d, accumulated
@@ -37,6 +39,9 @@ struct GlmBlockBody {
   static constexpr bool kSingle = !std::is_same_v<X, Real>;
   static constexpr int W = S::width, kLine = 64;
 
+  using Panel = DotPanel<Real>;
+  static constexpr int kPanelRows = DotTile<Real, Tiles>::kRows;
+
   // Rows of a tile of dot products with C columns, and registers of a strip of outer products with them.
   template <int C>
   static constexpr int kLong = std::min(8, Tiles::accumulators / C);
@@ -45,9 +50,18 @@ struct GlmBlockBody {
 
  private:
   static HG_INLINE void columns(const Block& b) {
-    // Tiles of equal width: eight columns are 4 + 4, not 5 + 3.
-    const int64_t tiles = (b.K + Tiles::columns - 1) / Tiles::columns, width = (b.K + tiles - 1) / tiles;
-    for (int64_t c = 0; c < b.K; c += width) dot_columns(b, c, std::min(width, b.K - c));
+    int64_t in_panels = 0;
+    if constexpr (!kSingle)
+      if (b.panels)
+        for (; in_panels + Panel::kColumns <= b.K; in_panels += Panel::kColumns) dot_panel<kPanelRows>(b, 0, in_panels);
+    // Tiles of equal width: five columns are 3 + 2, not 4 + 1.
+    const auto width_of = [](int64_t columns) {
+      const int64_t tiles = std::max<int64_t>(1, (columns + Tiles::columns - 1) / Tiles::columns);
+      return (columns + tiles - 1) / tiles;
+    };
+    int64_t width = width_of(b.K - in_panels);
+    for (int64_t c = in_panels; c < b.K; c += width) dot_columns(b, c, std::min(width, b.K - c));
+    width = width_of(b.K);
     for (int64_t r = 0; r < b.rows; ++r) weigh(b.z + r * b.K, b.weights + r * b.classes, b);
     for (int64_t c = 0; c < b.K; c += width) outer_columns(b, c, std::min(width, b.K - c));
     if (b.intercept)
@@ -136,6 +150,28 @@ struct GlmBlockBody {
       }
   }
 
+  // Eight columns by rows from r on, R at a time, then the rest with smaller tiles.
+  template <int R>
+  static HG_INLINE void dot_panel(const Block& b, int64_t r, int64_t c) {
+    const Real* panel = b.panels + c / Panel::kColumns * Panel::size(b.d);
+    for (; r + R <= b.rows; r += R) {
+      const Real* x = b.x + r * b.stride;
+      Real* z = b.z + r * b.K + c;
+      DotTile<Real, Tiles>::template run<R>(x, b.stride, panel, b.d, z, b.K, [&](int64_t j) HG_LAMBDA_INLINE {
+        if (c == 0 && b.next)
+          for (int i = 1; i < R; i += 2) prefetch(b, r + i, j);
+      });
+      for (int64_t j = b.d / Panel::kQuad * Panel::kQuad; j < b.d; ++j)
+        for (int i = 0; i < R; ++i)
+          for (int k = 0; k < Panel::kColumns; ++k) z[i * b.K + k] += x[i * b.stride + j] * b.v[c + k][j];
+      if (b.intercept)
+        for (int i = 0; i < R; ++i)
+          for (int k = 0; k < Panel::kColumns; ++k) z[i * b.K + k] += b.intercept[c + k];
+    }
+    if constexpr (R > 1)
+      if (r < b.rows) dot_panel<(R > 4 ? 4 : 1)>(b, r, c);
+  }
+
   // Rows from r on, R at a time, then the rest with smaller tiles.
   template <int R, int C>
   static HG_INLINE void dot_rows(const Block& b, int64_t r, int64_t c) {
@@ -190,7 +226,12 @@ struct GlmBlockBody {
   // z <- D z for one row: a weight, or p * (z - <p, z>) for each of the k vectors.
   static HG_INLINE void weigh(Real* z, const Real* weights, const Block& b) {
     if (b.classes == 1) {
-      for (int64_t c = 0; c < b.K; ++c) z[c] *= weights[0];
+      // Read once: for all that the compiler knows it is among what is written.
+      const Real weight = weights[0];
+      int64_t c = 0;
+      for (; c + 4 <= b.K; c += 4)
+        for (int i = 0; i < 4; ++i) z[c + i] *= weight;
+      for (; c < b.K; ++c) z[c] *= weight;
       return;
     }
     for (Real* end = z + b.K; z < end; z += b.classes) {
@@ -239,6 +280,7 @@ struct GlmBlockBody {
     V sums[Unroll][C][Strip] = {};
     int64_t r = 0;
     for (; r + Unroll <= b.rows; r += Unroll)
+#pragma GCC unroll 8
       for (int u = 0; u < Unroll; ++u) add_row<C, Strip>(b, r + u, c, j, c == 0 && b.next && (r + u) % 2 == 0, sums[u]);
     for (; r < b.rows; ++r) add_row<C, Strip>(b, r, c, j, c == 0 && b.next && r % 2 == 0, sums[0]);
     for (int k = 0; k < C; ++k)

@@ -62,8 +62,8 @@ struct Product {
       static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
       widen_rows({block.x, block.rows, block.d, block.stride, wide});
       Product<Real, Real>::multiply(
-          {wide, block.weights, block.v, block.intercept, block.z, block.g, block.g_intercept, block.rows, block.d,
-           block.d, block.K, block.classes, block.next, block.next_stride, block.size},
+          {wide, block.weights, block.v, block.panels, block.intercept, block.z, block.g, block.g_intercept, block.rows,
+           block.d, block.d, block.K, block.classes, block.next, block.next_stride, block.size},
           nullptr);
     }
   }
@@ -87,6 +87,13 @@ struct Product {
       if (data.intercept) intercepts[c] = vector[classes * d + c % classes];
     }
 
+    // Registers of 16 bytes hold one column.
+    const int64_t panel_size = DotPanel<Real>::size(d),
+                  in_panels = isa() == Isa::base ? 0 : K / DotPanel<Real>::kColumns;
+    const Buffer<Real> panels(in_panels * panel_size);
+    for (int64_t i = 0; i < in_panels; ++i)
+      DotPanel<Real>::pack(columns.data() + i * DotPanel<Real>::kColumns, d, panels.get() + i * panel_size);
+
     std::vector<Real> totals(ranges * size, Real(0));
     share(ranges, team, [&](int64_t range) {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
@@ -101,7 +108,8 @@ struct Product {
         Block job{};
         job.x = x, job.stride = data.stride;
         job.weights = static_cast<const Real*>(data.weights) + row * classes;
-        job.v = columns.data(), job.intercept = data.intercept ? intercepts.data() : nullptr;
+        job.v = columns.data(), job.panels = in_panels ? panels.get() : nullptr,
+        job.intercept = data.intercept ? intercepts.data() : nullptr;
         job.z = z.data(), job.g = g, job.g_intercept = g + K * d;
         job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;

@@ -39,6 +39,7 @@ template <class Real, int Bytes>
 struct Simd {
   using V = typename Vector<Real, Bytes>::type;
   typedef Real Unaligned __attribute__((vector_size(Bytes), aligned(sizeof(Real)), may_alias));
+  typedef Real Quad __attribute__((vector_size(16), aligned(sizeof(Real)), may_alias));
   using Halves = typename Vector<uint16_t, Bytes / 2>::type;
   using Words = typename Vector<uint32_t, Bytes>::type;
   static constexpr int width = Bytes / sizeof(Real);
@@ -66,6 +67,23 @@ struct Simd {
 #if defined(HG_HAVE_AVX2)
     asm("" : "+v"(x));
 #endif
+    return x;
+  }
+
+  // 16 bytes as often as they fit.
+  static HG_INLINE V repeat(const Real* at) {
+    V x;
+#if defined(HG_HAVE_AVX2)
+    const Quad& quad = *reinterpret_cast<const Quad*>(at);
+    if constexpr (Bytes == 64) {
+      asm("vbroadcastf32x4 %1, %0" : "=v"(x) : "m"(quad));
+      return x;
+    } else if constexpr (Bytes == 32) {
+      asm("vbroadcastf128 %1, %0" : "=x"(x) : "m"(quad));
+      return x;
+    }
+#endif
+    for (int i = 0; i < Bytes; i += 16) std::memcpy(reinterpret_cast<char*>(&x) + i, at, 16);
     return x;
   }
 
