@@ -42,8 +42,9 @@ namespace cpu {
 
 // out = H v. v, out: k vectors, layer after layer, the weight before the bias.
 using MlpProduct = std::function<void(const void* v, int64_t k, void* out)>;
-// What does not depend on v is done here. `data` must stay as long as the product.
-MlpProduct mlp_product(const MlpData& data);
+// What does not depend on v is done here, and where the product is called `often` more of it is kept. `data` must stay
+// as long as the product.
+MlpProduct mlp_product(const MlpData& data, bool often);
 
 }  // namespace cpu
 

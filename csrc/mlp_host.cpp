@@ -118,8 +118,8 @@ struct Model {
     return shape;
   }
 
-  Multiply product() const {
-    return [multiply = cpu::mlp_product(data)](const at::Tensor& v, at::Tensor& out) {
+  Multiply product(bool often) const {
+    return [multiply = cpu::mlp_product(data, often)](const at::Tensor& v, at::Tensor& out) {
       multiply(v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
     };
   }
@@ -137,7 +137,7 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   const Model model(weights, hidden, slopes, bends, deltas, probabilities, "v", v, scale, biases, l2);
   at::Tensor out = empty_like(v);
   if (cuda::for_cpu(v)) {
-    model.product()(v, out);
+    model.product(false)(v, out);
     return out;
   }
   cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
@@ -179,7 +179,7 @@ std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at:
   const Model model(weights, hidden, slopes, bends, deltas, probabilities, "b", b, scale, biases, l2);
   check_on_cpu(b);
   check_stop(b, steps, stop);
-  return neumann_series(b, alpha, damping, steps, stop, model.product());
+  return neumann_series(b, alpha, damping, steps, stop, model.product(true));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_cg_solve(at::TensorList weights, at::TensorList hidden,
@@ -191,7 +191,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_cg_solve(at::TensorList weigh
   const Model model(weights, hidden, slopes, bends, deltas, probabilities, "b", b, scale, biases, l2);
   check_on_cpu(b);
   check_state(b, state);
-  return conjugate_gradients(b, damping, steps, state, model.product());
+  return conjugate_gradients(b, damping, steps, state, model.product(true));
 }
 
 }  // namespace hg

@@ -82,17 +82,19 @@ struct BackThroughActivation {
   }
 };
 
-// The weights' part of H v, summed over blocks of the batch.
+// The weights' part of H v, summed over blocks of the batch: the first of them writes.
 template <class Real>
 struct Accumulate {
   static constexpr bool kTransposed = true;
   Real* out;
   int64_t stride;
+  bool first;
 
   template <class S>
   HG_INLINE void operator()(int64_t i, int64_t j, typename S::V sum) const {
     Real* at = out + i * stride + j;
-    S::store(at, S::load(at) + sum);
+    if (!first) sum += S::load(at);
+    S::store(at, sum);
   }
 };
 

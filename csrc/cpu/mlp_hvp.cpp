@@ -19,6 +19,8 @@ constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
 constexpr int64_t kNarrow = 4;
 // Matrices with longer rows are put into panels apart; the rows of others are fetched ahead by hand.
 constexpr int64_t kWideBytes = 576;
+// Rows of the network that are packed once and kept, at most so many bytes; else a block's are packed for every vector.
+constexpr int64_t kHiddenBytes = 32 << 20;
 // Multiply-adds per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
 
@@ -34,9 +36,22 @@ struct Layout {
   int64_t tangent;  // row elements before this layer's, in a block's tangents
 };
 
+// Outputs of a layer, as many at most as panels take at once.
+struct Piece {
+  size_t layer;
+  int64_t begin, end;
+};
+
+// How the batch is cut.
+struct Cut {
+  int64_t rows, blocks;
+};
+
 template <class Real>
 class Product {
  public:
+  static constexpr int64_t kPiece = 2 * Panels<Real>::P;
+
   explicit Product(const MlpData& data) : data_(data), layers_(data.layers) {
     for (const MlpLayer& layer : layers_) {
       Layout at;
@@ -59,6 +74,8 @@ class Product {
       at.tangent = take(tangent_size_, at.out_row);
       widest_ = std::max(widest_, at.out_row);
       ops_ += 6 * layer.in * layer.out;
+      for (int64_t o = 0; o < layer.out; o += kPiece)
+        pieces_.push_back({layout_.size(), o, std::min(o + kPiece, layer.out)});
       layout_.push_back(at);
     }
     const int64_t row_bytes = 2 * tangent_size_ * sizeof(Real);
@@ -77,33 +94,61 @@ class Product {
       if (at.w_transposed >= 0)
         Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_transposed});
       if (at.w_rows >= 0)
-        hg::cpu::pack(real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_rows);
+        hg::cpu::pack(real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_rows, layer.out);
     }
+  }
+
+  // As many blocks for every thread.
+  Cut cut(int64_t threads) const {
+    int64_t blocks = std::max<int64_t>(1, (data_.n + max_rows_ - 1) / max_rows_);
+    blocks = (blocks + threads - 1) / threads * threads;
+    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + 7) / 8 * 8, 8, max_rows_);
+    return {rows, (data_.n + rows - 1) / rows};
+  }
+
+  // Packs the rows of the network, unless they are, or are too many.
+  void pack_hidden(const Cut& cut, const Team& team) {
+    const int64_t size = Panels<Real>::size(cut.rows, hidden_columns_);
+    if (cut.rows == hidden_rows_ || cut.blocks * size * static_cast<int64_t>(sizeof(Real)) > kHiddenBytes) return;
+    hidden_ = std::make_unique<Buffer<Real>>(cut.blocks * size);
+    share(cut.blocks, team, [&](int64_t i) {
+      pack_block(i * cut.rows, std::min(cut.rows, data_.n - i * cut.rows), hidden_->get() + i * size);
+    });
+    hidden_rows_ = cut.rows;
   }
 
   // H v for k vectors one after another, on so many threads.
   void run(const Real* v, int64_t k, Real* out, int64_t threads) const {
-    // As many blocks for every thread.
-    int64_t blocks = std::max<int64_t>(1, (data_.n + max_rows_ - 1) / max_rows_);
-    blocks = (blocks + threads - 1) / threads * threads;
-    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + 7) / 8 * 8, 8, max_rows_);
-    blocks = (data_.n + rows - 1) / rows;
+    const auto [rows, blocks] = cut(threads);
+    const int64_t hidden_size = Panels<Real>::size(rows, hidden_columns_);
+    const bool kept = rows == hidden_rows_;
     // In one piece, because an allocator returns large pieces to the system: it would fault them in again.
-    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_) + Panels<Real>::size(rows, hidden_columns_);
+    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_) + (kept ? 0 : hidden_size);
     const int64_t thread_size = sum_size_ + scratch_size;
     const Buffer<Real> memory(packed_size_ + threads * thread_size);
     Real *packed = memory.get(), *sums = packed + packed_size_;
-    for (; k-- > 0; v += v_size_, out += v_size_) {
-      pack(v, packed);
-      for (int64_t t = 0; t < threads; ++t) std::memset(sums + t * thread_size, 0, sum_size_ * sizeof(Real));
-      share(threads, Team{threads, ops() >= kPatience * kGrainOps}, [&](int64_t t) {
-        Real* sum = sums + t * thread_size;
-        for (int64_t i = t * blocks / threads; i < (t + 1) * blocks / threads; ++i)
-          add_block(v, packed, i * rows, std::min(rows, data_.n - i * rows), sum + sum_size_, sum);
+    const Team team{threads, ops() >= kPatience * kGrainOps};
+    const int64_t pieces = static_cast<int64_t>(pieces_.size()), ranges = team.ranges(pieces, 2);
+    const auto each_piece = [&](const auto& f) {
+      share(ranges, team, [&](int64_t range) {
+        for (int64_t i = range * pieces / ranges; i < (range + 1) * pieces / ranges; ++i) f(pieces_[i]);
       });
-      for (int64_t t = 1; t < threads; ++t)
-        for (int64_t j = 0; j < sum_size_; ++j) sums[j] += sums[t * thread_size + j];
-      unpack(sums, v, out);
+    };
+    // Threads without a block have no sum.
+    const int64_t added = std::min(threads, blocks);
+    for (; k-- > 0; v += v_size_, out += v_size_) {
+      each_piece([&](const Piece& piece) { pack(piece, v, packed); });
+      share(added, team, [&](int64_t t) {
+        Real *sum = sums + t * thread_size, *scratch = sum + sum_size_;
+        const int64_t first = t * blocks / added;
+        for (int64_t i = first; i < (t + 1) * blocks / added; ++i) {
+          const int64_t count = std::min(rows, data_.n - i * rows);
+          const Real* hidden = kept ? hidden_->get() + i * hidden_size : scratch;
+          if (!kept) pack_block(i * rows, count, scratch);
+          add_block(v, packed, i * rows, count, hidden, scratch + (kept ? 0 : hidden_size), sum, i == first);
+        }
+      });
+      each_piece([&](const Piece& piece) { unpack(piece, sums, added, thread_size, v, out); });
     }
   }
 
@@ -125,36 +170,54 @@ class Product {
   }
 
   // V^T for the way forward; V for the way back; padded biases.
-  void pack(const Real* v, Real* packed) const {
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      const MlpLayer& layer = layers_[l];
-      const Layout& at = layout_[l];
-      const Real* weight = v + at.v_weight;
-      if (at.transposed >= 0) Transpose<Real>::run({weight, layer.in, layer.out, layer.in, packed + at.transposed});
-      if (at.rows >= 0) hg::cpu::pack(weight, layer.in, layer.out, layer.in, packed + at.rows);
-      std::memset(packed + at.bias, 0, at.out * sizeof(Real));
-      if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
+  void pack(const Piece& piece, const Real* v, Real* packed) const {
+    constexpr int64_t P = Panels<Real>::P;
+    const MlpLayer& layer = layers_[piece.layer];
+    const Layout& at = layout_[piece.layer];
+    const int64_t begin = piece.begin, count = piece.end - begin;
+    const Real* weight = v + at.v_weight + begin * layer.in;
+    if (at.transposed >= 0)
+      Transpose<Real>::run(
+          {weight, layer.in, count, layer.in, packed + at.transposed + begin * Panels<Real>::height(layer.in)});
+    if (at.rows >= 0) hg::cpu::pack(weight, layer.in, count, layer.in, packed + at.rows + begin * P, layer.out);
+    if (begin > 0) return;
+    std::memset(packed + at.bias, 0, at.out * sizeof(Real));
+    if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
+  }
+
+  // H v from the sums of so many threads.
+  void unpack(const Piece& piece, const Real* sums, int64_t threads, int64_t thread_size, const Real* v,
+              Real* out) const {
+    const Real l2 = static_cast<Real>(2 * data_.l2);
+    const MlpLayer& layer = layers_[piece.layer];
+    const Layout& at = layout_[piece.layer];
+    for (int64_t o = piece.begin; o < piece.end; ++o) {
+      const Real *from = sums + at.sum + o * at.in_row, *vector = v + at.v_weight + o * layer.in;
+      Real* to = out + at.v_weight + o * layer.in;
+      for (int64_t i = 0; i < layer.in; ++i) to[i] = (threads > 0 ? from[i] : Real(0)) + l2 * vector[i];
+      for (int64_t t = 1; t < threads; ++t)
+        for (int64_t i = 0; i < layer.in; ++i) to[i] += from[t * thread_size + i];
+      if (!data_.biases) continue;
+      Real& bias = out[at.v_bias + o] = 0;
+      for (int64_t t = 0; t < threads; ++t) bias += sums[t * thread_size + at.sum_bias + o];
     }
   }
 
-  void unpack(const Real* sum, const Real* v, Real* out) const {
-    const Real l2 = static_cast<Real>(2 * data_.l2);
+  // Rows of the network where they are wide.
+  void pack_block(int64_t begin, int64_t rows, Real* hidden) const {
     for (size_t l = 0; l < layers_.size(); ++l) {
       const MlpLayer& layer = layers_[l];
-      const Layout& at = layout_[l];
-      for (int64_t o = 0; o < layer.out; ++o) {
-        const int64_t row = at.v_weight + o * layer.in;
-        for (int64_t i = 0; i < layer.in; ++i) out[row + i] = sum[at.sum + o * at.in_row + i] + l2 * v[row + i];
-      }
-      if (data_.biases) std::memcpy(out + at.v_bias, sum + at.sum_bias, layer.out * sizeof(Real));
+      if (const int64_t at = layout_[l].hidden; at >= 0)
+        hg::cpu::pack(real(layer.hidden, begin), layer.hidden.stride, rows, layer.in,
+                      hidden + at * Panels<Real>::height(rows), rows);
     }
   }
 
   // Adds the part of H v that rows [begin, begin + rows) of the batch contribute.
-  void add_block(const Real* v, const Real* packed, int64_t begin, int64_t rows, Real* scratch, Real* sum) const {
+  void add_block(const Real* v, const Real* packed, int64_t begin, int64_t rows, const Real* hidden, Real* scratch,
+                 Real* sum, bool first) const {
     Real *tangents = scratch, *curved = tangents + rows * tangent_size_;
     Real *delta = curved + rows * tangent_size_, *next_delta = delta + rows * widest_;
-    Real* hidden = next_delta + rows * widest_;
     const size_t last = layers_.size() - 1;
     using Matrix = Panels<Real>;
     const auto inputs = [&](size_t l) {
@@ -165,9 +228,6 @@ class Product {
     for (size_t l = 0; l <= last; ++l) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      if (at.hidden >= 0)
-        hg::cpu::pack(real(layer.hidden, begin), layer.hidden.stride, rows, layer.in,
-                      hidden + at.hidden * Matrix::height(rows));
       const bool along_inputs = l == last && narrow(layer, at);
       Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, {v + at.v_weight, layer.in}, layer.in};
       Factors<Real> by_w{};
@@ -202,9 +262,10 @@ class Product {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const Factors<Real> of_delta{delta, at.out_row, inputs(l), rows};
-      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias});
+      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias, first});
       if (l == 0) {
-        Gemm<Real, Accumulate>::run({{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row}});
+        Gemm<Real, Accumulate>::run(
+            {{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}});
         break;
       }
       const MlpLayer& before = layers_[l - 1];
@@ -212,7 +273,7 @@ class Product {
       const Real* tangent = tangents + rows * layout_[l - 1].tangent;
       const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, {tangent, at.in_row}, rows};
       Gemm<Real, Accumulate>::run(
-          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row}});
+          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}});
       const Matrix weight = at.w_rows < 0 ? Matrix{real(layer.weight), layer.weight.stride}
                                           : Matrix::apart(weights_->get() + at.w_rows, layer.out);
       const Matrix vector =
@@ -255,33 +316,39 @@ class Product {
   std::vector<Layout> layout_;
   int64_t v_size_ = 0, packed_size_ = 0, weights_size_ = 0, sum_size_ = 0, tangent_size_ = 0, hidden_columns_ = 0;
   int64_t widest_ = 0, max_rows_ = 0, ops_ = 0;
-  std::unique_ptr<Buffer<Real>> weights_;
+  std::vector<Piece> pieces_;
+  std::unique_ptr<Buffer<Real>> weights_, hidden_;
+  int64_t hidden_rows_ = 0;  // of a block of what is packed
 };
 
 template <class Real>
-MlpProduct prepared(const MlpData& data) {
+MlpProduct prepared(const MlpData& data, bool often) {
   const auto product = std::make_shared<Product<Real>>(data);
   product->pack_weights();
-  return [product](const void* vectors, int64_t k, void* products) {
+  return [product, often](const void* vectors, int64_t k, void* products) {
     const Real* v = static_cast<const Real*>(vectors);
     Real* out = static_cast<Real*>(products);
     const int64_t size = product->size(), ops = product->ops();
     const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
     // With vectors enough for all threads each does whole products, and there is nothing to add up.
-    if (threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps)
-      share(threads, Team{threads, k * ops >= kPatience * kGrainOps}, [&](int64_t t) {
+    const bool apart = threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps;
+    const int64_t together = !apart && ops >= 2 * kGrainOps ? threads : 1;
+    const Team team{apart ? threads : together, k * ops >= kPatience * kGrainOps};
+    if (often || k > 1) product->pack_hidden(product->cut(together), team);
+    if (apart)
+      share(threads, team, [&](int64_t t) {
         const int64_t first = t * k / threads, last = (t + 1) * k / threads;
         product->run(v + first * size, last - first, out + first * size, 1);
       });
     else
-      product->run(v, k, out, ops >= 2 * kGrainOps ? threads : 1);
+      product->run(v, k, out, together);
   };
 }
 
 }  // namespace
 
-MlpProduct mlp_product(const MlpData& data) {
-  return data.dtype == DType::f64 ? prepared<double>(data) : prepared<float>(data);
+MlpProduct mlp_product(const MlpData& data, bool often) {
+  return data.dtype == DType::f64 ? prepared<double>(data, often) : prepared<float>(data, often);
 }
 
 }  // namespace hg::cpu

@@ -11,11 +11,11 @@
 
 namespace hg::cpu {
 
-// The same matrix in panels apart, with zeros beside the last column.
+// Rows of a matrix with `all` of them in panels apart, with zeros beside the last column.
 template <class Real>
-void pack(const Real* in, int64_t stride, int64_t rows, int64_t columns, Real* out) {
+void pack(const Real* in, int64_t stride, int64_t rows, int64_t columns, Real* out, int64_t all) {
   constexpr int64_t P = Panels<Real>::P;
-  for (int64_t j = 0; j < columns; j += P, out += Panels<Real>::height(rows) * P) {
+  for (int64_t j = 0; j < columns; j += P, out += Panels<Real>::height(all) * P) {
     const int64_t filled = std::min(P, columns - j);
     for (int64_t r = 0; r < rows; ++r) {
       if (filled == P) {
@@ -68,12 +68,13 @@ struct Transpose {
   }
 };
 
-// out[j] += the sum of column j.
+// out[j] += the sum of column j; the first block of rows writes.
 template <class Real>
 struct ColumnSums {
   const Real* in;
   int64_t stride, rows, columns;
   Real* out;
+  bool first;
 
   template <class Tiles>
   struct Body {
@@ -86,7 +87,9 @@ struct ColumnSums {
         for (; i + 4 <= m.rows; i += 4)
           for (int u = 0; u < 4; ++u) sums[u] += S::load(m.in + (i + u) * m.stride + j);
         for (; i < m.rows; ++i) sums[0] += S::load(m.in + i * m.stride + j);
-        S::store(m.out + j, S::load(m.out + j) + ((sums[0] + sums[1]) + (sums[2] + sums[3])));
+        typename S::V sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        if (!m.first) sum += S::load(m.out + j);
+        S::store(m.out + j, sum);
       }
     }
   };
