@@ -27,8 +27,8 @@ try:
 except ImportError:
     jax = None
 
-# Products of a timed call and steps of a solve, fewer where they take long; seconds that the rounds of one row may take,
-# and of calls that are timed after one of their own.
+# Products of a timed call and steps of a solve, fewer where they take long; seconds that the rounds of one row may
+# take, and of calls that are timed after one of their own.
 PRODUCTS, STEPS, FEW, BUDGET, QUICK_BUDGET, TWICE = 20, 100, 10, 4.0, 0.5, 0.05
 PROBLEMS = [(4096, 784, 1), (4096, 784, 10), (60_000, 784, 1), (60_000, 784, 10), (200_000, 128, 1), (1000, 32, 1)]
 NAMES = [f"{n}x{d}, {'binary' if c == 1 else f'{c} classes'}" for n, d, c in PROBLEMS]

@@ -2,8 +2,8 @@
 
 The baselines are the retained double backward that any other package runs (one vector after another),
 ``torch.func.linearize`` of the gradient, and the same closed form in plain torch. Every timed call makes
-20 products, as many as a series has by default, or four where one takes long; a short call is timed after another one of
-its own.
+20 products, as many as a series has by default, or four where one takes long; a short call is timed after another
+one of its own.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -308,8 +309,11 @@ class _Gram(DenseMatrix):
 
 
 def _rates(inputs: Tensor) -> _Rates:
-    if inputs.is_cuda:
-        return _ON_CUDA
+    return _ON_CUDA if inputs.is_cuda else _rates_of_cpu()
+
+
+@functools.cache
+def _rates_of_cpu() -> _Rates:
     if _native.build_info().get("blas_at_half_speed"):
         return _ON_FAST_CORES
     return _ON_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _ON_AVX2
