@@ -316,6 +316,15 @@ class TestOperator:
         assert tall.plan(1, 1)[0] == "products"
         assert "million multiply-adds" in tall.plan(100, 1)[1]
 
+    @pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
+    def test_gram_matrix_is_formed_whatever_backend_is_asked_for(self, name, monkeypatch, caplog):
+        params, operator, loss = problem("softmax", bias=True)
+        monkeypatch.setenv("HYPERGRAD_EXT_BACKEND", name)
+        gram = operator.dense()
+        monkeypatch.delenv("HYPERGRAD_EXT_BACKEND")
+        assert_close(gram, hg.Hessian(loss, params).dense(), 1e-12)
+        assert not caplog.records
+
     @pytest.mark.parametrize("choice", ["gram", "products"])
     @pytest.mark.parametrize("family", FAMILIES)
     def test_prepared_operator_is_equal(self, family, choice, monkeypatch):

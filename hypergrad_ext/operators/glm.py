@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hypergrad_ext import _native, ops
+from hypergrad_ext import _native, ops, reference
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.dense import DenseMatrix
 from hypergrad_ext.structure import Space, Tree, take_apart
@@ -264,6 +264,9 @@ class GLMHessian(LinearOperator):
         p = self.weights.view(n, -1)
         classes, width = p.shape[1], d + self.intercept
         blocks = p.new_zeros(classes, classes, width, width)
+        # A GPU has no kernel of ours for it, whatever backend was asked for: its libraries form it.
+        form = ops.glm_gram.kernel_if_any(p.device) if p.device.type == "cpu" else None
+        form = form or reference.glm_gram
         unit = torch.eye(classes, dtype=p.dtype, device=p.device)
         # A half precision X is widened by blocks of rows, so that no second copy of it is made.
         rows = n if self.inputs.dtype == p.dtype else _ROWS
@@ -273,7 +276,7 @@ class GLMHessian(LinearOperator):
                 curvature = self.scale * p_x
                 if classes > 1:
                     curvature = curvature[:, c, None] * (unit[c, : c + 1] - p_x[:, : c + 1])
-                blocks[c, : c + 1, :d, :d] += ops.glm_gram(x, curvature)
+                blocks[c, : c + 1, :d, :d] += form(x, curvature)
                 if self.intercept:
                     blocks[c, : c + 1, d, :d] += curvature.T @ x
                     blocks[c, : c + 1, d, d] += curvature.sum(0)
