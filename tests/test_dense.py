@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -20,12 +22,19 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture
-def threads():
-    """A function that sets the number of threads, which is set back at the end."""
+MISSING = backends.unavailable("cpp", "cpu")
+needs_cpp = pytest.mark.skipif(bool(MISSING), reason=MISSING or "the C++ kernels are there")
+
+
+@contextlib.contextmanager
+def threads(count):
+    """Torch on so many threads."""
     before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def by_formula(x, weights):
@@ -40,6 +49,7 @@ def rows_of(n, d, gap, dtype):
 class TestGram:
     SIZE = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 97, 130]))
 
+    @needs_cpp
     @settings(max_examples=150, deadline=None)
     @given(
         n=st.one_of(SIZE, st.sampled_from([255, 256, 257, 1023, 2300])),
@@ -54,16 +64,10 @@ class TestGram:
     @example(n=1500, d=300, columns=2, gap=0, count=2, dtype=torch.float64)
     @example(n=1500, d=300, columns=1, gap=0, count=1, dtype=torch.float32)
     def test_every_shape(self, n, d, columns, gap, count, dtype):
-        if reason := backends.unavailable("cpp", "cpu"):
-            pytest.skip(reason)
-        before = torch.get_num_threads()
-        torch.set_num_threads(count)
-        try:
-            # Of one sign: a sum that cancels has any relative error.
-            x, weights = rows_of(n, d, gap, dtype), torch.rand(n, columns, dtype=dtype) - 1
+        # Of one sign: a sum that cancels has any relative error.
+        x, weights = rows_of(n, d, gap, dtype), torch.rand(n, columns, dtype=dtype) - 1
+        with threads(count):
             value = ops.glm_gram.kernels["cpp"](x, weights)
-        finally:
-            torch.set_num_threads(before)
         assert torch.equal(value, value.mT)
         truth = by_formula(x, weights)
         if dtype == torch.float64:
@@ -82,14 +86,14 @@ class TestGram:
         x, weights = rows_of(n, 230, 3, torch.float64), torch.randn(n, 2, dtype=torch.float64)
         assert_close(ops.glm_gram.kernel(CPU, backend)(x, weights), by_formula(x, weights), 1e-13)
 
-    def test_same_numbers_every_time(self, threads):
-        if reason := backends.unavailable("cpp", "cpu"):
-            pytest.skip(reason)
-        threads(3)
+    @needs_cpp
+    def test_same_numbers_every_time(self):
         x, weights = torch.randn(20_000, 40), torch.rand(20_000, 1)
-        first, *others = [ops.glm_gram.kernels["cpp"](x, weights) for _ in range(5)]
+        with threads(3):
+            first, *others = [ops.glm_gram.kernels["cpp"](x, weights) for _ in range(5)]
         assert all(torch.equal(first, other) for other in others)
 
+    @needs_cpp
     @pytest.mark.parametrize(
         ("change", "error", "message"),
         [
@@ -105,8 +109,6 @@ class TestGram:
         ids=lambda x: x if isinstance(x, str) else None,
     )
     def test_guards(self, change, error, message):
-        if reason := backends.unavailable("cpp", "cpu"):
-            pytest.skip(reason)
         with pytest.raises(error, match=message):
             ops.glm_gram.kernels["cpp"](**({"x": torch.zeros(4, 3), "weights": torch.zeros(4, 1)} | change))
 
@@ -143,14 +145,13 @@ class TestSolves:
         value, _ = ops.dense_neumann_solve.kernel(CPU, backend)(matrix, b, 1.0, 0.0, 1, never)
         assert_close(value, 2 * b - b @ matrix.T, 1e-14)
 
-    def test_several_threads(self, threads):
-        if reason := backends.unavailable("cpp", "cpu"):
-            pytest.skip(reason)
+    @needs_cpp
+    def test_several_threads(self):
         matrix, b = self.matrix(700, "dense", torch.float32), torch.randn(6, 700)
         never = torch.full((6,), -1.0, dtype=torch.float64)
         truth, _ = reference.dense_neumann_solve(matrix.double(), b.double(), 0.3, 0.1, 20, never)
         by_torch, _ = reference.dense_neumann_solve(matrix, b, 0.3, 0.1, 20, never)
         for count in (1, 2, 3):
-            threads(count)
-            value, _ = ops.dense_neumann_solve.kernels["cpp"](matrix, b, 0.3, 0.1, 20, never)
+            with threads(count):
+                value, _ = ops.dense_neumann_solve.kernels["cpp"](matrix, b, 0.3, 0.1, 20, never)
             assert_no_worse_than_torch(value, by_torch, truth, 1e-7)
