@@ -14,9 +14,9 @@
 namespace hg::cpu {
 
 // One block of rows. K = k * classes columns: the k vectors, each with one column per class.
-template <class Real, class X = Real>
+template <class Real>
 struct GlmBlock {
-  const X* x;             // rows x d, rows `stride` elements apart
+  const Real* x;          // rows x d, rows `stride` elements apart
   const Real* weights;    // rows x classes: D if classes is 1, else the probabilities
   const Real* const* v;   // K pointers to d elements
   const Real* panels;     // every eight of them, as far as they go, or null
@@ -29,14 +29,11 @@ struct GlmBlock {
   int64_t next_stride, size;  // bytes from row to row, and of an element
 };
 
-// X narrower than Real is widened in registers, for a single column only: several use what is widened more often,
-// and want it to be widened once.
-template <class Tiles, class Real, class X = Real>
+template <class Tiles, class Real>
 struct GlmBlockBody {
   using S = Simd<Real, Tiles::bytes>;
   using V = typename S::V;
-  using Block = GlmBlock<Real, X>;
-  static constexpr bool kSingle = !std::is_same_v<X, Real>;
+  using Block = GlmBlock<Real>;
   static constexpr int W = S::width, kLine = 64;
 
   using Panel = DotPanel<Real>;
@@ -46,14 +43,10 @@ struct GlmBlockBody {
   template <int C>
   static constexpr int kLong = std::min(8, Tiles::accumulators / C);
 
-  static HG_INLINE void run(const Block& b) { b.K == 1 ? one_column(b) : columns(b); }
-
- private:
-  static HG_INLINE void columns(const Block& b) {
+  static HG_INLINE void run(const Block& b) {
     int64_t in_panels = 0;
-    if constexpr (!kSingle)
-      if (b.panels)
-        for (; in_panels + Panel::kColumns <= b.K; in_panels += Panel::kColumns) dot_panel<kPanelRows>(b, 0, in_panels);
+    if (b.panels)
+      for (; in_panels + Panel::kColumns <= b.K; in_panels += Panel::kColumns) dot_panel<kPanelRows>(b, 0, in_panels);
     // Tiles of equal width: five columns are 3 + 2, not 4 + 1.
     const auto width_of = [](int64_t columns) {
       const int64_t tiles = std::max<int64_t>(1, (columns + Tiles::columns - 1) / Tiles::columns);
@@ -72,82 +65,20 @@ struct GlmBlockBody {
       }
   }
 
-  // A single column: so many rows at a time, which are in L1 for their second use.
-  static constexpr int kRows = 8;
-  // Bytes by which lines are sent for ahead of their use, at least.
-  static constexpr int64_t kAhead = 24 << 10;
-
-  static HG_INLINE void one_column(const Block& b) {
-    const int64_t row_bytes = std::max<int64_t>(1, b.stride * sizeof(X));
-    const int64_t ahead = std::max<int64_t>(kRows, kAhead / row_bytes / kRows * kRows);
-    int64_t r = 0;
-    for (; r + kRows <= b.rows; r += kRows)
-      // Blocks follow each other in memory.
-      b.next || r + ahead + kRows <= b.rows ? rows_of_one_column<true>(b, r, ahead)
-                                            : rows_of_one_column<false>(b, r, ahead);
-    if (r == b.rows) return;
-    Block rest = b;
-    rest.x += r * b.stride, rest.weights += r, rest.rows -= r, rest.next = nullptr;
-    columns(rest);
-  }
-
-  template <bool Fetch>
-  static HG_INLINE void rows_of_one_column(const Block& b, int64_t r, int64_t ahead) {
-    const X* const x = b.x + r * b.stride;
-    const Real* const v = b.v[0];
-    const auto fetch = [&](int i, int64_t j) HG_LAMBDA_INLINE {
-      if (Fetch && j * static_cast<int64_t>(sizeof(X)) % kLine == 0)
-        __builtin_prefetch(x + (ahead + i) * b.stride + j, 0, 2);
-    };
-    V sums[kRows] = {};
-    int64_t j = 0;
-    for (; j + W <= b.d; j += W) {
-      const V column = S::factor(v + j);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        if (i % 2) fetch(i, j);
-        sums[i] += S::load(x + i * b.stride + j) * column;
-      }
-    }
-    Real z[kRows], total = 0;
-    for (int i = 0; i < kRows; i += 4) S::sum4(sums[i], sums[i + 1], sums[i + 2], sums[i + 3], z + i);
-    for (int i = 0; i < kRows; ++i) {
-      for (int64_t l = j; l < b.d; ++l) z[i] += widen(x[i * b.stride + l]) * v[l];
-      if (b.intercept) z[i] += b.intercept[0];
-      z[i] *= b.weights[r + i];
-      total += z[i];
-    }
-    if (b.intercept) b.g_intercept[0] += total;
-    for (j = 0; j + W <= b.d; j += W) {
-      V even = S::load(b.g + j), odd = {};
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; i += 2) {
-        fetch(i, j);
-        even += z[i] * S::load(x + i * b.stride + j);
-        odd += z[i + 1] * S::load(x + (i + 1) * b.stride + j);
-      }
-      S::store(b.g + j, even + odd);
-    }
-    for (; j < b.d; ++j)
-      for (int i = 0; i < kRows; ++i) b.g[j] += z[i] * widen(x[i * b.stride + j]);
-  }
-
+ private:
   static HG_INLINE void dot_columns(const Block& b, int64_t c, int64_t count) {
-    if constexpr (kSingle)
-      return dot_rows<kLong<1>, 1>(b, 0, c);
-    else
-      switch (count) {
-        case 1:
-          return dot_rows<kLong<1>, 1>(b, 0, c);
-        case 2:
-          return dot_rows<kLong<2>, 2>(b, 0, c);
-        case 3:
-          return dot_rows<kLong<3>, 3>(b, 0, c);
-        case 4:
-          return dot_rows<kLong<4>, 4>(b, 0, c);
-        default:
-          return dot_rows<kLong<Tiles::columns>, Tiles::columns>(b, 0, c);
-      }
+    switch (count) {
+      case 1:
+        return dot_rows<kLong<1>, 1>(b, 0, c);
+      case 2:
+        return dot_rows<kLong<2>, 2>(b, 0, c);
+      case 3:
+        return dot_rows<kLong<3>, 3>(b, 0, c);
+      case 4:
+        return dot_rows<kLong<4>, 4>(b, 0, c);
+      default:
+        return dot_rows<kLong<Tiles::columns>, Tiles::columns>(b, 0, c);
+    }
   }
 
   // Eight columns by rows from r on, R at a time, then the rest with smaller tiles.
@@ -183,7 +114,7 @@ struct GlmBlockBody {
   // z[r .. r+R, c .. c+C] = X V^T
   template <int R, int C>
   static HG_INLINE void dots(const Block& b, int64_t r, int64_t c) {
-    const X* x = b.x + r * b.stride;
+    const Real* x = b.x + r * b.stride;
     const Real* const* v = b.v + c;
     const bool fetch = c == 0 && b.next;
     V sums[R][C] = {};
@@ -216,7 +147,7 @@ struct GlmBlockBody {
     if (j < b.d)
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < C; ++k)
-          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += widen(x[i * b.stride + l]) * v[k][l];
+          for (int64_t l = j; l < b.d; ++l) z[i * C + k] += x[i * b.stride + l] * v[k][l];
     if (b.intercept)
       for (int i = 0; i < R; ++i)
         for (int k = 0; k < C; ++k) z[i * C + k] += b.intercept[c + k];
@@ -242,21 +173,18 @@ struct GlmBlockBody {
   }
 
   static HG_INLINE void outer_columns(const Block& b, int64_t c, int64_t count) {
-    if constexpr (kSingle)
-      return outer_strips<1>(b, c);
-    else
-      switch (count) {
-        case 1:
-          return outer_strips<1>(b, c);
-        case 2:
-          return outer_strips<2>(b, c);
-        case 3:
-          return outer_strips<3>(b, c);
-        case 4:
-          return outer_strips<4>(b, c);
-        default:
-          return outer_strips<Tiles::columns>(b, c);
-      }
+    switch (count) {
+      case 1:
+        return outer_strips<1>(b, c);
+      case 2:
+        return outer_strips<2>(b, c);
+      case 3:
+        return outer_strips<3>(b, c);
+      case 4:
+        return outer_strips<4>(b, c);
+      default:
+        return outer_strips<Tiles::columns>(b, c);
+    }
   }
 
   template <int C>
@@ -269,7 +197,7 @@ struct GlmBlockBody {
     for (int k = 0; k < C; ++k)
       for (int64_t l = j; l < b.d; ++l) {
         Real sum = 0;
-        for (int64_t r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c + k] * widen(b.x[r * b.stride + l]);
+        for (int64_t r = 0; r < b.rows; ++r) sum += b.z[r * b.K + c + k] * b.x[r * b.stride + l];
         b.g[(c + k) * b.d + l] += sum;
       }
   }

@@ -1,17 +1,17 @@
-// Hessian-vector products of generalised linear models on the CPU: every row block of X is read once.
+// Hessian-vector products of generalised linear models on the CPU: every row of X is read once.
 #include <type_traits>
 #include <vector>
 
 #include "../glm.h"
 #include "buffer.h"
 #include "glm_block.h"
+#include "glm_column.h"
 #include "share.h"
 
 namespace hg::cpu {
 namespace {
 
-// Of a block: it lives in L2 between its two uses; for one vector, which goes through it a few rows at a time, it could
-// have any size.
+// Of a block of rows for several columns: it lives in L2 between its two uses.
 constexpr int64_t kBytes = 160 << 10;
 // Rows of a block come in multiples of this, which is one of the rows of all register tiles.
 constexpr int64_t kTileRows = 24;
@@ -25,11 +25,16 @@ constexpr int64_t kFlush = 64;
 template <class X, class Real>
 struct Product {
   static constexpr bool kNarrow = !std::is_same_v<X, Real>;
-  using Block = GlmBlock<Real, X>;
+  using Column = GlmColumn<Real, X>;
+  using Block = GlmBlock<Real>;
 
   template <class Tiles>
-  struct Single {
-    static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real, X>::run(block); }
+  struct OneColumn {
+    static HG_INLINE void run(const Column& column) { GlmColumnBody<Tiles, Real, X>::run(column); }
+  };
+  template <class Tiles>
+  struct Columns {
+    static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real>::run(block); }
   };
 
   struct Rows {
@@ -51,30 +56,44 @@ struct Product {
     }
   };
 
-  // `wide` is where several columns have a narrower X widened to, once for both of its uses.
-  static void multiply(const Block& block, Real* wide) {
-    static const auto single = ForTiles<Single, const Block&>::get();
-    if constexpr (!kNarrow) {
-      single(block);
-    } else if (block.K == 1) {
-      single(block);
-    } else {
-      static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
-      widen_rows({block.x, block.rows, block.d, block.stride, wide});
-      Product<Real, Real>::multiply(
-          {wide, block.weights, block.v, block.panels, block.intercept, block.z, block.g, block.g_intercept, block.rows,
-           block.d, block.d, block.K, block.classes, block.next, block.next_stride, block.size},
-          nullptr);
+  // Adds the rows from `first` to `last` to `total`: d sums, and the intercept's.
+  static void one_column(const GlmData& data, const Real* v, int64_t first, int64_t last, Real* total) {
+    static const auto multiply = ForTiles<OneColumn, const Column&>::get();
+    const int64_t d = data.d, part = kFlush * kTileRows;
+    const Buffer<Real> sums(d + 1);
+    for (int64_t row = first; row < last; row += part) {
+      Real* g = last - first > part ? sums.get() : total;
+      if (g != total) std::fill_n(g, d + 1, Real(0));
+      const int64_t rows = std::min(part, last - row);
+      multiply({static_cast<const X*>(data.x) + row * data.stride, static_cast<const Real*>(data.weights) + row, v,
+                data.intercept ? v[d] : Real(0), g, g + d, rows, d, data.stride, data.n - row - rows});
+      if (g != total)
+        for (int64_t j = 0; j <= d; ++j) total[j] += g[j];
     }
+  }
+
+  // `wide` is where a narrower X is widened to, once for both of its uses.
+  static void multiply(Block block, const X* x, int64_t stride, Real* wide) {
+    static const auto columns = ForTiles<Columns, const Block&>::get();
+    if constexpr (kNarrow) {
+      static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
+      widen_rows({x, block.rows, block.d, stride, wide});
+      block.x = wide, block.stride = block.d;
+    } else {
+      block.x = x, block.stride = stride;
+    }
+    columns(block);
   }
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
     const int64_t d = data.d, classes = data.classes, K = k * classes;
-    const int64_t n_weights = classes * (d + data.intercept), size = K * (d + 1);
-    const int64_t fitting = kBytes / std::max<int64_t>(1, d * (K == 1 ? sizeof(X) : sizeof(Real)));
-    const int64_t block = std::clamp<int64_t>(fitting / kTileRows * kTileRows, kTileRows, kMaxRows);
+    const int64_t n_weights = classes * (d + data.intercept);
+    const bool one = K == 1 && d * static_cast<int64_t>(sizeof(Real)) >= TilesBase::bytes;
+    const int64_t fitting = kBytes / std::max<int64_t>(1, d * sizeof(Real)) / kTileRows * kTileRows;
+    const int64_t block = one ? kTileRows : std::clamp(fitting, kTileRows, kMaxRows);
     const int64_t blocks = (data.n + block - 1) / block;
-    const int64_t flush = K == 1 ? std::max<int64_t>(1, kFlush * kTileRows / block) : kFlush;
+    // Sums of a range: K x d, and the intercepts'. Where they straddle cache lines, one vector takes 6 % longer.
+    const int64_t size = K * (d + 1), pitch = (size + 15) / 16 * 16;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = team_for(blocks * block * d * K, kGrainOps);
     const int64_t ranges = team.ranges(blocks, 4);
@@ -94,19 +113,21 @@ struct Product {
     for (int64_t i = 0; i < in_panels; ++i)
       DotPanel<Real>::pack(columns.data() + i * DotPanel<Real>::kColumns, d, panels.get() + i * panel_size);
 
-    std::vector<Real> totals(ranges * size, Real(0));
+    const Buffer<Real> memory(ranges * pitch);
+    Real* const totals = memory.get();
     share(ranges, team, [&](int64_t range) {
       const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
-      Real* total = totals.data() + range * size;
-      std::vector<Real> z(block * K), partial(last - first > flush ? size : 0, Real(0));
-      const Buffer<Real> wide(kNarrow && K > 1 ? block * d : 0);
+      Real* total = totals + range * pitch;
+      std::fill_n(total, size, Real(0));
+      if (one) return one_column(data, v, first * block, std::min(last * block, data.n), total);
+      std::vector<Real> z(block * K), partial(last - first > kFlush ? size : 0, Real(0));
+      const Buffer<Real> wide(kNarrow ? block * d : 0);
       Real* g = partial.empty() ? total : partial.data();
       for (int64_t i = first; i < last; ++i) {
         const int64_t row = i * block;
         const X* x = static_cast<const X*>(data.x) + row * data.stride;
         const bool more = i + 1 < last && row + 2 * block <= data.n;
         Block job{};
-        job.x = x, job.stride = data.stride;
         job.weights = static_cast<const Real*>(data.weights) + row * classes;
         job.v = columns.data(), job.panels = in_panels ? panels.get() : nullptr,
         job.intercept = data.intercept ? intercepts.data() : nullptr;
@@ -114,14 +135,14 @@ struct Product {
         job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
         job.next_stride = data.stride * sizeof(X), job.size = sizeof(X);
-        multiply(job, wide.get());
-        if (g != total && ((i - first) % flush == flush - 1 || i + 1 == last))
+        multiply(job, x, data.stride, wide.get());
+        if (g != total && ((i - first) % kFlush == kFlush - 1 || i + 1 == last))
           for (int64_t j = 0; j < size; ++j) total[j] += g[j], g[j] = 0;
       }
     });
 
     for (int64_t range = 1; range < ranges; ++range)
-      for (int64_t j = 0; j < size; ++j) totals[j] += totals[range * size + j];
+      for (int64_t j = 0; j < size; ++j) totals[j] += totals[range * pitch + j];
     const Real scale = static_cast<Real>(data.scale);
     for (int64_t c = 0; c < K; ++c) {
       Real* vector = out + c / classes * n_weights;
