@@ -32,18 +32,19 @@ Multiply by_dots(const at::Tensor& matrix, int64_t k) {
   const int64_t n = matrix.size(0), row = matrix.stride(0);
   const plan::Gemm product{
       {0, 0, {1, k, n}, {0, n, 1}}, {1, 0, {1, n, n}, {0, 1, row}}, {2, 0, {1, k, n}, {0, n, 1}}, false};
-  return [matrix, product](const at::Tensor& v, at::Tensor& out) {
+  const auto multiply = [matrix, product](const at::Tensor& v, at::Tensor& out) {
     // Plans have one kind of slot: what is only read is among them.
     Real* const slots[] = {const_cast<Real*>(v.const_data_ptr<Real>()),
                            const_cast<Real*>(matrix.const_data_ptr<Real>()), out.mutable_data_ptr<Real>()};
     cpu::PlanKernels<Real>::dots(product, slots);
   };
+  return {multiply, cpu::PlanKernels<Real>::dots_team(product)};
 }
 
 Multiply product_with(const at::Tensor& matrix, int64_t k) {
   if (k <= kMostDots && matrix.stride(1) == 1)
     return matrix.scalar_type() == at::kDouble ? by_dots<double>(matrix, k) : by_dots<float>(matrix, k);
-  return [transposed = matrix.t()](const at::Tensor& v, at::Tensor& out) { at::mm_out(out, v, transposed); };
+  return {[transposed = matrix.t()](const at::Tensor& v, at::Tensor& out) { at::mm_out(out, v, transposed); }};
 }
 
 using BelowAutograd = c10::impl::ExcludeDispatchKeyGuard;

@@ -25,6 +25,10 @@ namespace cpu {
 // out = H v. v, out: k vectors of classes x d weights, then, if there is an intercept, classes more.
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out);
 
+// The team that it shares its work with.
+struct Team;
+Team glm_team(const GlmData& data, int64_t k);
+
 // out[c] = X^T diag(weights[:, c]) X, d x d, for every column of the weights, of which there are `classes`. There is at
 // least one row and one feature; f64 or f32.
 void glm_gram(const GlmData& data, void* out);

@@ -68,10 +68,11 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
 }
 
 // The product on the CPU.
-Multiply product_with(const GlmData& data) {
-  return [&data](const at::Tensor& v, at::Tensor& out) {
+Multiply product_with(const GlmData& data, int64_t k) {
+  const auto product = [&data](const at::Tensor& v, at::Tensor& out) {
     cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   };
+  return {product, cpu::glm_team(data, k)};
 }
 
 }  // namespace
@@ -123,7 +124,7 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
   check_stop(b, steps, stop);
   if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
-  return neumann_series(b, alpha, damping, steps, stop, product_with(data));
+  return neumann_series(b, alpha, damping, steps, stop, product_with(data, b.size(0)));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,
@@ -133,7 +134,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
   check_state(b, state);
   if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
-  return conjugate_gradients(b, damping, steps, state, product_with(data));
+  return conjugate_gradients(b, damping, steps, state, product_with(data, b.size(0)));
 }
 
 }  // namespace hg

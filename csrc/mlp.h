@@ -40,8 +40,14 @@ struct MlpData {
 
 namespace cpu {
 
-// out = H v. v, out: k vectors, layer after layer, the weight before the bias.
-using MlpProduct = std::function<void(const void* v, int64_t k, void* out)>;
+struct Team;
+
+struct MlpProduct {
+  // out = H v. v, out: k vectors, layer after layer, the weight before the bias.
+  std::function<void(const void* v, int64_t k, void* out)> multiply;
+  // The team that it shares its work with.
+  std::function<Team(int64_t k)> team;
+};
 // What does not depend on v is done here, and where the product is called `often` more of it is kept. `data` must stay
 // as long as the product.
 MlpProduct mlp_product(const MlpData& data, bool often);

@@ -118,10 +118,12 @@ struct Model {
     return shape;
   }
 
-  Multiply product(bool often) const {
-    return [multiply = cpu::mlp_product(data, often)](const at::Tensor& v, at::Tensor& out) {
-      multiply(v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  Multiply product(int64_t k, bool often) const {
+    const cpu::MlpProduct product = cpu::mlp_product(data, often);
+    const auto multiply = [product](const at::Tensor& v, at::Tensor& out) {
+      product.multiply(v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
     };
+    return {multiply, product.team(k)};
   }
 };
 
@@ -137,7 +139,7 @@ at::Tensor mlp_hvp(at::TensorList weights, at::TensorList hidden, at::TensorList
   const Model model(weights, hidden, slopes, bends, deltas, probabilities, "v", v, scale, biases, l2);
   at::Tensor out = empty_like(v);
   if (cuda::for_cpu(v)) {
-    model.product(false)(v, out);
+    model.product(v.size(0), false).product(v, out);
     return out;
   }
   cuda::call("mlp_hvp", v.device(), [&](const auto& scratch, auto stream) {
@@ -179,7 +181,7 @@ std::tuple<at::Tensor, at::Tensor> mlp_neumann_solve(at::TensorList weights, at:
   const Model model(weights, hidden, slopes, bends, deltas, probabilities, "b", b, scale, biases, l2);
   check_on_cpu(b);
   check_stop(b, steps, stop);
-  return neumann_series(b, alpha, damping, steps, stop, model.product(true));
+  return neumann_series(b, alpha, damping, steps, stop, model.product(b.size(0), true));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_cg_solve(at::TensorList weights, at::TensorList hidden,
@@ -191,7 +193,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> mlp_cg_solve(at::TensorList weigh
   const Model model(weights, hidden, slopes, bends, deltas, probabilities, "b", b, scale, biases, l2);
   check_on_cpu(b);
   check_state(b, state);
-  return conjugate_gradients(b, damping, steps, state, model.product(true));
+  return conjugate_gradients(b, damping, steps, state, model.product(b.size(0), true));
 }
 
 }  // namespace hg

@@ -93,12 +93,16 @@ using Kernel = std::variant<Gemm, Pointwise, Sum, Softmax, Convolution, Sweep, C
 
 namespace hg::cpu {
 
+struct Team;
+
 template <class Real>
 struct PlanKernels {
   // A product of any shape.
   static void multiply(const plan::Gemm& g, Real* const* slots);
   // Narrow ones: of factors that are both dense along what is added up; with few rows, where b and out have dense ones.
   static void dots(const plan::Gemm& g, Real* const* slots);
+  // The team that it shares its work with.
+  static Team dots_team(const plan::Gemm& g);
   static void few_rows(const plan::Gemm& g, Real* const* slots);
   static void pointwise(const plan::Pointwise& p, Real* const* slots, const double* numbers);
   static void sum(const plan::Sum& s, Real* const* slots);

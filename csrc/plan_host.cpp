@@ -143,14 +143,15 @@ std::tuple<at::Tensor, at::Tensor> Bound::neumann_series(const at::Tensor& b, do
   check_vectors("b", b);
   check_stop(b, steps, stop);
   return hg::neumann_series(b, alpha, damping, steps, stop,
-                            [this](const at::Tensor& v, at::Tensor& hv) { run(v, hv); });
+                            {[this](const at::Tensor& v, at::Tensor& hv) { run(v, hv); }});
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> Bound::conjugate_gradients(const at::Tensor& b, double damping,
                                                                           int64_t steps, const at::Tensor& state) {
   check_vectors("b", b);
   check_state(b, state);
-  return hg::conjugate_gradients(b, damping, steps, state, [this](const at::Tensor& p, at::Tensor& hp) { run(p, hp); });
+  return hg::conjugate_gradients(b, damping, steps, state,
+                                 {[this](const at::Tensor& p, at::Tensor& hp) { run(p, hp); }});
 }
 
 }  // namespace hg::plan

@@ -57,7 +57,7 @@ struct Run {
 
   void operator()(const Bands& b) const {
     const cpu::Team team = cpu::team_for(b.operations(), kGrain);
-    const int64_t bands = at::in_parallel_region() ? 1 : std::min(team.threads, b.rows());
+    const int64_t bands = cpu::has_help(team) ? std::min(team.threads, b.rows()) : 1;
     if (bands == 1) return all(b.kernels());
     const auto& narrowed = b.in(bands);
     cpu::share(bands, team, [&](int64_t i) { all(narrowed[i]); });

@@ -33,17 +33,19 @@ std::tuple<at::Tensor, at::Tensor> neumann_series(const at::Tensor& b, double al
   const VectorList v_list = rows_of(v), p_list = rows_of(p), hv_list = rows_of(hv);
   const double* limit = stop.const_data_ptr<double>();
   double* stats = history.mutable_data_ptr<double>();
-  for (int64_t step = 0; step < steps; ++step, stats += k * kNeumannStats) {
-    multiply(v, hv);
-    cpu::neumann_step(v_list, p_list, hv_list, k, stats, alpha, damping);
-    bool running = false;
-    for (int64_t row = 0; row < k; ++row) {
-      const double square = stats[row * kNeumannStats + kNormSquared];
-      // A norm that is not finite goes on being so: nothing to wait for in that row.
-      running |= square > limit[row] && finite(square);
+  cpu::lead(multiply.team, [&] {
+    for (int64_t step = 0; step < steps; ++step, stats += k * kNeumannStats) {
+      multiply.product(v, hv);
+      cpu::neumann_step(v_list, p_list, hv_list, k, stats, alpha, damping);
+      bool running = false;
+      for (int64_t row = 0; row < k; ++row) {
+        const double square = stats[row * kNeumannStats + kNormSquared];
+        // A norm that is not finite goes on being so: nothing to wait for in that row.
+        running |= square > limit[row] && finite(square);
+      }
+      if (!running) break;
     }
-    if (!running) break;
-  }
+  });
   return {p.mul_(alpha), history};
 }
 
@@ -55,13 +57,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> conjugate_gradients(const at::Ten
   const VectorList x_list = rows_of(x), r_list = rows_of(r), p_list = rows_of(p), hp_list = rows_of(hp);
   double* rows = scalars.mutable_data_ptr<double>();
   int64_t step = 0;
-  for (; step < steps; ++step) {
-    bool running = false;
-    for (int64_t row = 0; row < k; ++row) running |= rows[row * kCgState + kFlag] == kRunning;
-    if (!running) break;
-    multiply(p, hp);
-    cpu::cg_step(x_list, r_list, p_list, hp_list, k, rows, damping);
-  }
+  cpu::lead(multiply.team, [&] {
+    for (; step < steps; ++step) {
+      bool running = false;
+      for (int64_t row = 0; row < k; ++row) running |= rows[row * kCgState + kFlag] == kRunning;
+      if (!running) break;
+      multiply.product(p, hp);
+      cpu::cg_step(x_list, r_list, p_list, hp_list, k, rows, damping);
+    }
+  });
   return {x, scalars, full({}, static_cast<double>(step), at::kLong)};
 }
 

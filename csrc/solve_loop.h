@@ -6,10 +6,16 @@
 #include <functional>
 #include <tuple>
 
+#include "cpu/share.h"
+
 namespace hg {
 
-// Writes H v of every row into `out`; both (k, n), contiguous.
-using Multiply = std::function<void(const at::Tensor& v, at::Tensor& out)>;
+struct Multiply {
+  // Writes H v of every row into `out`; both (k, n), contiguous.
+  std::function<void(const at::Tensor& v, at::Tensor& out)> product;
+  // The team of its jobs, if it consists of these: then one crew stays for the whole solve.
+  cpu::Team team{1, false};
+};
 
 // Refuse what the loops could not work on. stop: (k,), squared norms; state: (k, 4), as for cg_step_.
 void check_stop(const at::Tensor& b, int64_t steps, const at::Tensor& stop);

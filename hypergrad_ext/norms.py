@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,9 +52,10 @@ def power_of_two_scale(flat: Tensor, norm: Tensor | None = None) -> Tensor:
     if flat.dtype == torch.float64 and not all(1e-150 < value < 1e150 for value in size.reshape(-1).tolist()):
         # Where squares are not to be trusted, by the largest magnitude.
         size = flat.abs().amax(-1)
-    _, exponent = torch.frexp(size)
     limit = 1000 if flat.dtype == torch.float64 else 120
-    return torch.ldexp(torch.ones_like(exponent, dtype=flat.dtype), -exponent.clamp(-limit, limit))
+    exponents = [math.frexp(value)[1] for value in size.reshape(-1).tolist()]
+    scales = [2.0 ** -min(max(exponent, -limit), limit) for exponent in exponents]
+    return torch.tensor(scales, dtype=flat.dtype, device=flat.device).view(size.shape)
 
 
 def _compiled(tensors: Sequence[Tensor]) -> Any | None:

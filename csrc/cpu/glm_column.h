@@ -115,7 +115,9 @@ class GlmColumnBody {
     };
     const Real* const v = c.v;
     Real* const g = c.g;
-    for (int64_t j = 0; j < whole; j += W) step(j, v + j, g + j);
+    // The first apart: in a loop with the others it took a sixth longer on one thread (Zen 4, g++ 12).
+    step(0, v, g);
+    for (int64_t j = W; j < whole; j += W) step(j, v + j, g + j);
     if (whole < c.d) step(c.d - W, tail.v, tail.g);
     if constexpr (kDot) {
       if constexpr (R % 4 == 0)

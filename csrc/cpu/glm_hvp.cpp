@@ -95,7 +95,7 @@ struct Product {
     // Sums of a range: K x d, and the intercepts'. Where they straddle cache lines, one vector takes 6 % longer.
     const int64_t size = K * (d + 1), pitch = (size + 15) / 16 * 16;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
-    const Team team = team_for(blocks * block * d * K, kGrainOps);
+    const Team team = glm_team(data, k);
     const int64_t ranges = team.ranges(blocks, 4);
 
     std::vector<const Real*> columns(K);
@@ -158,6 +158,8 @@ struct Product {
 };
 
 }  // namespace
+
+Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d * data.classes * k, kGrainOps); }
 
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
   if (data.x_dtype == DType::f64)

@@ -325,24 +325,32 @@ template <class Real>
 MlpProduct prepared(const MlpData& data, bool often) {
   const auto product = std::make_shared<Product<Real>>(data);
   product->pack_weights();
-  return [product, often](const void* vectors, int64_t k, void* products) {
+  const auto is_apart = [product](int64_t k, int64_t threads) {
+    // With vectors enough for all threads each does whole products, and there is nothing to add up.
+    return threads > 1 && k >= 2 * threads && k * product->ops() >= 2 * kGrainOps;
+  };
+  const auto team_of = [product, is_apart](int64_t k) {
+    const int64_t all = at::get_num_threads(), ops = product->ops();
+    const bool several = is_apart(k, all) || ops >= 2 * kGrainOps;
+    const Team team{several ? all : 1, k * ops >= kPatience * kGrainOps};
+    return has_help(team) ? team : Team{1, false};
+  };
+  const auto multiply = [product, often, is_apart, team_of](const void* vectors, int64_t k, void* products) {
     const Real* v = static_cast<const Real*>(vectors);
     Real* out = static_cast<Real*>(products);
-    const int64_t size = product->size(), ops = product->ops();
-    const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-    // With vectors enough for all threads each does whole products, and there is nothing to add up.
-    const bool apart = threads > 1 && k >= 2 * threads && k * ops >= 2 * kGrainOps;
-    const int64_t together = !apart && ops >= 2 * kGrainOps ? threads : 1;
-    const Team team{apart ? threads : together, k * ops >= kPatience * kGrainOps};
+    const Team team = team_of(k);
+    const bool apart = is_apart(k, team.threads);
+    const int64_t size = product->size(), together = apart ? 1 : team.threads;
     if (often || k > 1) product->pack_hidden(product->cut(together), team);
     if (apart)
-      share(threads, team, [&](int64_t t) {
-        const int64_t first = t * k / threads, last = (t + 1) * k / threads;
+      share(team.threads, team, [&](int64_t t) {
+        const int64_t first = t * k / team.threads, last = (t + 1) * k / team.threads;
         product->run(v + first * size, last - first, out + first * size, 1);
       });
     else
-      product->run(v, k, out, together);
+      lead(team, [&] { product->run(v, k, out, together); });
   };
+  return {multiply, team_of};
 }
 
 }  // namespace

@@ -185,6 +185,12 @@ int64_t begin_of(int64_t task, int64_t tasks, int64_t total) {
 }  // namespace
 
 template <class Real>
+Team PlanKernels<Real>::dots_team(const plan::Gemm& g) {
+  const int64_t total = std::max(g.out.sizes[1], g.out.sizes[2]), narrow = std::min(g.out.sizes[1], g.out.sizes[2]);
+  return team_for(total * std::max(narrow, kLeast) * g.a.sizes[2], kGrain);
+}
+
+template <class Real>
 void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots) {
   static const auto function = ForTiles<NarrowBodies<Real>::template ByDots, const Dots<Real>&>::get();
   // The longer side is the one that passes once.
@@ -192,7 +198,7 @@ void PlanKernels<Real>::dots(const plan::Gemm& g, Real* const* slots) {
   const plan::View &left = turned ? g.b : g.a, &right = turned ? g.a : g.b;
   const auto rows = [&](const plan::View& v, bool is_b) { return v.strides[is_b ? 2 : 1]; };
   const int64_t total = std::max(g.out.sizes[1], g.out.sizes[2]), narrow = std::min(g.out.sizes[1], g.out.sizes[2]);
-  const Team team = team_for(total * std::max(narrow, kLeast) * g.a.sizes[2], kGrain);
+  const Team team = dots_team(g);
   for (int64_t n = 0; n < g.out.sizes[0]; ++n)
     share(team.threads, team, [&](int64_t task) {
       function({slots[left.slot] + left.offset + n * left.strides[0],
@@ -234,6 +240,8 @@ void PlanKernels<Real>::few_rows(const plan::Gemm& g, Real* const* slots) {
     });
 }
 
+template Team PlanKernels<float>::dots_team(const plan::Gemm&);
+template Team PlanKernels<double>::dots_team(const plan::Gemm&);
 template void PlanKernels<float>::dots(const plan::Gemm&, float* const*);
 template void PlanKernels<double>::dots(const plan::Gemm&, double* const*);
 template void PlanKernels<float>::few_rows(const plan::Gemm&, float* const*);

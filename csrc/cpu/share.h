@@ -1,7 +1,6 @@
-// Work shared with torch's OpenMP threads. They are at hand while they spin after torch's last operation; but
-// all of them have to come to the end of a parallel region, and on a busy machine one that has lost its core
-// keeps the others waiting for a slice of the scheduler's time, a few milliseconds. So a short job that had
-// to wait sends the next ones back to a single thread for a while.
+// Work shared with torch's OpenMP threads. They are at hand while they spin after torch's last operation; but a thread
+// that has lost its core on a busy machine keeps the others waiting for a slice of the scheduler's time, a few
+// milliseconds. So a short job that had to wait sends the next ones back to a single thread for a while.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,6 +13,8 @@
 #include <chrono>
 #include <cstdint>
 #include <type_traits>
+
+#include "crew.h"
 
 namespace hg::cpu {
 
@@ -49,39 +50,69 @@ inline Team team_for(int64_t units, int64_t grain) {
 // Short jobs that still go to one thread, and how many it will be the next time.
 inline std::atomic<int64_t> short_jobs_alone{0}, next_alone{kFewAlone};
 
-// Calls f(task), or f(task, thread) with a number below the team's threads that no two calls at the same time share,
-// for every task below `tasks`. Tasks are taken one by one, so that a thread that comes late leaves its share to the
-// others.
-template <class F>
-void share(int64_t tasks, const Team& team, const F& f) {
-  const auto call = [&](int64_t task, int64_t thread) {
-    if constexpr (std::is_invocable_v<const F&, int64_t, int64_t>)
-      f(task, thread);
-    else
-      f(task);
-  };
-  const int64_t threads = std::min(team.threads, tasks);
-  const bool alone = threads <= 1 || at::in_parallel_region() || in_forked_child;
-  if (alone || (!team.patient && short_jobs_alone.load(std::memory_order_relaxed) > 0)) {
-    if (!alone) short_jobs_alone.fetch_sub(1, std::memory_order_relaxed);
-    for (int64_t task = 0; task < tasks; ++task) call(task, 0);
-    return;
-  }
-  using Clock = std::chrono::steady_clock;
-  std::atomic<int64_t> next{0};
-  Clock::time_point done;
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) call(task, first);
-    if (first == 0) done = Clock::now();
-  });
+// Whether there are other threads to work with.
+inline bool has_help(const Team& team) {
+  return team.threads > 1 && !in_forked_child && (!at::in_parallel_region() || Crew::led());
+}
+
+// Whether a job should wait for them.
+inline bool may_wait(const Team& team) { return team.patient || short_jobs_alone.load(std::memory_order_relaxed) <= 0; }
+
+// A short job had to wait so long for others.
+inline void note_wait(const Team& team, Crew::Clock::duration waited) {
   if (team.patient) return;
-  if (Clock::now() - done > std::chrono::milliseconds(1)) {
+  if (waited > std::chrono::milliseconds(1)) {
     const int64_t count = next_alone.load(std::memory_order_relaxed);
     short_jobs_alone.store(count, std::memory_order_relaxed);
     next_alone.store(std::min(2 * count, kManyAlone), std::memory_order_relaxed);
   } else {
     next_alone.store(kFewAlone, std::memory_order_relaxed);
   }
+}
+
+// Calls f, and whatever it shares goes to the same threads, which stay for as long as it takes: between its jobs there
+// is nothing to wait for. Only for what is made of jobs of this team, and no operation of torch that uses threads.
+template <class F>
+void lead(const Team& team, const F& f) {
+  if (Crew::led() || !has_help(team) || !may_wait(team)) return f();
+  Crew crew;
+  Crew::Clock::time_point done;
+  struct Lead {
+    Crew& crew;
+    Crew::Clock::time_point& done;
+    explicit Lead(Crew& crew, Crew::Clock::time_point& done) : crew(crew), done(done) { Crew::led() = &crew; }
+    ~Lead() {
+      Crew::led() = nullptr;
+      crew.dismiss();
+      done = Crew::Clock::now();
+    }
+  };
+  at::parallel_for(0, team.threads, 1, [&](int64_t thread, int64_t) {
+    if (thread > 0) return crew.help(thread);
+    const Lead lead(crew, done);
+    f();
+  });
+  note_wait(team, Crew::Clock::now() - done);
+}
+
+// Calls f(task), or f(task, thread) with a number below the team's threads that no two calls at the same time share,
+// for every task below `tasks`. Tasks are taken one by one, so that a thread that comes late leaves its share to the
+// others.
+template <class F>
+void share(int64_t tasks, Team team, const F& f) {
+  const auto call = [&](int64_t task, int64_t thread) {
+    if constexpr (std::is_invocable_v<const F&, int64_t, int64_t>)
+      f(task, thread);
+    else
+      f(task);
+  };
+  team.threads = std::min(team.threads, tasks);
+  if (!has_help(team) || !may_wait(team)) {
+    if (has_help(team)) short_jobs_alone.fetch_sub(1, std::memory_order_relaxed);
+    for (int64_t task = 0; task < tasks; ++task) call(task, 0);
+    return;
+  }
+  lead(team, [&] { note_wait(team, Crew::led()->run(tasks, team.threads, call)); });
 }
 
 }  // namespace hg::cpu

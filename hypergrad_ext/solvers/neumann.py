@@ -282,7 +282,8 @@ def _whole(system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor)
     if result is None:
         return None
     x, history = result
-    history = history[: int((history[:, 0, 0] != -1).sum())]
+    if len(history) and float(history[-1, 0, 0]) == -1:
+        history = history[: int((history[:, 0, 0] != -1).sum())]
     system.hvps += len(history) * len(rows)
     return x, history
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 
 import torch
@@ -128,15 +129,18 @@ class Watch:
         Returns:
             Whether it did; else nothing has changed.
         """
-        norms = history[..., 0].sqrt()
-        before = torch.cat([norms.new_tensor(self._last)[None], norms[:-1]])
-        calm = (norms <= before * _GROWTH) & (norms <= 1.01 * norms.new_tensor(self._first)) & (history[..., 1] == 0)
-        if not len(norms) or not bool(calm.all()):
-            return False
-        self._norm = norms[-1].tolist()
-        self._last, self._least = list(self._norm), norms.amin(0).tolist()
-        self._grew = [0] * len(self._norm)
-        self._step += len(norms)
+        # Lists, because a dozen operations of torch take longer than a small solve.
+        rows = history.movedim(0, -1).tolist()
+        for (squares, flags), last, first in zip(rows, self._last, self._first, strict=True):
+            limits = [_GROWTH**2 * square for square in (last * last, *squares[:-1])]
+            if not squares or any(flags) or not all(map(operator.le, squares, limits)):
+                return False
+            if max(squares) > (1.01 * first) ** 2:
+                return False
+        self._norm = [math.sqrt(squares[-1]) for squares, _ in rows]
+        self._last, self._least = list(self._norm), [math.sqrt(min(squares)) for squares, _ in rows]
+        self._grew = [0] * len(rows)
+        self._step += len(history)
         return True
 
     @property

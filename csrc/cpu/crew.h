@@ -1,0 +1,101 @@
+// Threads that help one for a while. They wait, awake, for what it shares, so that sharing takes a fraction of a
+// microsecond; and it waits only for tasks that somebody has begun, never for a thread that is late.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <exception>
+#include <thread>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace hg::cpu {
+
+class Crew {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  // The crew that this thread leads, or null.
+  static Crew*& led() {
+    static thread_local Crew* crew = nullptr;
+    return crew;
+  }
+
+  // Calls f(task, thread) for every task below `tasks`, which are fewer than 2^32, on the leader, thread 0, and the
+  // helpers with numbers below `threads`. How long the leader waited for others in the end.
+  template <class F>
+  Clock::duration run(int64_t tasks, int64_t threads, const F& f) {
+    f_ = &f;
+    call_ = [](const void* f, int64_t task, int64_t thread) { (*static_cast<const F*>(f))(task, thread); };
+    tasks_ = tasks;
+    left_.store(tasks, std::memory_order_relaxed);
+    open_.store(threads * kThread + tasks, std::memory_order_release);
+    // A task that shares work itself keeps it.
+    led() = nullptr;
+    while (open_.load(std::memory_order_relaxed) % kThread) take(0);
+    led() = this;
+    Clock::duration waited{};
+    if (left_.load(std::memory_order_acquire)) {
+      const auto start = Clock::now();
+      for (Pause pause; left_.load(std::memory_order_acquire);) pause();
+      waited = Clock::now() - start;
+    }
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+    return waited;
+  }
+
+  // Does tasks as they come until the crew is dismissed.
+  void help(int64_t thread) {
+    for (Pause pause; open_.load(std::memory_order_relaxed) != kDismissed;)
+      if (take(thread))
+        pause = {};
+      else
+        pause();
+  }
+
+  void dismiss() { open_.store(kDismissed, std::memory_order_relaxed); }
+
+ private:
+  static constexpr int64_t kThread = int64_t{1} << 32, kDismissed = -1;
+
+  // Between two looks. One that has waited for long gives its core to others.
+  struct Pause {
+    int64_t looks = 0;
+    void operator()() {
+      if (++looks > 2000) return std::this_thread::yield();
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    }
+  };
+
+  // Does a task if there is one for this thread.
+  bool take(int64_t thread) {
+    int64_t open = open_.load(std::memory_order_relaxed);
+    do {
+      if (open < 0 || open % kThread == 0 || thread >= open / kThread) return false;
+    } while (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acquire, std::memory_order_relaxed));
+    // Until this task is done nothing else is shared.
+    try {
+      call_(f_, tasks_ - open % kThread, thread);
+    } catch (...) {
+      if (!failing_.exchange(true)) failure_ = std::current_exception();
+    }
+    left_.fetch_sub(1, std::memory_order_release);
+    return true;
+  }
+
+  // Threads that may take tasks, times kThread, plus tasks that nobody has taken yet.
+  alignas(64) std::atomic<int64_t> open_{0};
+  alignas(64) std::atomic<int64_t> left_{0};  // tasks that are not done
+  alignas(64) void (*call_)(const void* f, int64_t task, int64_t thread) = nullptr;
+  const void* f_ = nullptr;
+  int64_t tasks_ = 0;
+  std::atomic<bool> failing_{false};
+  std::exception_ptr failure_;
+};
+
+}  // namespace hg::cpu
