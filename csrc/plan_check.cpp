@@ -175,6 +175,7 @@ void check(Plan& plan) {
     std::visit([&](const auto& work) { check(work); }, instruction.work);
     for (const int64_t slot : instruction.frees) check.frees(slot);
   }
+  plan.find_stretches();
 }
 
 }  // namespace hg::plan

@@ -7,7 +7,6 @@
 
 #include "cpu/share.h"
 #include "plan_lane.h"
-#include "solve_loop.h"
 #include "tensors.h"
 
 namespace hg::plan {
@@ -32,16 +31,40 @@ int64_t Plan::numel() const { return std::accumulate(leaves.begin(), leaves.end(
 
 int64_t Plan::output_numel() const { return std::accumulate(outputs.begin(), outputs.end(), int64_t{0}); }
 
+int64_t Instruction::operations() const {
+  if (const auto* kernel = std::get_if<Kernel>(&work)) return plan::operations(*kernel);
+  if (const auto* bands = std::get_if<Bands>(&work)) return bands->operations();
+  if (const auto* tasks = std::get_if<Tasks>(&work)) return tasks->operations;
+  int64_t sum = 0;
+  for (const auto& result : std::get<Aten>(work).results) sum += result ? elements(result->sizes) : 0;
+  return sum;
+}
+
 int64_t Plan::operations() const {
   int64_t sum = 0;
-  for (const Instruction& instruction : instructions) {
-    if (const auto* kernel = std::get_if<Kernel>(&instruction.work)) sum += plan::operations(*kernel);
-    if (const auto* bands = std::get_if<Bands>(&instruction.work)) sum += bands->operations();
-    if (const auto* tasks = std::get_if<Tasks>(&instruction.work)) sum += tasks->operations;
-    if (const auto* aten = std::get_if<Aten>(&instruction.work))
-      for (const auto& result : aten->results) sum += result ? elements(result->sizes) : 0;
-  }
+  for (const Instruction& instruction : instructions) sum += instruction.operations();
   return sum;
+}
+
+void Plan::find_stretches() {
+  const auto is_aten = [](const Instruction& i) { return std::holds_alternative<Aten>(i.work); };
+  for (size_t begin = 0; begin < instructions.size(); begin = stretches.back().end) {
+    Stretch stretch{begin, begin + 1, 0};
+    const auto count = [&](size_t i) {
+      const int64_t operations = instructions[i].operations();
+      if (operations < 2 * kGrain) return 0;
+      stretch.shared += operations;
+      return 1;
+    };
+    if (!is_aten(instructions[begin])) {
+      int several = count(begin);
+      for (; stretch.end < instructions.size() && !is_aten(instructions[stretch.end]); ++stretch.end)
+        several += count(stretch.end);
+      // A single one is shared as well alone.
+      if (several < 2) stretch.shared = 0;
+    }
+    stretches.push_back(stretch);
+  }
 }
 
 Bound::Bound(std::shared_ptr<const Plan> plan, std::vector<at::Tensor> constants, std::vector<double> scalars)
@@ -138,20 +161,25 @@ void Bound::run(const std::vector<Part>& v, int64_t rows, char* out) {
   for (; row < rows; ++row) one(row, *lanes_[0]);
 }
 
+Multiply Bound::product_with(int64_t rows) {
+  const auto product = [this](const at::Tensor& v, at::Tensor& out) { run(v, out); };
+  const auto& stretches = plan_->stretches;
+  const bool ours = stretches.size() == 1 && !std::holds_alternative<Aten>(plan_->instructions[0].work);
+  return {product, ours ? cpu::team_for(rows * plan_->operations(), 2 * kGrain) : cpu::Team{1, false}};
+}
+
 std::tuple<at::Tensor, at::Tensor> Bound::neumann_series(const at::Tensor& b, double alpha, double damping,
                                                          int64_t steps, const at::Tensor& stop) {
   check_vectors("b", b);
   check_stop(b, steps, stop);
-  return hg::neumann_series(b, alpha, damping, steps, stop,
-                            {[this](const at::Tensor& v, at::Tensor& hv) { run(v, hv); }});
+  return hg::neumann_series(b, alpha, damping, steps, stop, product_with(b.size(0)));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> Bound::conjugate_gradients(const at::Tensor& b, double damping,
                                                                           int64_t steps, const at::Tensor& state) {
   check_vectors("b", b);
   check_state(b, state);
-  return hg::conjugate_gradients(b, damping, steps, state,
-                                 {[this](const at::Tensor& p, at::Tensor& hp) { run(p, hp); }});
+  return hg::conjugate_gradients(b, damping, steps, state, product_with(b.size(0)));
 }
 
 }  // namespace hg::plan

@@ -13,6 +13,7 @@
 
 #include "plan.h"
 #include "plan_bands.h"
+#include "solve_loop.h"
 
 namespace hg::plan {
 
@@ -37,6 +38,14 @@ struct Aten {
 struct Instruction {
   std::variant<Kernel, Bands, Tasks, Aten> work;
   std::vector<int64_t> frees;  // slots of ATen results that nothing reads after it
+
+  int64_t operations() const;  // roughly
+};
+
+// Instructions that follow each other, of which none is an op of the dispatcher, or a single one that is.
+struct Stretch {
+  size_t begin, end;
+  int64_t shared;  // operations, if several instructions are shared among threads; else 0
 };
 
 struct Plan {
@@ -47,20 +56,22 @@ struct Plan {
   int64_t constants = 0, dynamic = 0, scalars = 0, views = 0;
   std::vector<double> immediates;  // numbers that follow the solve's scalars
   std::vector<Instruction> instructions;
-  std::vector<int64_t> extents;  // of every constant, the elements that views of it reach; 0 without views
+  std::vector<Stretch> stretches;  // of all instructions
+  std::vector<int64_t> extents;    // of every constant, the elements that views of it reach; 0 without views
 
   at::ScalarType dtype() const { return is_double ? at::kDouble : at::kFloat; }
   int64_t item() const { return is_double ? 8 : 4; }  // bytes of an element
   int64_t numel() const;                              // elements of a vector
   int64_t output_numel() const;                       // and of a result
   int64_t operations() const;                         // of a product, roughly
+  void find_stretches();
   int64_t first_constant() const { return 1 + static_cast<int64_t>(leaves.size()); }
   int64_t first_dynamic() const { return first_constant() + constants; }
   int64_t first_output() const { return first_dynamic() + dynamic; }
   int64_t slots() const { return first_output() + static_cast<int64_t>(outputs.size()); }
 };
 
-// Refuses a plan with a view outside its memory, and notes how far views of constants reach.
+// Refuses a plan with a view outside its memory, and notes how far views of constants reach, and the stretches.
 void check(Plan& plan);
 
 class Lane;
@@ -91,6 +102,8 @@ class Bound {
 
   void run(const std::vector<Part>& v, int64_t rows, char* out);
   void run(const at::Tensor& v, const at::Tensor& out);
+  // As a solve wants it.
+  Multiply product_with(int64_t rows);
   Lane& lane(int64_t thread);
   int64_t most_lanes() const;
   void check_vectors(const char* name, const at::Tensor& t) const;

@@ -99,7 +99,7 @@ void Lane::run_as() {
   const at::AutoDispatchBelowADInplaceOrView no_autograd;
   const Run<Real> run{reinterpret_cast<Real* const*>(slots_.data()), numbers_};
   const int64_t first = plan_.first_dynamic();
-  for (const Instruction& instruction : plan_.instructions) {
+  const auto step = [&](const Instruction& instruction) {
     if (const auto* kernel = std::get_if<Kernel>(&instruction.work))
       std::visit(run, *kernel);
     else if (const auto* bands = std::get_if<Bands>(&instruction.work))
@@ -109,7 +109,11 @@ void Lane::run_as() {
     else
       call(std::get<Aten>(instruction.work));
     for (const int64_t slot : instruction.frees) dynamic_[slot - first].reset();
-  }
+  };
+  for (const Stretch& stretch : plan_.stretches)
+    cpu::lead(cpu::team_for(stretch.shared, kGrain), [&] {
+      for (size_t i = stretch.begin; i < stretch.end; ++i) step(plan_.instructions[i]);
+    });
 }
 
 at::Tensor Lane::tensor(const Argument& a) {
