@@ -6,7 +6,6 @@
 #include <chrono>
 #include <cstdint>
 #include <exception>
-#include <thread>
 #include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -40,7 +39,7 @@ class Crew {
     Clock::duration waited{};
     if (left_.load(std::memory_order_acquire)) {
       const auto start = Clock::now();
-      for (Pause pause; left_.load(std::memory_order_acquire);) pause();
+      while (left_.load(std::memory_order_acquire)) pause();
       waited = Clock::now() - start;
     }
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
@@ -49,11 +48,8 @@ class Crew {
 
   // Does tasks as they come until the crew is dismissed.
   void help(int64_t thread) {
-    for (Pause pause; open_.load(std::memory_order_relaxed) != kDismissed;)
-      if (take(thread))
-        pause = {};
-      else
-        pause();
+    while (open_.load(std::memory_order_relaxed) != kDismissed)
+      if (!take(thread)) pause();
   }
 
   void dismiss() { open_.store(kDismissed, std::memory_order_relaxed); }
@@ -61,16 +57,12 @@ class Crew {
  private:
   static constexpr int64_t kThread = int64_t{1} << 32, kDismissed = -1;
 
-  // Between two looks. One that has waited for long gives its core to others.
-  struct Pause {
-    int64_t looks = 0;
-    void operator()() {
-      if (++looks > 2000) return std::this_thread::yield();
+  // Between two looks. Not by a yield: beside other programs that would take the core for a slice of time.
+  static void pause() {
 #if defined(__x86_64__)
-      _mm_pause();
+    _mm_pause();
 #endif
-    }
-  };
+  }
 
   // Does a task if there is one for this thread.
   bool take(int64_t thread) {
