@@ -2,11 +2,13 @@
 // microsecond; and it waits only for tasks that somebody has begun, never for a thread that is late.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <exception>
 #include <utility>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,18 +25,24 @@ class Crew {
     return crew;
   }
 
+  explicit Crew(int64_t threads) : parts_(threads) {}
+
   // Calls f(task, thread) for every task below `tasks`, which are fewer than 2^32, on the leader, thread 0, and the
-  // helpers with numbers below `threads`. How long the leader waited for others in the end.
+  // helpers with numbers below `threads`. Each begins with a part of its own, always the same: what it needs may still be
+  // in its caches. How long the leader waited for others in the end.
   template <class F>
   Clock::duration run(int64_t tasks, int64_t threads, const F& f) {
     f_ = &f;
     call_ = [](const void* f, int64_t task, int64_t thread) { (*static_cast<const F*>(f))(task, thread); };
-    tasks_ = tasks;
     left_.store(tasks, std::memory_order_relaxed);
-    open_.store(threads * kThread + tasks, std::memory_order_release);
+    const int64_t parts = std::min<int64_t>(threads, parts_.size());
+    for (int64_t i = 0; i < parts; ++i) {
+      parts_[i].end = (i + 1) * tasks / parts;
+      parts_[i].open.store(threads * kThread + parts_[i].end - i * tasks / parts, std::memory_order_release);
+    }
     // A task that shares work itself keeps it.
     led() = nullptr;
-    while (open_.load(std::memory_order_relaxed) % kThread) take(0);
+    while (take(0)) continue;
     led() = this;
     Clock::duration waited{};
     if (left_.load(std::memory_order_acquire)) {
@@ -48,14 +56,19 @@ class Crew {
 
   // Does tasks as they come until the crew is dismissed.
   void help(int64_t thread) {
-    while (open_.load(std::memory_order_relaxed) != kDismissed)
+    while (!dismissed_.load(std::memory_order_relaxed))
       if (!take(thread)) pause();
   }
 
-  void dismiss() { open_.store(kDismissed, std::memory_order_relaxed); }
+  void dismiss() { dismissed_.store(true, std::memory_order_relaxed); }
 
  private:
-  static constexpr int64_t kThread = int64_t{1} << 32, kDismissed = -1;
+  static constexpr int64_t kThread = int64_t{1} << 32;
+
+  struct alignas(64) Part {
+    std::atomic<int64_t> open{0};  // threads that may take tasks, times kThread, plus tasks that nobody has taken yet
+    int64_t end = 0;               // of its tasks
+  };
 
   // Between two looks. Not by a yield: beside other programs that would take the core for a slice of time.
   static void pause() {
@@ -66,13 +79,20 @@ class Crew {
 
   // Does a task if there is one for this thread.
   bool take(int64_t thread) {
-    int64_t open = open_.load(std::memory_order_relaxed);
+    const int64_t parts = parts_.size();
+    for (int64_t i = 0; i < parts; ++i)
+      if (take(parts_[(thread + i) % parts], thread)) return true;
+    return false;
+  }
+
+  bool take(Part& part, int64_t thread) {
+    int64_t open = part.open.load(std::memory_order_relaxed);
     do {
-      if (open < 0 || open % kThread == 0 || thread >= open / kThread) return false;
-    } while (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acquire, std::memory_order_relaxed));
+      if (open % kThread == 0 || thread >= open / kThread) return false;
+    } while (!part.open.compare_exchange_weak(open, open - 1, std::memory_order_acquire, std::memory_order_relaxed));
     // Until this task is done nothing else is shared.
     try {
-      call_(f_, tasks_ - open % kThread, thread);
+      call_(f_, part.end - open % kThread, thread);
     } catch (...) {
       if (!failing_.exchange(true)) failure_ = std::current_exception();
     }
@@ -80,13 +100,11 @@ class Crew {
     return true;
   }
 
-  // Threads that may take tasks, times kThread, plus tasks that nobody has taken yet.
-  alignas(64) std::atomic<int64_t> open_{0};
+  std::vector<Part> parts_;
   alignas(64) std::atomic<int64_t> left_{0};  // tasks that are not done
   alignas(64) void (*call_)(const void* f, int64_t task, int64_t thread) = nullptr;
   const void* f_ = nullptr;
-  int64_t tasks_ = 0;
-  std::atomic<bool> failing_{false};
+  std::atomic<bool> failing_{false}, dismissed_{false};
   std::exception_ptr failure_;
 };
 

@@ -75,7 +75,7 @@ inline void note_wait(const Team& team, Crew::Clock::duration waited) {
 template <class F>
 void lead(const Team& team, const F& f) {
   if (Crew::led() || !has_help(team) || !may_wait(team)) return f();
-  Crew crew;
+  Crew crew(team.threads);
   Crew::Clock::time_point done;
   struct Lead {
     Crew& crew;
