@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,6 +15,9 @@ from tests.compare import assert_close, assert_no_worse_than_torch, relative_err
 
 FAMILIES = ["logistic", "softmax", "squared", "poisson"]
 SHAPES = [(1, 1), (2, 3), (37, 13), (130, 64), (257, 129), (64, 785)]
+
+MISSING = backends.unavailable("cpp", "cpu")
+needs_cpp = pytest.mark.skipif(bool(MISSING), reason=MISSING or "the C++ kernels are there")
 
 
 @pytest.fixture(params=["cpp", "torch"])
@@ -78,6 +83,37 @@ class TestProduct:
             arguments = (x.to(dtype), *rest)
             truth = reference.glm_hvp(*[t.double() if isinstance(t, torch.Tensor) else t for t in arguments])
             assert_close(ops.glm_hvp.kernel(torch.device("cpu"), "cpp")(*arguments), truth, 1e-6, f"k={k}")
+
+    @needs_cpp
+    @settings(max_examples=200, deadline=None)
+    @given(
+        n=st.one_of(st.integers(1, 40), st.sampled_from([511, 1700, 9001])),
+        d=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 358, 359, 716, 717, 895, 897, 1500])),
+        dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+        intercept=st.booleans(),
+        threads=st.integers(1, 3),
+    )
+    def test_one_vector(self, n, d, dtype, intercept, threads):
+        """Lengths of rows that end within a register of any width, and are in turns of any number."""
+        arguments = model(n, d, 1, 1, intercept, dtype)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        value = ops.glm_hvp.kernel(torch.device("cpu"), "cpp")(*arguments)
+        torch.set_num_threads(before)
+        x, weights, v, *rest = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+        error = value - reference.glm_hvp(x, weights, v, *rest)
+        # Of what is added up: the sums themselves may cancel.
+        magnitude = reference.glm_hvp(x.abs(), weights, v.abs(), *rest)
+        assert float((error.abs() / magnitude).max()) <= (1e-14 if dtype == torch.float64 else 1e-6)
+
+    @needs_cpp
+    @pytest.mark.parametrize("d", [5, 50, 784, 1000])
+    @pytest.mark.parametrize("row", [0, 3, 30])
+    def test_rows_that_are_not_finite_are_seen(self, row, d):
+        for bad in (torch.nan, torch.inf):
+            x, *rest = model(31, d, 1, 1, False)
+            x[row, d - 1] = bad
+            assert not ops.glm_hvp.kernel(torch.device("cpu"), "cpp")(x, *rest)[0, d - 1].isfinite()
 
     def test_no_rows_leave_the_penalty(self, backend):
         arguments = model(0, 5, 1, 2, False)

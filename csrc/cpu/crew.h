@@ -28,8 +28,8 @@ class Crew {
   explicit Crew(int64_t threads) : parts_(threads) {}
 
   // Calls f(task, thread) for every task below `tasks`, which are fewer than 2^32, on the leader, thread 0, and the
-  // helpers with numbers below `threads`. Each begins with a part of its own, always the same: what it needs may still be
-  // in its caches. How long the leader waited for others in the end.
+  // helpers with numbers below `threads`. Each begins with a part of its own, always the same: what it needs may still
+  // be in its caches. How long the leader waited for others in the end.
   template <class F>
   Clock::duration run(int64_t tasks, int64_t threads, const F& f) {
     f_ = &f;

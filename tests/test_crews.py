@@ -1,0 +1,98 @@
+"""Threads that stay for a whole solve (csrc/cpu/crew.h): its result, whatever they do."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hypergrad_ext as hg
+from hypergrad_ext import backends, ops
+from tests.compare import assert_close
+
+MISSING = backends.unavailable("cpp", "cpu")
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "the C++ kernels are there")
+
+SOLVE = 0.5, 0.1, 25  # alpha, damping, steps
+
+
+@pytest.fixture(params=[1, 2, 3, 5])
+def threads(request):
+    """Also more than there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def never(k):
+    return torch.full((k,), -1.0, dtype=torch.float64)
+
+
+def by_rows(k):
+    x, weights = torch.randn(4000, 400, dtype=torch.float64), torch.rand(4000, dtype=torch.float64)
+    b = torch.randn(k, 400, dtype=torch.float64)
+    return lambda: ops.glm_neumann_solve(x, weights, b, None, 1 / 4000, False, *SOLVE, never(k))[0]
+
+
+def by_entries(k):
+    root, b = torch.randn(1500, 1500, dtype=torch.float64), torch.randn(k, 1500, dtype=torch.float64)
+    matrix = root @ root.T / 6000
+    return lambda: ops.dense_neumann_solve(matrix, b, *SOLVE, never(k))[0]
+
+
+def of_a_network(k):
+    """A native plan of several kernels that threads share."""
+    model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 10)).double()
+    x, y = torch.randn(500, 80, dtype=torch.float64), torch.randint(10, (500,))
+    operator = hg.Hessian(lambda p: F.cross_entropy(torch.func.functional_call(model, p, (x,)), y), model)
+    b = {name: torch.randn(k, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    return lambda: hg.solve(operator, b, hg.Neumann(25, alpha=0.1), damping=0.1).value
+
+
+def of_a_perceptron(k):
+    params = [torch.randn(shape, dtype=torch.float64) / 8 for shape in ((150, 60), (150,), (10, 150), (10,))]
+    x, y = torch.randn(800, 60, dtype=torch.float64), torch.randint(10, (800,))
+    operator = hg.MLPHessian(x, params, y, activation="tanh", loss="cross_entropy")
+    b = [torch.randn(k, *p.shape, dtype=torch.float64) for p in params]
+    return lambda: hg.solve(operator, b, hg.Neumann(25, alpha=0.1), damping=0.1).value
+
+
+PROBLEMS = [by_rows, by_entries, of_a_network, of_a_perceptron]
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_solve_is_the_same_each_time_and_near_that_of_one_thread(problem, k, threads):
+    solve = problem(k)
+    torch.set_num_threads(1)
+    alone = solve()
+    torch.set_num_threads(threads)
+    together = [solve() for _ in range(5)]
+    assert_close(together[0], alone, 1e-12)
+    for again in together[1:]:
+        assert_close(again, together[0], 0.0)
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_every_thread_of_the_program_has_a_crew_of_its_own(threads):
+    solves = [problem(1) for problem in PROBLEMS]
+    alone = [solve() for solve in solves]
+    results = [[] for _ in solves]
+
+    def repeat(solve, into):
+        torch.set_num_threads(threads)
+        into.extend(solve() for _ in range(10))
+
+    at_once = [threading.Thread(target=repeat, args=pair) for pair in zip(solves, results, strict=True)]
+    for thread in at_once:
+        thread.start()
+    for thread in at_once:
+        thread.join()
+    for mine, result in zip(alone, results, strict=True):
+        assert len(result) == 10
+        for value in result:
+            assert_close(value, mine, 1e-12)
