@@ -96,7 +96,7 @@ class GlmColumnBody {
   static HG_INLINE void pass(const Column& c, Tail& tail, int64_t r, int64_t ahead, Real (&z)[R]) {
     const int64_t stride = c.stride, whole = c.d / W * W;
     const X* const x = c.x + (kDot ? r : r - R) * stride;
-    const X* const before = c.x + (r - R) * stride;
+    const X* const before = kAdd ? c.x + (r - R) * stride : x;
     const X* const next = r + ahead + R <= c.rows + c.follow ? x + ahead * stride : x;
     V sums[R] = {};
     const auto step = [&](int64_t j, const Real* v, Real* g) HG_LAMBDA_INLINE {
