@@ -12,20 +12,12 @@ from torch.nn import functional as F
 import hypergrad_ext as hg
 from hypergrad_ext import backends, ops
 from tests.compare import assert_close
+from tests.threads import threads
 
 MISSING = backends.unavailable("cpp", "cpu")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "the C++ kernels are there")
 
 SOLVE = 0.5, 0.1, 25  # alpha, damping, steps
-
-
-@pytest.fixture(params=[1, 2, 3, 5])
-def threads(request):
-    """Also more than there are cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def never(k):
@@ -64,28 +56,29 @@ def of_a_perceptron(k):
 PROBLEMS = [by_rows, by_entries, of_a_network, of_a_perceptron]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 5])  # also more than there are cores
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_a_solve_is_the_same_each_time_and_near_that_of_one_thread(problem, k, threads):
+def test_a_solve_is_the_same_each_time_and_near_that_of_one_thread(problem, k, count):
     solve = problem(k)
-    torch.set_num_threads(1)
-    alone = solve()
-    torch.set_num_threads(threads)
-    together = [solve() for _ in range(5)]
+    with threads(1):
+        alone = solve()
+    with threads(count):
+        together = [solve() for _ in range(5)]
     assert_close(together[0], alone, 1e-12)
     for again in together[1:]:
         assert_close(again, together[0], 0.0)
 
 
-@pytest.mark.parametrize("threads", [3], indirect=True)
-def test_every_thread_of_the_program_has_a_crew_of_its_own(threads):
+def test_every_thread_of_the_program_has_a_crew_of_its_own():
     solves = [problem(1) for problem in PROBLEMS]
-    alone = [solve() for solve in solves]
+    with threads(3):
+        alone = [solve() for solve in solves]
     results = [[] for _ in solves]
 
     def repeat(solve, into):
-        torch.set_num_threads(threads)
-        into.extend(solve() for _ in range(10))
+        with threads(3):
+            into.extend(solve() for _ in range(10))
 
     at_once = [threading.Thread(target=repeat, args=pair) for pair in zip(solves, results, strict=True)]
     for thread in at_once:

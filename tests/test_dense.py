@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 
 from hypergrad_ext import backends, ops, reference
 from tests.compare import assert_close, assert_no_worse_than_torch
+from tests.threads import threads
 
 CPU = torch.device("cpu")
 
@@ -24,17 +23,6 @@ def backend(request):
 
 MISSING = backends.unavailable("cpp", "cpu")
 needs_cpp = pytest.mark.skipif(bool(MISSING), reason=MISSING or "the C++ kernels are there")
-
-
-@contextlib.contextmanager
-def threads(count):
-    """Torch on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def by_formula(x, weights):

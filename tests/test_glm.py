@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import hypergrad_ext as hg
 from hypergrad_ext import backends, ops, reference
 from tests.compare import assert_close, assert_no_worse_than_torch, relative_error
+from tests.threads import threads
 
 FAMILIES = ["logistic", "softmax", "squared", "poisson"]
 SHAPES = [(1, 1), (2, 3), (37, 13), (130, 64), (257, 129), (64, 785)]
@@ -91,15 +92,13 @@ class TestProduct:
         d=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 358, 359, 716, 717, 895, 897, 1500])),
         dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
         intercept=st.booleans(),
-        threads=st.integers(1, 3),
+        count=st.integers(1, 3),
     )
-    def test_one_vector(self, n, d, dtype, intercept, threads):
+    def test_one_vector(self, n, d, dtype, intercept, count):
         """Lengths of rows that end within a register of any width, and are in turns of any number."""
         arguments = model(n, d, 1, 1, intercept, dtype)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        value = ops.glm_hvp.kernel(torch.device("cpu"), "cpp")(*arguments)
-        torch.set_num_threads(before)
+        with threads(count):
+            value = ops.glm_hvp.kernel(torch.device("cpu"), "cpp")(*arguments)
         x, weights, v, *rest = [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
         error = value - reference.glm_hvp(x, weights, v, *rest)
         # Of what is added up: the sums themselves may cancel.
@@ -122,11 +121,9 @@ class TestProduct:
     def test_threads_change_nothing_but_rounding(self):
         arguments = model(50_000, 40, 1, 2, True)
         results = []
-        for threads in (1, 2):
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            results.append(ops.glm_hvp(*arguments))
-            torch.set_num_threads(before)
+        for count in (1, 2):
+            with threads(count):
+                results.append(ops.glm_hvp(*arguments))
         assert_close(results[1], results[0], 1e-13)
 
     @pytest.mark.parametrize(

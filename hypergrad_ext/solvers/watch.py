@@ -135,7 +135,9 @@ class Watch:
             limits = [_GROWTH**2 * square for square in (last * last, *squares[:-1])]
             if not squares or any(flags) or not all(map(operator.le, squares, limits)):
                 return False
-            if max(squares) > (1.01 * first) ** 2:
+            most = 1.01 * first
+            # Not a power: Python raises where that overflows.
+            if max(squares) > most * most:
                 return False
         self._norm = [math.sqrt(squares[-1]) for squares, _ in rows]
         self._last, self._least = list(self._norm), [math.sqrt(min(squares)) for squares, _ in rows]
