@@ -39,7 +39,9 @@ class TestBlockCG:
     def test_one_vector_is_cg(self):
         a, b = spd(60, 50.0), torch.randn(60, dtype=F64)
         block, cg = (hg.solve(hg.DenseMatrix(a), b, make(tol=1e-8)) for make in (hg.BlockCG, hg.CG))
-        assert block.steps - cg.steps in (0, 1)
+        # The same iterates but for rounding, which makes one cross the tolerance a step before the other.
+        assert abs(block.steps - cg.steps) <= 1
+        assert_close(block.value, cg.value, 1e-7)
 
     def test_more_right_hand_sides_than_unknowns(self):
         a, b = spd(5, 4.0), torch.randn(9, 5, dtype=F64)

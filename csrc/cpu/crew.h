@@ -28,17 +28,18 @@ class Crew {
   explicit Crew(int64_t threads) : parts_(threads) {}
 
   // Calls f(task, thread) for every task below `tasks`, which are fewer than 2^32, on the leader, thread 0, and the
-  // helpers with numbers below `threads`. Each begins with a part of its own, always the same: what it needs may still
-  // be in its caches. How long the leader waited for others in the end.
+  // helpers with numbers below `threads`. Each begins with a part of its own, always the same, and goes through it from
+  // alternating ends: what it read last is still in its caches. How long the leader waited for others in the end.
   template <class F>
   Clock::duration run(int64_t tasks, int64_t threads, const F& f) {
     f_ = &f;
     call_ = [](const void* f, int64_t task, int64_t thread) { (*static_cast<const F*>(f))(task, thread); };
     left_.store(tasks, std::memory_order_relaxed);
+    back_ = turned();
     const int64_t parts = std::min<int64_t>(threads, parts_.size());
     for (int64_t i = 0; i < parts; ++i) {
-      parts_[i].end = (i + 1) * tasks / parts;
-      parts_[i].open.store(threads * kThread + parts_[i].end - i * tasks / parts, std::memory_order_release);
+      parts_[i].begin = i * tasks / parts, parts_[i].end = (i + 1) * tasks / parts;
+      parts_[i].open.store(threads * kThread + parts_[i].end - parts_[i].begin, std::memory_order_release);
     }
     // A task that shares work itself keeps it.
     led() = nullptr;
@@ -60,6 +61,14 @@ class Crew {
       if (!take(thread)) pause();
   }
 
+  // Whether the next job is to go from the last task to the first, which every second one does.
+  static bool turned() {
+    static std::atomic<bool> back{true};
+    const bool before = back.load(std::memory_order_relaxed);
+    back.store(!before, std::memory_order_relaxed);
+    return !before;
+  }
+
   void dismiss() { dismissed_.store(true, std::memory_order_relaxed); }
 
  private:
@@ -67,7 +76,7 @@ class Crew {
 
   struct alignas(64) Part {
     std::atomic<int64_t> open{0};  // threads that may take tasks, times kThread, plus tasks that nobody has taken yet
-    int64_t end = 0;               // of its tasks
+    int64_t begin = 0, end = 0;    // of its tasks
   };
 
   // Between two looks. Not by a yield: beside other programs that would take the core for a slice of time.
@@ -92,7 +101,8 @@ class Crew {
     } while (!part.open.compare_exchange_weak(open, open - 1, std::memory_order_acquire, std::memory_order_relaxed));
     // Until this task is done nothing else is shared.
     try {
-      call_(f_, part.end - open % kThread, thread);
+      const int64_t taken = open % kThread;
+      call_(f_, back_ ? part.begin + taken - 1 : part.end - taken, thread);
     } catch (...) {
       if (!failing_.exchange(true)) failure_ = std::current_exception();
     }
@@ -104,6 +114,7 @@ class Crew {
   alignas(64) std::atomic<int64_t> left_{0};  // tasks that are not done
   alignas(64) void (*call_)(const void* f, int64_t task, int64_t thread) = nullptr;
   const void* f_ = nullptr;
+  bool back_ = false;
   std::atomic<bool> failing_{false}, dismissed_{false};
   std::exception_ptr failure_;
 };

@@ -100,9 +100,8 @@ class GlmColumnBody {
     const X* const next = r + ahead + R <= c.rows + c.follow ? x + ahead * stride : x;
     V sums[R] = {};
     const auto step = [&](int64_t j, const Real* v, Real* g) HG_LAMBDA_INLINE {
-      V column, sum;
+      V column, sum{};
       if constexpr (kDot) column = S::factor(v);
-      if constexpr (kAdd) sum = S::factor(g);
 #pragma GCC unroll 8
       for (int i = 0; i < R; ++i) {
         // Where rows are gone over twice, each time sends for half of the next ones.
@@ -111,7 +110,8 @@ class GlmColumnBody {
         if constexpr (kDot) sums[i] += S::load(x + i * stride + j) * column;
         if constexpr (kAdd) sum += z[i] * S::load(before + i * stride + j);
       }
-      if constexpr (kAdd) S::store(g, sum);
+      // Added up apart: R rows are rounded once as what is in g already.
+      if constexpr (kAdd) S::store(g, S::load(g) + sum);
     };
     const Real* const v = c.v;
     Real* const g = c.g;

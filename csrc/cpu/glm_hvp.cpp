@@ -19,8 +19,13 @@ constexpr int64_t kTileRows = 24;
 constexpr int64_t kMaxRows = 240;
 // Multiply-adds of Z = X V^T per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
-// Sums over rows that are added up before they go to the total: keeps the rounding error of long sums down.
+// Blocks whose sums are added up before they go to the total: keeps the rounding error of long sums down.
 constexpr int64_t kFlush = 64;
+// Rows of one vector's product that are added up before they go to the total, likewise.
+constexpr int64_t kPartRows = 768;
+// Bytes of X that a thread takes at a time, and how often at the most: what it took last is in L2 when the next product
+// begins there.
+constexpr int64_t kTaken = 768 << 10, kMostTaken = 8;
 
 template <class X, class Real>
 struct Product {
@@ -59,7 +64,7 @@ struct Product {
   // Adds the rows from `first` to `last` to `total`: d sums, and the intercept's.
   static void one_column(const GlmData& data, const Real* v, int64_t first, int64_t last, Real* total) {
     static const auto multiply = ForTiles<OneColumn, const Column&>::get();
-    const int64_t d = data.d, part = kFlush * kTileRows;
+    const int64_t d = data.d, part = kPartRows;
     const Buffer<Real> sums(d + 1);
     for (int64_t row = first; row < last; row += part) {
       Real* g = last - first > part ? sums.get() : total;
@@ -96,7 +101,9 @@ struct Product {
     const int64_t size = K * (d + 1), pitch = (size + 15) / 16 * 16;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     const Team team = glm_team(data, k);
-    const int64_t ranges = team.ranges(blocks, 4);
+    const int64_t taken = one ? data.n * d * static_cast<int64_t>(sizeof(X)) / kTaken / team.threads : 0;
+    const int64_t per_thread = std::clamp<int64_t>(taken, team.threads > 1 ? 4 : 1, kMostTaken);
+    const int64_t ranges = std::min(blocks, team.threads * per_thread);
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);

@@ -109,7 +109,8 @@ void share(int64_t tasks, Team team, const F& f) {
   team.threads = std::min(team.threads, tasks);
   if (!has_help(team) || !may_wait(team)) {
     if (has_help(team)) short_jobs_alone.fetch_sub(1, std::memory_order_relaxed);
-    for (int64_t task = 0; task < tasks; ++task) call(task, 0);
+    const bool back = tasks > 1 && Crew::turned();
+    for (int64_t task = 0; task < tasks; ++task) call(back ? tasks - 1 - task : task, 0);
     return;
   }
   lead(team, [&] { note_wait(team, Crew::led()->run(tasks, team.threads, call)); });
