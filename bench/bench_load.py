@@ -1,7 +1,8 @@
 """Kernels and engines on a busy machine: a loop on every core that never sleeps, stopped and continued between rounds.
 
 A kernel that waits for all of its threads waits for the slowest, which has lost its core to somebody else.
-Half of the time is all that a fair scheduler can give; what is lost beyond that is our waiting.
+Half of the time is all that a fair scheduler can give, in slices of a few milliseconds: what shares its work once and
+takes about as long as a slice loses a whole one whenever either thread is interrupted, as "one operation of torch" does.
 """
 
 from __future__ import annotations
@@ -40,6 +41,22 @@ def step_in_torch(n: int) -> Callable[[], object]:
     return lambda: (v.sub_(hv, alpha=1e-9), p.add_(v), v.norm())
 
 
+def halves(ms: float) -> Callable[[], object]:
+    """One operation of torch that takes so long: each thread has half of the elements, and all wait once, at the end."""
+    x = torch.linspace(1, 9, 1 << 16)
+    torch.lgamma(x)
+    seconds = min(timed(lambda: torch.lgamma(x)) for _ in range(20))
+    x = torch.linspace(1, 9, int(len(x) * 1e-3 * ms / seconds))
+    out = torch.empty_like(x)
+    return lambda: torch.lgamma(x, out=out)
+
+
+def timed(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
 def glm(n: int, d: int, k: int) -> Callable[[], object]:
     problem = Glm(n, d, 1, k)
     return lambda: problem.fused(problem.b)
@@ -66,6 +83,7 @@ def series(name: str, engine: str) -> Callable[[], object]:
 
 
 KERNELS: dict[str, Callable[[], Callable[[], object]]] = {
+    **{f"one operation of torch, {ms} ms": lambda ms=ms: halves(ms) for ms in (0.3, 2, 10)},
     "neumann_step_, 100k": lambda: step(100_000),
     "neumann_step_, 1M": lambda: step(1_000_000),
     "neumann_step_, 10M": lambda: step(10_000_000),
@@ -114,9 +132,7 @@ def test_load(name, benchmark, report, quick):
                 end = time.perf_counter() + 0.2
                 run()
                 while not seconds[busy] or time.perf_counter() < end:
-                    start = time.perf_counter()
-                    run()
-                    seconds[busy].append(time.perf_counter() - start)
+                    seconds[busy].append(timed(run))
     benchmark.pedantic(run, rounds=3)
     quiet, loaded = (sorted(seconds[busy]) for busy in (False, True))
     row = {
