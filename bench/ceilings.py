@@ -38,6 +38,7 @@ def _library() -> ctypes.CDLL | None:
         if subprocess.run(command, capture_output=True).returncode:
             return None
         library = ctypes.CDLL(str(path))
+    library.lanes.restype = ctypes.c_long
     library.multiply_add.argtypes = [ctypes.c_long]
     library.read_all.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long]
     return library
@@ -61,7 +62,7 @@ class Floor:
             ARITHMETIC: max(1, round(LONG * threads / (products * flops))),
             READING: max(1, round(FAR / (products * 4 * share))),
         }
-        steps = round(self._repeats[ARITHMETIC] * products * flops / (threads * 12 * 8 * 2))
+        steps = round(self._repeats[ARITHMETIC] * products * flops / (threads * 12 * library.lanes() * 2))
         times = self._repeats[READING] * products
         pool = ThreadPoolExecutor(threads)
 

@@ -334,6 +334,7 @@ py::tuple lstm_layer_double_backward(py::handle activations, py::handle c, py::h
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
+  info["vendor"] = hg::cpu::vendor();
   info["blas_at_half_speed"] = hg::cpu::blas_at_half_speed();
   info["threads"] = at::get_num_threads();
 #if defined(_OPENMP)

@@ -28,14 +28,14 @@ class Crew {
   explicit Crew(int64_t threads) : parts_(threads) {}
 
   // Calls f(task, thread) for every task below `tasks`, which are fewer than 2^32, on the leader, thread 0, and the
-  // helpers with numbers below `threads`. Each begins with a part of its own, always the same, and goes through it from
-  // alternating ends: what it read last is still in its caches. How long the leader waited for others in the end.
+  // helpers with numbers below `threads`. Each begins with a part of its own, always the same: what it needs may still
+  // be in its caches. It goes through it from the end if `back`. How long the leader waited for others in the end.
   template <class F>
-  Clock::duration run(int64_t tasks, int64_t threads, const F& f) {
+  Clock::duration run(int64_t tasks, int64_t threads, bool back, const F& f) {
     f_ = &f;
     call_ = [](const void* f, int64_t task, int64_t thread) { (*static_cast<const F*>(f))(task, thread); };
     left_.store(tasks, std::memory_order_relaxed);
-    back_ = turned();
+    back_ = back;
     const int64_t parts = std::min<int64_t>(threads, parts_.size());
     for (int64_t i = 0; i < parts; ++i) {
       parts_[i].begin = i * tasks / parts, parts_[i].end = (i + 1) * tasks / parts;
@@ -59,14 +59,6 @@ class Crew {
   void help(int64_t thread) {
     while (!dismissed_.load(std::memory_order_relaxed))
       if (!take(thread)) pause();
-  }
-
-  // Whether the next job is to go from the last task to the first, which every second one does.
-  static bool turned() {
-    static std::atomic<bool> back{true};
-    const bool before = back.load(std::memory_order_relaxed);
-    back.store(!before, std::memory_order_relaxed);
-    return !before;
   }
 
   void dismiss() { dismissed_.store(true, std::memory_order_relaxed); }

@@ -6,20 +6,60 @@
 #include "buffer.h"
 #include "panel_gemm.h"
 #include "share.h"
+#include "simd.h"
+#include "turn.h"
 
 namespace hg::cpu {
 namespace {
 
 // Columns of a panel: half of those that a tile of the full width has, so that little is done right of the diagonal.
 constexpr int64_t kPanelBytes = kGroupBytes / 2;
-// Rows of X that are added up before they go to the matrix, and rows of a block.
-constexpr int64_t kDepth = 256, kBlock = 1024;
+// Rows of X that are added up before they go to the matrix: fewer where they are short, and torch takes dot products.
+constexpr int64_t kMaxRows = 4096, kDepth = 256, kShortDepth = 32;
+// Bytes of a block of rows, which is in the second cache for all panels; columns of X turned are so much further apart
+// than they are long.
+constexpr int64_t kBytes = 400 << 10, kGap = 16;
 // Multiply-adds that a thread should have at least, and tasks per thread.
 constexpr int64_t kGrain = 1 << 19, kTasks = 4;
 // Where panels are fewer than tasks should be, ranges of rows have sums of their own, in at most so many bytes.
 constexpr int64_t kSumBytes = 64 << 20;
 // Squares in which the matrix is turned.
 constexpr int64_t kSquare = 16;
+
+// Columns of X as rows.
+template <class Real>
+struct Columns {
+  const Real* x;
+  int64_t stride, rows, columns;
+  Real* out;
+  int64_t out_stride;
+
+  template <class Tiles>
+  struct Body {
+    using S = Simd<Real, Tiles::bytes>;
+    static constexpr int W = S::width;
+
+    static HG_INLINE void run(const Columns& m) {
+      int64_t t = 0;
+      for (; t + W <= m.rows; t += W) {
+        int64_t j = 0;
+        for (; j + W <= m.columns; j += W)
+          turn<S>(m.x + t * m.stride + j, m.stride, m.out + j * m.out_stride + t, m.out_stride);
+        for (; j < m.columns; ++j) part(m, t, t + W, j);
+      }
+      for (int64_t j = 0; j < m.columns; ++j) part(m, t, m.rows, j);
+    }
+
+    static HG_INLINE void part(const Columns& m, int64_t t, int64_t end, int64_t j) {
+      for (; t < end; ++t) m.out[j * m.out_stride + t] = m.x[t * m.stride + j];
+    }
+  };
+
+  static void run(const Columns& m) {
+    static const auto function = ForTiles<Body, const Columns&>::get();
+    function(m);
+  }
+};
 
 template <class Real>
 struct Gram {
@@ -29,41 +69,48 @@ struct Gram {
   const Real* weights;
   int64_t step;  // from weight to weight
 
-  // Adds the rows [begin, end) to `out`, from the panel's part of the diagonal on down; or writes them there.
-  void add(int64_t panel, int64_t begin, int64_t end, bool accumulate, Real* out) const {
-    const int64_t j = panel * kPanel;
-    for (int64_t t = begin; t < end; t += kDepth) {
-      const Real* from = x + t * stride + j;
-      multiply_part<Real>({from, 1, stride, from, stride, 1, out + j * d + j, d, d - j, std::min(kPanel, d - j),
-                           std::min(kDepth, end - t), accumulate || t > begin, weights + t * step, step});
-    }
-  }
-
   void form(Real* out) const {
     const int64_t panels = (d + kPanel - 1) / kPanel, size = d * d;
+    const int64_t fitting = kBytes / (d * static_cast<int64_t>(sizeof(Real))) / kDepth * kDepth;
+    const int64_t block = std::clamp(fitting, kDepth, kMaxRows), pitch = block + kGap;
     const Team team = team_for(n * d * (d + kPanel) / 2, kGrain);
     const int64_t most = 1 + kSumBytes / (size * static_cast<int64_t>(sizeof(Real)));
     const int64_t wanted = team.threads > 1 ? (kTasks * team.threads + panels - 1) / panels : 1;
     const int64_t ranges = std::clamp<int64_t>(std::min(wanted, n / kDepth), 1, most);
-    const Buffer<Real> sums((ranges - 1) * size);
+    const Buffer<Real> sums((ranges - 1) * size), turned(ranges * d * pitch);
     const auto sum_of = [&](int64_t range) { return range == 0 ? out : sums.get() + (range - 1) * size; };
-    for (int64_t begin = 0; begin < n; begin += ranges * kBlock) {
-      const int64_t rows = std::min(n - begin, ranges * kBlock);
-      // The largest panels first.
-      share(ranges * panels, team, [&](int64_t task) {
-        const int64_t range = task % ranges;
-        add(task / ranges, begin + range * rows / ranges, begin + (range + 1) * rows / ranges, begin > 0,
-            sum_of(range));
+    lead(team, [&] {
+      for (int64_t begin = 0; begin < n; begin += ranges * block) {
+        const int64_t rows = std::min(n - begin, ranges * block);
+        // Calls f(first row, number of rows, panel, range).
+        const auto each = [&](const auto& f) {
+          share(ranges * panels, team, [&](int64_t task) {
+            const int64_t range = task % ranges, first = range * rows / ranges;
+            f(begin + first, (range + 1) * rows / ranges - first, task / ranges * kPanel, range);
+          });
+        };
+        each([&](int64_t row, int64_t count, int64_t j, int64_t range) {
+          Columns<Real>::run({x + row * stride + j, stride, count, std::min(kPanel, d - j),
+                              turned.get() + (range * d + j) * pitch, pitch});
+        });
+        // From the panel's part of the diagonal on down. The largest panels first.
+        each([&](int64_t row, int64_t count, int64_t j, int64_t range) {
+          const int64_t depth = d < kPanel ? kShortDepth : kDepth;
+          for (int64_t t = 0; t < count; t += depth)
+            multiply_part<Real>({turned.get() + (range * d + j) * pitch + t, pitch, 1, x + (row + t) * stride + j,
+                                 stride, 1, sum_of(range) + j * d + j, d, d - j, std::min(kPanel, d - j),
+                                 std::min(depth, count - t), begin > 0 || t > 0, weights + (row + t) * step, step});
+        });
+      }
+      share((d + kSquare - 1) / kSquare, team, [&](int64_t task) {
+        const int64_t top = task * kSquare, bottom = std::min(top + kSquare, d);
+        for (int64_t range = 1; range < ranges; ++range)
+          for (int64_t i = top; i < bottom; ++i)
+            for (int64_t j = 0; j <= i; ++j) out[i * d + j] += sum_of(range)[i * d + j];
+        for (int64_t left = 0; left < bottom; left += kSquare)
+          for (int64_t j = left; j < std::min(left + kSquare, bottom); ++j)
+            for (int64_t i = std::max(top, j + 1); i < bottom; ++i) out[j * d + i] = out[i * d + j];
       });
-    }
-    share((d + kSquare - 1) / kSquare, team, [&](int64_t task) {
-      const int64_t top = task * kSquare, bottom = std::min(top + kSquare, d);
-      for (int64_t range = 1; range < ranges; ++range)
-        for (int64_t i = top; i < bottom; ++i)
-          for (int64_t j = 0; j <= i; ++j) out[i * d + j] += sum_of(range)[i * d + j];
-      for (int64_t left = 0; left < bottom; left += kSquare)
-        for (int64_t j = left; j < std::min(left + kSquare, bottom); ++j)
-          for (int64_t i = std::max(top, j + 1); i < bottom; ++i) out[j * d + i] = out[i * d + j];
     });
   }
 };

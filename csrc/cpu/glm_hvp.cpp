@@ -100,7 +100,8 @@ struct Product {
     // Sums of a range: K x d, and the intercepts'. Where they straddle cache lines, one vector takes 6 % longer.
     const int64_t size = K * (d + 1), pitch = (size + 15) / 16 * 16;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
-    const Team team = glm_team(data, k);
+    Team team = glm_team(data, k);
+    team.alternating = one;
     const int64_t taken = one ? data.n * d * static_cast<int64_t>(sizeof(X)) / kTaken / team.threads : 0;
     const int64_t per_thread = std::clamp<int64_t>(taken, team.threads > 1 ? 4 : 1, kMostTaken);
     const int64_t ranges = std::min(blocks, team.threads * per_thread);

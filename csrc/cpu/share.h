@@ -33,6 +33,9 @@ inline const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_
 struct Team {
   int64_t threads;
   bool patient;  // a long job: waiting for a slice of time is no great loss
+  // Tasks are taken from the first to the last, the next time from the last to the first: what a thread read last is in
+  // its caches, where the whole does not fit.
+  bool alternating = false;
 
   // Ranges to make of so many units: a few per thread, so that one that comes late leaves the others as little to wait
   // for.
@@ -49,6 +52,15 @@ inline Team team_for(int64_t units, int64_t grain) {
 
 // Short jobs that still go to one thread, and how many it will be the next time.
 inline std::atomic<int64_t> short_jobs_alone{0}, next_alone{kFewAlone};
+
+// Whether a job goes from the last task to the first.
+inline bool goes_back(const Team& team, int64_t tasks) {
+  static std::atomic<bool> last{false};
+  if (!team.alternating || tasks == 1) return false;
+  const bool back = !last.load(std::memory_order_relaxed);
+  last.store(back, std::memory_order_relaxed);
+  return back;
+}
 
 // Whether there are other threads to work with.
 inline bool has_help(const Team& team) {
@@ -107,13 +119,13 @@ void share(int64_t tasks, Team team, const F& f) {
       f(task);
   };
   team.threads = std::min(team.threads, tasks);
+  const bool back = goes_back(team, tasks);
   if (!has_help(team) || !may_wait(team)) {
     if (has_help(team)) short_jobs_alone.fetch_sub(1, std::memory_order_relaxed);
-    const bool back = tasks > 1 && Crew::turned();
     for (int64_t task = 0; task < tasks; ++task) call(back ? tasks - 1 - task : task, 0);
     return;
   }
-  lead(team, [&] { note_wait(team, Crew::led()->run(tasks, team.threads, call)); });
+  lead(team, [&] { note_wait(team, Crew::led()->run(tasks, team.threads, back, call)); });
 }
 
 }  // namespace hg::cpu

@@ -40,7 +40,8 @@ class _Rates:
 
 
 # Measured on AMD: Zen 4, where the product makes 85 to 100 GFLOP/s per core; Zen 3, 55, what forms the matrix and
-# multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured.
+# multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured. On Intel's server cores
+# (Granite Rapids), 105, whose last cache gives 27 GB/s to each.
 _ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
@@ -55,6 +56,7 @@ _ON_AVX2 = _Rates(
     cache_bytes=32e6,
 )
 _ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
+_ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.9, step=1.2, cache_bytes=1e8)
 _ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
@@ -150,9 +152,12 @@ class GLMHessian(LinearOperator):
 
     def dense(self) -> Tensor:
         """The matrix of ``H`` as a new tensor: a Gram matrix, ``n (classes d)^2`` multiply-adds."""
+        return self._formed().clone()
+
+    def _formed(self) -> Tensor:
         if self._gram is None:
             self._gram = self._form_gram()
-        return self._gram.clone()
+        return self._gram
 
     def plan(self, products: int, rows: int) -> tuple[Literal["gram", "products"], str]:
         """Whether to form the Gram matrix for a solve, by the time that bytes and multiply-adds take.
@@ -189,7 +194,7 @@ class GLMHessian(LinearOperator):
         """The Gram matrix as an operator, where that is cheaper than this many products; else itself."""
         choice, why = self.plan(products, rows)
         _logger.debug("GLMHessian, %d products with %d vectors: %s (%s)", products, rows, choice, why)
-        return _Gram(self.dense(), self.space) if choice == "gram" else self
+        return _Gram(self._formed(), self.space) if choice == "gram" else self
 
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
@@ -263,10 +268,13 @@ class GLMHessian(LinearOperator):
         (n, d), m = self.inputs.shape, self.space.numel
         p = self.weights.view(n, -1)
         classes, width = p.shape[1], d + self.intercept
-        blocks = p.new_zeros(classes, classes, width, width)
         # A GPU has no kernel of ours for it, whatever backend was asked for: its libraries form it.
         form = ops.glm_gram.kernel_if_any(p.device) if p.device.type == "cpu" else None
         form = form or reference.glm_gram
+        if classes == 1 and not self.intercept and self.inputs.dtype == p.dtype:
+            # As it comes: a copy takes as long as hundreds of thousands of multiply-adds.
+            return self._penalised(form(self.inputs, self.scale * p)[0])
+        blocks = p.new_zeros(classes, classes, width, width)
         unit = torch.eye(classes, dtype=p.dtype, device=p.device)
         # A half precision X is widened by blocks of rows, so that no second copy of it is made.
         rows = n if self.inputs.dtype == p.dtype else _ROWS
@@ -290,6 +298,9 @@ class GLMHessian(LinearOperator):
             order = torch.arange(classes * width, device=self.space.device).view(classes, width)
             order = torch.cat([order[:, :d].reshape(-1), order[:, d:].reshape(-1)])
             gram = gram[order][:, order]
+        return self._penalised(gram)
+
+    def _penalised(self, gram: Tensor) -> Tensor:
         if self.l2 is not None:
             gram.diagonal().add_(self.l2)
         return gram
@@ -317,9 +328,12 @@ def _rates(inputs: Tensor) -> _Rates:
 
 @functools.cache
 def _rates_of_cpu() -> _Rates:
-    if _native.build_info().get("blas_at_half_speed"):
+    cpu = _native.build_info()
+    if cpu.get("blas_at_half_speed"):
         return _ON_FAST_CORES
-    return _ON_AVX512 if torch.backends.cpu.get_cpu_capability() == "AVX512" else _ON_AVX2
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return _ON_AVX2
+    return _ON_INTEL_AVX512 if cpu.get("vendor") == "intel" else _ON_AVX512
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:
