@@ -54,9 +54,12 @@ struct GlmBlockBody {
     };
     int64_t width = width_of(b.K - in_panels);
     for (int64_t c = in_panels; c < b.K; c += width) dot_columns(b, c, std::min(width, b.K - c));
-    width = width_of(b.K);
     for (int64_t r = 0; r < b.rows; ++r) weigh(b.z + r * b.K, b.weights + r * b.classes, b);
-    for (int64_t c = 0; c < b.K; c += width) outer_columns(b, c, std::min(width, b.K - c));
+    int64_t c = 0;
+    if constexpr (Tiles::bytes == 64)
+      for (; c + 8 <= b.K; c += 8) outer_strips<8>(b, c);
+    width = width_of(b.K - c);
+    for (; c < b.K; c += width) outer_columns(b, c, std::min(width, b.K - c));
     if (b.intercept)
       for (int64_t c = 0; c < b.K; ++c) {
         Real sum = 0;

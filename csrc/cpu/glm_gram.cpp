@@ -12,10 +12,11 @@
 namespace hg::cpu {
 namespace {
 
-// Columns of a panel: half of those that a tile of the full width has, so that little is done right of the diagonal.
-constexpr int64_t kPanelBytes = kGroupBytes / 2;
+// Columns of a panel: three registers of AVX-512, fewer than the widest tile has, so that less is done right of the
+// diagonal.
+constexpr int64_t kPanelBytes = 192;
 // Rows of X that are added up before they go to the matrix: fewer where they are short, and torch takes dot products.
-constexpr int64_t kMaxRows = 4096, kDepth = 256, kShortDepth = 32;
+constexpr int64_t kMaxRows = 4096, kDepth = 128, kShortDepth = 32;
 // Bytes of a block of rows, which is in the second cache for all panels; columns of X turned are so much further apart
 // than they are long.
 constexpr int64_t kBytes = 400 << 10, kGap = 16;

@@ -104,7 +104,7 @@ struct Product {
     team.alternating = one;
     const int64_t taken = one ? data.n * d * static_cast<int64_t>(sizeof(X)) / kTaken / team.threads : 0;
     const int64_t per_thread = std::clamp<int64_t>(taken, team.threads > 1 ? 4 : 1, kMostTaken);
-    const int64_t ranges = std::min(blocks, team.threads * per_thread);
+    const int64_t ranges = std::clamp<int64_t>(blocks, 1, team.threads * per_thread);
 
     std::vector<const Real*> columns(K);
     std::vector<Real> intercepts(data.intercept ? K : 0);

@@ -46,7 +46,7 @@ _ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
     gram=0.9,
-    strip=32,
+    strip=48,
     step=1.0,
     short_row=30.0,
     row=170.0,
@@ -56,7 +56,7 @@ _ON_AVX2 = _Rates(
     cache_bytes=32e6,
 )
 _ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
-_ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.9, step=1.2, cache_bytes=1e8)
+_ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.85, step=1.2, cache_bytes=1e8)
 _ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
