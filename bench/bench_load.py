@@ -1,8 +1,8 @@
 """Kernels and engines on a busy machine: a loop on every core that never sleeps, stopped and continued between rounds.
 
 A kernel that waits for all of its threads waits for the slowest, which has lost its core to somebody else.
-Half of the time is all that a fair scheduler can give, in slices of a few milliseconds: what shares its work once and
-takes about as long as a slice loses a whole one whenever either thread is interrupted, as "one operation of torch" does.
+Half of the time is all that a fair scheduler can give, in slices of a few milliseconds: what shares its work once, and
+takes about as long, loses a whole slice whenever either thread is interrupted, as "one operation of torch" does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def step_in_torch(n: int) -> Callable[[], object]:
 
 
 def halves(ms: float) -> Callable[[], object]:
-    """One operation of torch that takes so long: each thread has half of the elements, and all wait once, at the end."""
+    """One operation of torch that takes so long: every thread has its part, and all wait once, at the end."""
     x = torch.linspace(1, 9, 1 << 16)
     torch.lgamma(x)
     seconds = min(timed(lambda: torch.lgamma(x)) for _ in range(20))

@@ -153,7 +153,7 @@ def environment() -> dict[str, object]:
 
 
 def save(name: str, rows: list[dict[str, object]], key: int | None = None, **facts: object) -> Path:
-    """Write rows of the CPU with their environment to ``bench/results``; one pair of files per instruction set.
+    """Write rows of the CPU with their environment to ``bench/results``; one pair of files per kind of CPU.
 
     Rows kept from runs in the same environment stay, unless a new one is about the same case: a benchmark may be
     run in parts. The first ``key`` columns say what a row is about, or else `case`; ``facts`` belong to the
@@ -161,7 +161,9 @@ def save(name: str, rows: list[dict[str, object]], key: int | None = None, **fac
     """
     RESULTS.mkdir(exist_ok=True)
     machine = environment() | facts
-    path = RESULTS / f"{name}_{machine['isa']}.json"
+    # What AMD and Intel do with the same instructions differs by more than the instructions do.
+    maker = "_intel" if "intel" in str(machine["cpu"]).lower() else ""
+    path = RESULTS / f"{name}_{machine['isa']}{maker}.json"
     if path.exists() and (kept := json.loads(path.read_text()))["environment"] == machine:
         new = {case(row, key) for row in rows}
         rows = [row for row in kept["rows"] if case(row, key) not in new and list(row) == list(rows[0])] + rows
