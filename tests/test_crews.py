@@ -40,7 +40,9 @@ def of_a_network(k):
     """A native plan of several kernels that threads share."""
     model = nn.Sequential(nn.Linear(80, 200), nn.Tanh(), nn.Linear(200, 10)).double()
     x, y = torch.randn(500, 80, dtype=torch.float64), torch.randint(10, (500,))
-    operator = hg.Hessian(lambda p: F.cross_entropy(torch.func.functional_call(model, p, (x,)), y), model)
+    loss = lambda p: F.cross_entropy(torch.func.functional_call(model, p, (x,)), y)  # noqa: E731
+    # Not "auto", which may take another engine the next time, whose rounding differs.
+    operator = hg.Hessian(loss, model, engine="native")
     b = {name: torch.randn(k, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
     return lambda: hg.solve(operator, b, hg.Neumann(25, alpha=0.1), damping=0.1).value
 
