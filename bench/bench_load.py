@@ -41,7 +41,7 @@ def step_in_torch(n: int) -> Callable[[], object]:
     return lambda: (v.sub_(hv, alpha=1e-9), p.add_(v), v.norm())
 
 
-def halves(ms: float) -> Callable[[], object]:
+def one_operation(ms: float) -> Callable[[], object]:
     """One operation of torch that takes so long: every thread has its part, and all wait once, at the end."""
     x = torch.linspace(1, 9, 1 << 16)
     torch.lgamma(x)
@@ -83,7 +83,7 @@ def series(name: str, engine: str) -> Callable[[], object]:
 
 
 KERNELS: dict[str, Callable[[], Callable[[], object]]] = {
-    **{f"one operation of torch, {ms} ms": lambda ms=ms: halves(ms) for ms in (0.3, 2, 10)},
+    **{f"one operation of torch, {ms} ms": lambda ms=ms: one_operation(ms) for ms in (0.3, 2, 10)},
     "neumann_step_, 100k": lambda: step(100_000),
     "neumann_step_, 1M": lambda: step(1_000_000),
     "neumann_step_, 10M": lambda: step(10_000_000),

@@ -162,7 +162,7 @@ def save(name: str, rows: list[dict[str, object]], key: int | None = None, **fac
     RESULTS.mkdir(exist_ok=True)
     machine = environment() | facts
     # What AMD and Intel do with the same instructions differs by more than the instructions do.
-    maker = "_intel" if "intel" in str(machine["cpu"]).lower() else ""
+    maker = "_intel" if _native.build_info().get("vendor") == "intel" else ""
     path = RESULTS / f"{name}_{machine['isa']}{maker}.json"
     if path.exists() and (kept := json.loads(path.read_text()))["environment"] == machine:
         new = {case(row, key) for row in rows}

@@ -56,6 +56,7 @@ struct GlmBlockBody {
     for (int64_t c = in_panels; c < b.K; c += width) dot_columns(b, c, std::min(width, b.K - c));
     for (int64_t r = 0; r < b.rows; ++r) weigh(b.z + r * b.K, b.weights + r * b.classes, b);
     int64_t c = 0;
+    // With 32 registers a pass over the block is enough for eight.
     if constexpr (Tiles::bytes == 64)
       for (; c + 8 <= b.K; c += 8) outer_strips<8>(b, c);
     width = width_of(b.K - c);

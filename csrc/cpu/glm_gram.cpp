@@ -16,10 +16,10 @@ namespace {
 // diagonal.
 constexpr int64_t kPanelBytes = 192;
 // Rows of X that are added up before they go to the matrix: fewer where they are short, and torch takes dot products.
-constexpr int64_t kMaxRows = 4096, kDepth = 128, kShortDepth = 32;
-// Bytes of a block of rows, which is in the second cache for all panels; columns of X turned are so much further apart
-// than they are long.
-constexpr int64_t kBytes = 400 << 10, kGap = 16;
+constexpr int64_t kDepth = 128, kShortDepth = 32;
+// Bytes of a block of rows, which is in the second cache for all panels, and rows at the most; columns of X turned are
+// so much further apart than they are long.
+constexpr int64_t kBytes = 400 << 10, kMaxRows = 4096, kGap = 16;
 // Multiply-adds that a thread should have at least, and tasks per thread.
 constexpr int64_t kGrain = 1 << 19, kTasks = 4;
 // Where panels are fewer than tasks should be, ranges of rows have sums of their own, in at most so many bytes.
