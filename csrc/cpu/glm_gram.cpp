@@ -1,9 +1,11 @@
 // Gram matrices of generalised linear models, X^T D X: what is left of the diagonal by panels of columns, the rest is
 // its mirror image. Rows of X come by blocks that stay in the cache while all panels pass.
 #include <algorithm>
+#include <type_traits>
 
 #include "../glm.h"
 #include "buffer.h"
+#include "glm_gram.h"
 #include "panel_gemm.h"
 #include "share.h"
 #include "simd.h"
@@ -71,6 +73,8 @@ struct Gram {
   int64_t step;  // from weight to weight
 
   void form(Real* out) const {
+    if constexpr (std::is_same_v<Real, float>)
+      if (split_suits(n, d)) return form_gram_split(x, n, d, stride, weights, step, out);
     const int64_t panels = (d + kPanel - 1) / kPanel, size = d * d;
     const int64_t fitting = kBytes / (d * static_cast<int64_t>(sizeof(Real))) / kDepth * kDepth;
     const int64_t block = std::clamp(fitting, kDepth, kMaxRows), pitch = block + kGap;

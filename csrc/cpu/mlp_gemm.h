@@ -13,9 +13,13 @@ namespace hg::cpu {
 // A matrix that is read along its rows, panel by panel: groups of columns that fill a cache line. Element (r, c) is at
 // r * stride + c / P * panel + c % P. In the rows of a usual matrix `panel` is P; panels one after another, their rows
 // `stride` = P apart, are read from end to end, where long rows lie too far apart for the hardware to fetch ahead.
-template <class Real>
+template <class Number>
 struct Panels {
+  using Real = Number;
   static constexpr int64_t P = kMlpPadding / static_cast<int64_t>(sizeof(Real));
+  // Matrices of short rows need not be packed. A block of the batch has a multiple of so many rows.
+  static constexpr bool kInPlace = true;
+  static constexpr int64_t kRows = 8;
   const Real* data;
   int64_t stride, panel = P;
 
@@ -23,14 +27,23 @@ struct Panels {
   static Panels apart(const Real* data, int64_t rows) { return {data, P, height(rows) * P}; }
   static int64_t height(int64_t rows) { return rows % (2 * P) ? rows : rows + 1; }
   static int64_t size(int64_t rows, int64_t columns) { return height(rows) * ((columns + P - 1) / P * P); }
+  // Memory for a left factor, and for a right one that is used once: both are read where they are.
+  static int64_t left_size(int64_t, int64_t) { return 0; }
+  static int64_t once_size(int64_t, int64_t) { return 0; }
+  static Panels used_once(const Real* data, int64_t stride, int64_t, int64_t, Real*) { return {data, stride}; }
+
+  // Packs rows from `begin` on of a matrix that has `all` of them; and columns, which are rows of `in`.
+  static void pack_rows(const Real* in, int64_t stride, int64_t begin, int64_t count, int64_t columns, Real* out,
+                        int64_t all);
+  static void pack_columns(const Real* in, int64_t stride, int64_t begin, int64_t count, int64_t rows, Real* out);
 };
 
 // A term of a product: element (i, j) is the sum over t < depth of a(i, t) b(t, j).
-template <class Real>
+template <class Right>
 struct Factors {
-  const Real* a;  // (i, t) at i * a_stride + t, or, transposed, at t * a_stride + i
+  const typename Right::Real* a;  // (i, t) at i * a_stride + t, or, transposed, at t * a_stride + i
   int64_t a_stride;
-  Panels<Real> b;
+  Right b;
   int64_t depth;
 };
 
@@ -105,12 +118,14 @@ int64_t filled(int64_t columns) {
   return (columns + kUnit - 1) / kUnit * kUnit;
 }
 
-template <class Real, template <class> class Finish>
+template <class Right, template <class> class Finish>
 struct Gemm {
-  Factors<Real> factors[2];
+  using Real = typename Right::Real;
+  Factors<Right> factors[2];
   int terms;
   int64_t rows, columns;  // columns: rounded up by `filled`, for which there must be place
   Finish<Real> finish;
+  Real* memory;  // for left factors, where they take any
 
   template <class Tiles>
   struct Body {
@@ -149,7 +164,7 @@ struct Gemm {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) sums[r][c] = V{};
       for (int term = 0; term < g.terms; ++term) {
-        const Factors<Real>& f = g.factors[term];
+        const Factors<Right>& f = g.factors[term];
         constexpr bool kTransposed = Finish<Real>::kTransposed;
         const int64_t across = kTransposed ? 1 : f.a_stride, along = kTransposed ? f.a_stride : 1;
         constexpr int64_t P = Panels<Real>::P;
@@ -181,7 +196,7 @@ struct Gemm {
 // matrix itself, in its own rows: element (i, j) is the sum over t < depth of a(i, t) b(j, t).
 template <class Real>
 struct NarrowGemm {
-  Factors<Real> factors[2];
+  Factors<Panels<Real>> factors[2];
   int terms;
   int64_t rows, columns;
   PlusBias<Real> finish;
@@ -204,7 +219,7 @@ struct NarrowGemm {
       V sums[4] = {};
       Real rest[R] = {}, out[4];
       for (int term = 0; term < g.terms; ++term) {
-        const Factors<Real>& f = g.factors[term];
+        const Factors<Panels<Real>>& f = g.factors[term];
         const Real *a = f.a + i * f.a_stride, *b = f.b.data + j * f.b.stride;
         int64_t t = 0;
         for (; t + S::width <= f.depth; t += S::width) {

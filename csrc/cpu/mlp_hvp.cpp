@@ -8,6 +8,7 @@
 #include "buffer.h"
 #include "mlp_gemm.h"
 #include "mlp_pack.h"
+#include "mlp_split.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -23,6 +24,8 @@ constexpr int64_t kWideBytes = 576;
 constexpr int64_t kHiddenBytes = 32 << 20;
 // Multiply-adds per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
+// Inputs, outputs and rows from which on matrix units are faster.
+constexpr int64_t kLeastSide = 64;
 
 // Where a layer's parts are in v, in the packed copy of v and in the padded sum of H v.
 struct Layout {
@@ -47,10 +50,12 @@ struct Cut {
   int64_t rows, blocks;
 };
 
-template <class Real>
+// Right: how right factors of matrix products lie.
+template <class Right>
 class Product {
  public:
-  static constexpr int64_t kPiece = 2 * Panels<Real>::P;
+  using Real = typename Right::Real;
+  static constexpr int64_t kPiece = 2 * kMlpPadding / static_cast<int64_t>(sizeof(Real));
 
   explicit Product(const MlpData& data) : data_(data), layers_(data.layers) {
     for (const MlpLayer& layer : layers_) {
@@ -59,15 +64,15 @@ class Product {
       at.in_row = spread(at.in), at.out_row = spread(at.out);
       at.v_weight = take(v_size_, layer.in * layer.out);
       at.v_bias = take(v_size_, data.biases ? layer.out : 0);
-      const int64_t transposed = Panels<Real>::size(layer.in, layer.out);
-      const int64_t rows = Panels<Real>::size(layer.out, layer.in);
+      const int64_t transposed = Right::size(layer.in, layer.out);
+      const int64_t rows = Right::size(layer.out, layer.in);
       const bool back = !layout_.empty();  // the input has no tangent
       const bool along_inputs = &layer == &layers_.back() && narrow(layer, at);
       at.transposed = along_inputs ? -1 : take(packed_size_, transposed);
-      at.rows = back && (wide(at.in) || at.in != layer.in) ? take(packed_size_, rows) : -1;
+      at.rows = back && (packed(at.in) || at.in != layer.in) ? take(packed_size_, rows) : -1;
       at.w_transposed = back && !along_inputs ? take(weights_size_, transposed) : -1;
-      at.w_rows = back && wide(at.in) ? take(weights_size_, rows) : -1;
-      at.hidden = wide(at.in) ? take(hidden_columns_, at.in) : -1;
+      at.w_rows = back && packed(at.in) ? take(weights_size_, rows) : -1;
+      at.hidden = packed(at.in) ? take(hidden_columns_, (at.in + kPiece - 1) / kPiece * kPiece) : -1;
       at.bias = take(packed_size_, at.out);
       at.sum = take(sum_size_, layer.out * at.in_row);
       at.sum_bias = take(sum_size_, at.out);
@@ -79,36 +84,33 @@ class Product {
       layout_.push_back(at);
     }
     const int64_t row_bytes = 2 * tangent_size_ * sizeof(Real);
-    max_rows_ = std::clamp<int64_t>(kTangentBytes / row_bytes / 8 * 8, 24, kMaxRows);
+    max_rows_ = Right::kInPlace ? std::clamp<int64_t>(kTangentBytes / row_bytes / 8 * 8, 24, kMaxRows) : kMaxRows;
   }
 
   int64_t size() const { return v_size_; }
   int64_t ops() const { return ops_ * data_.n; }
 
-  void pack_weights() {
+  void pack_weights(const Team& team) {
     weights_ = std::make_unique<Buffer<Real>>(weights_size_);
-    for (size_t l = 0; l < layers_.size(); ++l) {
-      const MlpLayer& layer = layers_[l];
-      const Layout& at = layout_[l];
-      Real* packed = weights_->get();
-      if (at.w_transposed >= 0)
-        Transpose<Real>::run({real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_transposed});
-      if (at.w_rows >= 0)
-        hg::cpu::pack(real(layer.weight), layer.weight.stride, layer.out, layer.in, packed + at.w_rows, layer.out);
-    }
+    each_piece(team, [&](const Piece& piece) {
+      const Layout& at = layout_[piece.layer];
+      const Rows& weight = layers_[piece.layer].weight;
+      pack_matrix(piece, real(weight), weight.stride, weights_->get(), at.w_transposed, at.w_rows);
+    });
   }
 
   // As many blocks for every thread.
   Cut cut(int64_t threads) const {
+    constexpr int64_t kUnit = Right::kRows;
     int64_t blocks = std::max<int64_t>(1, (data_.n + max_rows_ - 1) / max_rows_);
     blocks = (blocks + threads - 1) / threads * threads;
-    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + 7) / 8 * 8, 8, max_rows_);
+    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit, kUnit, max_rows_);
     return {rows, (data_.n + rows - 1) / rows};
   }
 
   // Packs the rows of the network, unless they are, or are too many.
   void pack_hidden(const Cut& cut, const Team& team) {
-    const int64_t size = Panels<Real>::size(cut.rows, hidden_columns_);
+    const int64_t size = Right::size(cut.rows, hidden_columns_);
     if (cut.rows == hidden_rows_ || cut.blocks * size * static_cast<int64_t>(sizeof(Real)) > kHiddenBytes) return;
     hidden_ = std::make_unique<Buffer<Real>>(cut.blocks * size);
     share(cut.blocks, team, [&](int64_t i) {
@@ -120,24 +122,18 @@ class Product {
   // H v for k vectors one after another, on so many threads.
   void run(const Real* v, int64_t k, Real* out, int64_t threads) const {
     const auto [rows, blocks] = cut(threads);
-    const int64_t hidden_size = Panels<Real>::size(rows, hidden_columns_);
+    const int64_t hidden_size = Right::size(rows, hidden_columns_);
     const bool kept = rows == hidden_rows_;
     // In one piece, because an allocator returns large pieces to the system: it would fault them in again.
-    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_) + (kept ? 0 : hidden_size);
+    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_) + memory_size(rows) + (kept ? 0 : hidden_size);
     const int64_t thread_size = sum_size_ + scratch_size;
     const Buffer<Real> memory(packed_size_ + threads * thread_size);
     Real *packed = memory.get(), *sums = packed + packed_size_;
     const Team team{threads, ops() >= kPatience * kGrainOps};
-    const int64_t pieces = static_cast<int64_t>(pieces_.size()), ranges = team.ranges(pieces, 2);
-    const auto each_piece = [&](const auto& f) {
-      share(ranges, team, [&](int64_t range) {
-        for (int64_t i = range * pieces / ranges; i < (range + 1) * pieces / ranges; ++i) f(pieces_[i]);
-      });
-    };
     // Threads without a block have no sum.
     const int64_t added = std::min(threads, blocks);
     for (; k-- > 0; v += v_size_, out += v_size_) {
-      each_piece([&](const Piece& piece) { pack(piece, v, packed); });
+      each_piece(team, [&](const Piece& piece) { pack(piece, v, packed); });
       share(added, team, [&](int64_t t) {
         Real *sum = sums + t * thread_size, *scratch = sum + sum_size_;
         const int64_t first = t * blocks / added;
@@ -148,7 +144,7 @@ class Product {
           add_block(v, packed, i * rows, count, hidden, scratch + (kept ? 0 : hidden_size), sum, i == first);
         }
       });
-      each_piece([&](const Piece& piece) { unpack(piece, sums, added, thread_size, v, out); });
+      each_piece(team, [&](const Piece& piece) { unpack(piece, sums, added, thread_size, v, out); });
     }
   }
 
@@ -162,25 +158,40 @@ class Product {
     constexpr int64_t kUnit = kMlpPadding / sizeof(Real);
     return width % (8 * kUnit) ? width : width + kUnit;
   }
-  static bool narrow(const MlpLayer& layer, const Layout& at) { return kNarrow * layer.out <= at.out; }
+  static bool narrow(const MlpLayer& layer, const Layout& at) {
+    return Right::kInPlace && kNarrow * layer.out <= at.out;
+  }
   static bool wide(int64_t columns) { return columns * static_cast<int64_t>(sizeof(Real)) > kWideBytes; }
+  static bool packed(int64_t columns) { return !Right::kInPlace || wide(columns); }
   static int64_t take(int64_t& total, int64_t size) { return (total += size) - size; }
   static const Real* real(const Rows& m, int64_t row = 0) {
     return m.data ? static_cast<const Real*>(m.data) + row * m.stride : nullptr;
   }
 
-  // V^T for the way forward; V for the way back; padded biases.
+  template <class F>
+  void each_piece(const Team& team, const F& f) const {
+    const int64_t pieces = static_cast<int64_t>(pieces_.size()), ranges = team.ranges(pieces, 2);
+    share(ranges, team, [&](int64_t range) {
+      for (int64_t i = range * pieces / ranges; i < (range + 1) * pieces / ranges; ++i) f(pieces_[i]);
+    });
+  }
+
+  // A piece of a layer's matrix: its transpose for the way forward, itself for the way back, or what of them is wanted.
+  void pack_matrix(const Piece& piece, const Real* matrix, int64_t stride, Real* packed, int64_t transposed,
+                   int64_t rows) const {
+    const MlpLayer& layer = layers_[piece.layer];
+    const int64_t begin = piece.begin, count = piece.end - begin;
+    matrix += begin * stride;
+    if (transposed >= 0) Right::pack_columns(matrix, stride, begin, count, layer.in, packed + transposed);
+    if (rows >= 0) Right::pack_rows(matrix, stride, begin, count, layer.in, packed + rows, layer.out);
+  }
+
+  // A piece of v, and the padded biases.
   void pack(const Piece& piece, const Real* v, Real* packed) const {
-    constexpr int64_t P = Panels<Real>::P;
     const MlpLayer& layer = layers_[piece.layer];
     const Layout& at = layout_[piece.layer];
-    const int64_t begin = piece.begin, count = piece.end - begin;
-    const Real* weight = v + at.v_weight + begin * layer.in;
-    if (at.transposed >= 0)
-      Transpose<Real>::run(
-          {weight, layer.in, count, layer.in, packed + at.transposed + begin * Panels<Real>::height(layer.in)});
-    if (at.rows >= 0) hg::cpu::pack(weight, layer.in, count, layer.in, packed + at.rows + begin * P, layer.out);
-    if (begin > 0) return;
+    pack_matrix(piece, v + at.v_weight, layer.in, packed, at.transposed, at.rows);
+    if (piece.begin > 0) return;
     std::memset(packed + at.bias, 0, at.out * sizeof(Real));
     if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
   }
@@ -208,9 +219,18 @@ class Product {
     for (size_t l = 0; l < layers_.size(); ++l) {
       const MlpLayer& layer = layers_[l];
       if (const int64_t at = layout_[l].hidden; at >= 0)
-        hg::cpu::pack(real(layer.hidden, begin), layer.hidden.stride, rows, layer.in,
-                      hidden + at * Panels<Real>::height(rows), rows);
+        Right::pack_rows(real(layer.hidden, begin), layer.hidden.stride, 0, rows, layer.in,
+                         hidden + Right::size(rows, at), rows);
     }
+  }
+
+  // For the factors of one product.
+  int64_t memory_size(int64_t rows) const {
+    int64_t size = 0;
+    for (const MlpLayer& layer : layers_)
+      size = std::max({size, 2 * Right::left_size(rows, std::max(layer.in, layer.out)),
+                       2 * Right::left_size(layer.out, rows) + Right::once_size(rows, layer.in)});
+    return size;
   }
 
   // Adds the part of H v that rows [begin, begin + rows) of the batch contribute.
@@ -218,75 +238,82 @@ class Product {
                  Real* sum, bool first) const {
     Real *tangents = scratch, *curved = tangents + rows * tangent_size_;
     Real *delta = curved + rows * tangent_size_, *next_delta = delta + rows * widest_;
+    Real* memory = next_delta + rows * widest_;
     const size_t last = layers_.size() - 1;
-    using Matrix = Panels<Real>;
-    const auto inputs = [&](size_t l) {
-      const int64_t at = layout_[l].hidden;
-      return at < 0 ? Matrix{real(layers_[l].hidden, begin), layers_[l].hidden.stride}
-                    : Matrix::apart(hidden + at * Matrix::height(rows), rows);
+    // A right factor, packed or in place.
+    const auto matrix = [](const Real* packed, int64_t at, int64_t all, const Real* data, int64_t stride) {
+      if constexpr (Right::kInPlace)
+        if (at < 0) return Right{data, stride};
+      return Right::apart(packed + at, all);
     };
     for (size_t l = 0; l <= last; ++l) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const bool along_inputs = l == last && narrow(layer, at);
-      Factors<Real> by_v{real(layer.hidden, begin), layer.hidden.stride, {v + at.v_weight, layer.in}, layer.in};
-      Factors<Real> by_w{};
+      const Factors<Right> by_v{
+          real(layer.hidden, begin), layer.hidden.stride,
+          matrix(packed, at.transposed, layer.in, v + at.v_weight, layer.in), layer.in};
+      Factors<Right> by_w{};
       if (l > 0)
-        by_w = {
-            tangents + rows * layout_[l - 1].tangent, at.in_row, {real(layer.weight), layer.weight.stride}, layer.in};
-      if (!along_inputs) {
-        by_v.b = Matrix::apart(packed + at.transposed, layer.in);
-        if (l > 0) by_w.b = Matrix::apart(weights_->get() + at.w_transposed, layer.in);
-      }
+        by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row,
+                matrix(weights_->get(), at.w_transposed, layer.in, real(layer.weight), layer.weight.stride), layer.in};
       const int terms = l > 0 ? 2 : 1;
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
           fetch(*m, begin, rows);
       if (along_inputs) {
-        NarrowGemm<Real>::run({{by_v, by_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
+        if constexpr (Right::kInPlace)
+          NarrowGemm<Real>::run({{by_v, by_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
       } else if (l == last) {
-        Gemm<Real, PlusBias>::run(
-            {{by_v, by_w}, terms, rows, filled<Real>(layer.out), {packed + at.bias, delta, at.out_row}});
+        Gemm<Right, PlusBias>::run(
+            {{by_v, by_w}, terms, rows, filled<Real>(layer.out), {packed + at.bias, delta, at.out_row}, memory});
       } else {
-        Gemm<Real, ThroughActivation>::run(
+        Gemm<Right, ThroughActivation>::run(
             {{by_v, by_w},
              terms,
              rows,
              filled<Real>(layer.out),
              {packed + at.bias, real(layer.slope, begin), real(layer.bend, begin), layer.slope.stride,
-              layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out_row}});
+              layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out_row},
+             memory});
       }
     }
     differentiate_loss(delta, begin, rows);
     for (size_t l = last + 1; l-- > 0; std::swap(delta, next_delta)) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      const Factors<Real> of_delta{delta, at.out_row, inputs(l), rows};
+      // `hidden` has place for the columns before these.
+      const Factors<Right> of_delta{
+          delta, at.out_row,
+          matrix(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden), rows, real(layer.hidden, begin),
+                 layer.hidden.stride),
+          rows};
       if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias, first});
       if (l == 0) {
-        Gemm<Real, Accumulate>::run(
-            {{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}});
+        Gemm<Right, Accumulate>::run(
+            {{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}, memory});
         break;
       }
       const MlpLayer& before = layers_[l - 1];
       for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
-      const Real* tangent = tangents + rows * layout_[l - 1].tangent;
-      const Factors<Real> of_tangent{real(layer.delta, begin), layer.delta.stride, {tangent, at.in_row}, rows};
-      Gemm<Real, Accumulate>::run(
-          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}});
-      const Matrix weight = at.w_rows < 0 ? Matrix{real(layer.weight), layer.weight.stride}
-                                          : Matrix::apart(weights_->get() + at.w_rows, layer.out);
-      const Matrix vector =
-          at.rows < 0 ? Matrix{v + at.v_weight, layer.in} : Matrix::apart(packed + at.rows, layer.out);
-      const Factors<Real> by_w{delta, at.out_row, weight, layer.out};
-      const Factors<Real> by_v{real(layer.delta, begin), layer.delta.stride, vector, layer.out};
-      Gemm<Real, BackThroughActivation>::run(
+      const Right tangent =
+          Right::used_once(tangents + rows * layout_[l - 1].tangent, at.in_row, rows, layer.in, memory);
+      const Factors<Right> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, rows};
+      Gemm<Right, Accumulate>::run(
+          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first},
+           memory + Right::once_size(rows, layer.in)});
+      const Right weight = matrix(weights_->get(), at.w_rows, layer.out, real(layer.weight), layer.weight.stride);
+      const Right vector = matrix(packed, at.rows, layer.out, v + at.v_weight, layer.in);
+      const Factors<Right> by_w{delta, at.out_row, weight, layer.out};
+      const Factors<Right> by_v{real(layer.delta, begin), layer.delta.stride, vector, layer.out};
+      Gemm<Right, BackThroughActivation>::run(
           {{by_w, by_v},
            2,
            rows,
            filled<Real>(layer.in),
            {real(before.slope, begin), before.bend.data ? curved + rows * layout_[l - 1].tangent : nullptr,
-            before.slope.stride, at.in_row, next_delta, at.in_row}});
+            before.slope.stride, at.in_row, next_delta, at.in_row},
+           memory});
     }
   }
 
@@ -321,10 +348,10 @@ class Product {
   int64_t hidden_rows_ = 0;  // of a block of what is packed
 };
 
-template <class Real>
+template <class Right>
 MlpProduct prepared(const MlpData& data, bool often) {
-  const auto product = std::make_shared<Product<Real>>(data);
-  product->pack_weights();
+  using Real = typename Right::Real;
+  const auto product = std::make_shared<Product<Right>>(data);
   const auto is_apart = [product](int64_t k, int64_t threads) {
     // With vectors enough for all threads each does whole products, and there is nothing to add up.
     return threads > 1 && k >= 2 * threads && k * product->ops() >= 2 * kGrainOps;
@@ -335,6 +362,7 @@ MlpProduct prepared(const MlpData& data, bool often) {
     const Team team{several ? all : 1, k * ops >= kPatience * kGrainOps};
     return has_help(team) ? team : Team{1, false};
   };
+  product->pack_weights(team_of(1));
   const auto multiply = [product, often, is_apart, team_of](const void* vectors, int64_t k, void* products) {
     const Real* v = static_cast<const Real*>(vectors);
     Real* out = static_cast<Real*>(products);
@@ -353,10 +381,22 @@ MlpProduct prepared(const MlpData& data, bool often) {
   return {multiply, team_of};
 }
 
+// Whether most of the work is in layers whose sides fill tiles, and wide enough for packing to be little of it.
+bool split_suits(const MlpData& data) {
+  if (!has_amx()) return false;
+  int64_t ops = 0, suitable = 0;
+  for (const MlpLayer& layer : data.layers) {
+    ops += layer.in * layer.out;
+    if (std::min({layer.in, layer.out, data.n}) >= kLeastSide) suitable += layer.in * layer.out;
+  }
+  return 4 * suitable >= 3 * ops;
+}
+
 }  // namespace
 
 MlpProduct mlp_product(const MlpData& data, bool often) {
-  return data.dtype == DType::f64 ? prepared<double>(data, often) : prepared<float>(data, often);
+  if (data.dtype == DType::f64) return prepared<Panels<double>>(data, often);
+  return split_suits(data) ? prepared<SplitRight>(data, often) : prepared<Panels<float>>(data, often);
 }
 
 }  // namespace hg::cpu

@@ -11,11 +11,12 @@
 
 namespace hg::cpu {
 
-// Rows of a matrix with `all` of them in panels apart, with zeros beside the last column.
+// With zeros beside the last column.
 template <class Real>
-void pack(const Real* in, int64_t stride, int64_t rows, int64_t columns, Real* out, int64_t all) {
-  constexpr int64_t P = Panels<Real>::P;
-  for (int64_t j = 0; j < columns; j += P, out += Panels<Real>::height(all) * P) {
+void Panels<Real>::pack_rows(const Real* in, int64_t stride, int64_t begin, int64_t rows, int64_t columns, Real* out,
+                             int64_t all) {
+  out += begin * P;
+  for (int64_t j = 0; j < columns; j += P, out += height(all) * P) {
     const int64_t filled = std::min(P, columns - j);
     for (int64_t r = 0; r < rows; ++r) {
       if (filled == P) {
@@ -28,7 +29,7 @@ void pack(const Real* in, int64_t stride, int64_t rows, int64_t columns, Real* o
   }
 }
 
-// The transpose, likewise.
+// A transpose in panels, likewise.
 template <class Real>
 struct Transpose {
   static constexpr int64_t P = Panels<Real>::P;
@@ -67,6 +68,11 @@ struct Transpose {
     function(m);
   }
 };
+
+template <class Real>
+void Panels<Real>::pack_columns(const Real* in, int64_t stride, int64_t begin, int64_t count, int64_t rows, Real* out) {
+  Transpose<Real>::run({in, stride, count, rows, out + begin * height(rows)});
+}
 
 // out[j] += the sum of column j; the first block of rows writes.
 template <class Real>
