@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/blas.h"
 #include "cpu/isa.h"
 #include "host.h"
@@ -334,6 +335,7 @@ py::tuple lstm_layer_double_backward(py::handle activations, py::handle c, py::h
 py::dict build_info() {
   py::dict info;
   info["isa"] = hg::cpu::isa_name();
+  info["amx"] = hg::cpu::has_amx();
   info["vendor"] = hg::cpu::vendor();
   info["blas_at_half_speed"] = hg::cpu::blas_at_half_speed();
   info["threads"] = at::get_num_threads();

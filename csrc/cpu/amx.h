@@ -3,10 +3,15 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "isa.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+// Under the sanitizers, which do not see what these instructions read and write, and on every machine with AVX-512.
+#if defined(__SANITIZE_ADDRESS__)
+#define HG_EMULATE_AMX
+#elif defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define HG_HAVE_AMX
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -15,9 +20,14 @@
 
 namespace hg::cpu {
 
-// The processor has them, the system lets this process use them, and torch was not told to do without AVX-512.
+// The processor has them, the system lets this process use them, and neither was torch told to do without AVX-512 nor
+// are we told to do without them (HYPERGRAD_EXT_AMX=0).
 inline bool has_amx() {
-#if defined(HG_HAVE_AMX)
+  static const char* const wish = std::getenv("HYPERGRAD_EXT_AMX");
+  if (wish && std::strcmp(wish, "0") == 0) return false;
+#if defined(HG_EMULATE_AMX)
+  return isa() == Isa::avx512;
+#elif defined(HG_HAVE_AMX)
   static const bool has = [] {
     constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kBoth = kBFloat16 | kTiles;
     // Linux keeps the tiles of a thread only for processes that have asked (ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
@@ -37,9 +47,9 @@ constexpr int64_t kTileRows = 16, kTileRowBytes = 64, kTileBytes = kTileRows * k
 #if defined(HG_HAVE_AMX)
 
 // A thread's tile registers, all of full size, for as long as this lives.
-class Tiles {
+class TileRegisters {
  public:
-  Tiles() {
+  TileRegisters() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {};
@@ -48,9 +58,9 @@ class Tiles {
     for (int t = 0; t < 8; ++t) shape.row_bytes[t] = kTileRowBytes, shape.rows[t] = kTileRows;
     asm volatile("ldtilecfg %0" ::"m"(shape));
   }
-  ~Tiles() { asm volatile("tilerelease"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+  ~TileRegisters() { asm volatile("tilerelease"); }
+  TileRegisters(const TileRegisters&) = delete;
+  TileRegisters& operator=(const TileRegisters&) = delete;
 };
 
 template <int kTile>
@@ -77,16 +87,57 @@ HG_INLINE void tile_multiply() {
 
 #else
 
-// Never used, since has_amx() is false.
-struct Tiles {};
+// The same one number at a time; never used without AVX-512, nor on machines for which it is not emulated.
+struct Tile {
+  alignas(64) unsigned char bytes[kTileBytes];
+  float& sum(int64_t i, int64_t j) { return reinterpret_cast<float*>(bytes)[i * kTileRows + j]; }
+  // A half of a pair.
+  float part(int64_t i, int64_t j, int64_t half) const {
+    uint16_t high;
+    std::memcpy(&high, bytes + i * kTileRowBytes + 4 * j + 2 * half, 2);
+    const uint32_t word = uint32_t(high) << 16;
+    float x;
+    std::memcpy(&x, &word, 4);
+    return x;
+  }
+};
+
+inline Tile& emulated(int which) {
+  static thread_local Tile tiles[8];
+  return tiles[which];
+}
+
+struct TileRegisters {
+  TileRegisters() {}
+};
+
 template <int kTile>
-void tile_zero() {}
+void tile_zero() {
+  std::memset(emulated(kTile).bytes, 0, kTileBytes);
+}
+
 template <int kTile>
-void tile_load(const void*) {}
+void tile_load(const void* at) {
+  std::memcpy(emulated(kTile).bytes, at, kTileBytes);
+}
+
 template <int kTile>
-void tile_store(float*, int64_t) {}
+void tile_store(float* at, int64_t row) {
+  for (int64_t i = 0; i < kTileRows; ++i)
+    std::memcpy(reinterpret_cast<char*>(at) + i * row, emulated(kTile).bytes + i * kTileRowBytes, kTileRowBytes);
+}
+
 template <int kSum, int kLeft, int kRight>
-void tile_multiply() {}
+void tile_multiply() {
+  for (int64_t i = 0; i < kTileRows; ++i)
+    for (int64_t j = 0; j < kTileRows; ++j) {
+      float halves[2] = {};
+      for (int64_t p = 0; p < kTileRows; ++p)
+        for (int64_t half = 0; half < 2; ++half)
+          halves[half] += emulated(kLeft).part(i, p, half) * emulated(kRight).part(p, j, half);
+      emulated(kSum).sum(i, j) += halves[0] + halves[1];
+    }
+}
 
 #endif
 

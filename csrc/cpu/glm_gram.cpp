@@ -1,11 +1,12 @@
 // Gram matrices of generalised linear models, X^T D X: what is left of the diagonal by panels of columns, the rest is
 // its mirror image. Rows of X come by blocks that stay in the cache while all panels pass.
+#include "glm_gram.h"
+
 #include <algorithm>
 #include <type_traits>
 
 #include "../glm.h"
 #include "buffer.h"
-#include "glm_gram.h"
 #include "panel_gemm.h"
 #include "share.h"
 #include "simd.h"

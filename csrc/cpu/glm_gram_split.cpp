@@ -10,14 +10,17 @@
 namespace hg::cpu {
 namespace {
 
-// Bytes of both packed factors of some rows, which with the sums are in the second cache for all blocks, and rows at the
-// most.
+// Bytes of both packed factors of some rows, which with the sums are in the second cache for all blocks, and rows at
+// the most.
 constexpr int64_t kPackedBytes = 640 << 10, kMaxRows = 2048;
 // Blocks of columns that are packed together, row by row: 1 KB of a row at a time, where rows are far apart.
 constexpr int64_t kGroup = 8;
 // Each thread has sums of its own, of rows of its own, where there are so many rows for all, and sums take at most so
 // many bytes: what another thread has packed is far away.
 constexpr int64_t kRowsApart = 256, kSumBytes = 64 << 20;
+// Steps along the rows, 32 of them, whose products are added up before they go to the sums: keeps the rounding error
+// down.
+constexpr int64_t kLongest = 4;
 // Multiply-adds that a thread should have at least, and tasks per thread.
 constexpr int64_t kGrain = 1 << 20, kTasks = 4;
 constexpr int64_t kSide = SplitFactor::kSide, kHalf = kSide / 2, kTile = kHalf * kHalf, kSums = kSide * kSide;
@@ -42,25 +45,43 @@ struct Blocks {
   bool first;
 
   HG_TARGET_AVX512 static void run(const Blocks& m) {
-    const Tiles tiles;
-    const int64_t size = SplitFactor::size(1, m.steps * kSide);
+    const TileRegisters tiles;
+    constexpr int64_t kBlock = SplitFactor::kBlockBytes / static_cast<int64_t>(sizeof(float));
+    Made made;
     Place at(m.begin, m.side);
     float* sum = m.sums + m.begin * kSums;
-    for (int64_t block = m.begin; block < m.end; ++block, at.next(m.side), sum += kSums) {
-      if (m.first)
+    for (int64_t block = m.begin; block < m.end; ++block, at.next(m.side), sum += kSums)
+      for (int64_t t = 0; t < m.steps; t += kLongest) {
+        const float *left = m.left + (at.i * m.steps + t) * kBlock, *right = m.right + (at.j * m.steps + t) * kBlock;
+        const int64_t steps = std::min(m.steps - t, kLongest), part = kSums / steps / kHalf * kHalf + kHalf;
+        int64_t done = 0;
         tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-      else
-        tile_load<0>(sum), tile_load<1>(sum + kTile), tile_load<2>(sum + 2 * kTile), tile_load<3>(sum + 3 * kTile);
-      // The next block's sums are on their way meanwhile.
-      const float* ahead = sum + kSums;
-      const int64_t part = (kSums + m.steps - 1) / m.steps;
-      SplitTiles<2, 2>::add(m.left + at.i * size, m.right + at.j * size, m.steps, [&]() HG_LAMBDA_INLINE {
-        for (const float* end = ahead + part; ahead < end; ahead += kHalf) __builtin_prefetch(ahead, 1, 3);
-      });
-      tile_store<0>(sum, kTileRowBytes), tile_store<1>(sum + kTile, kTileRowBytes);
-      tile_store<2>(sum + 2 * kTile, kTileRowBytes), tile_store<3>(sum + 3 * kTile, kTileRowBytes);
-    }
+        SplitTiles<2, 2>::add(left, right, steps, [&]() HG_LAMBDA_INLINE {
+          made.add(done, done + part);
+          done += part;
+        });
+        made.at = !made.at, made.sums = sum, made.first = m.first && t == 0;
+        float* products = made.products[made.at];
+        tile_store<0>(products, kTileRowBytes), tile_store<1>(products + kTile, kTileRowBytes);
+        tile_store<2>(products + 2 * kTile, kTileRowBytes), tile_store<3>(products + 3 * kTile, kTileRowBytes);
+      }
+    made.add(0, kSums);
   }
+
+  // The last products, which are added to their sums while the next are made.
+  struct Made {
+    float* sums = nullptr;
+    bool at = false, first = false;
+    alignas(64) float products[2][kSums];
+
+    HG_INLINE void add(int64_t begin, int64_t end) const {
+      if (!sums) return;
+      using S = Simd<float, 64>;
+      const float* from = products[at];
+      for (int64_t k = begin; k < std::min(end, kSums); k += S::width)
+        S::store(sums + k, first ? S::load(from + k) : S::load(sums + k) + S::load(from + k));
+    }
+  };
 };
 
 }  // namespace
@@ -92,8 +113,9 @@ void form_gram_split(const float* x, int64_t n, int64_t d, int64_t stride, const
         for (int64_t t = 0; t < rows; t += kSide)
           for (int64_t j = first; j < last; j += kSide) {
             const int64_t row = begin + range * most + t, to = SplitFactor::size(j, rows) + SplitFactor::size(1, t);
-            const SplitFactor::Source source{x + row * stride + j, 1, stride, std::min(kSide, d - j),
-                                             std::min(kSide, rows - t), weights + row * step, step};
+            const SplitFactor::Source source{
+                x + row * stride + j, 1,   stride, std::min(kSide, d - j), std::min(kSide, rows - t),
+                weights + row * step, step};
             SplitFactor::pack_left(source, left_of(range) + to, all);
             SplitFactor::pack_right(source, right_of(range) + to, all);
           }
@@ -101,8 +123,8 @@ void form_gram_split(const float* x, int64_t n, int64_t d, int64_t stride, const
       share(ranges * parts, team, [&](int64_t task) {
         const int64_t range = task / parts, part = task % parts, steps = SplitFactor::blocks(rows_of(range));
         if (steps == 0) return;
-        Blocks::run({left_of(range), right_of(range), side, steps, sums_of(range),
-                     part * blocks / parts, (part + 1) * blocks / parts, begin == 0});
+        Blocks::run({left_of(range), right_of(range), side, steps, sums_of(range), part * blocks / parts,
+                     (part + 1) * blocks / parts, begin == 0});
       });
     }
     // Into the matrix, and its mirror image.

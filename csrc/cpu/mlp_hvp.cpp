@@ -91,6 +91,7 @@ class Product {
   int64_t ops() const { return ops_ * data_.n; }
 
   void pack_weights(const Team& team) {
+    if (weights_) return;
     weights_ = std::make_unique<Buffer<Real>>(weights_size_);
     each_piece(team, [&](const Piece& piece) {
       const Layout& at = layout_[piece.layer];
@@ -104,7 +105,8 @@ class Product {
     constexpr int64_t kUnit = Right::kRows;
     int64_t blocks = std::max<int64_t>(1, (data_.n + max_rows_ - 1) / max_rows_);
     blocks = (blocks + threads - 1) / threads * threads;
-    const int64_t rows = std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit, kUnit, max_rows_);
+    const int64_t rows =
+        std::clamp<int64_t>(((data_.n + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit, kUnit, max_rows_);
     return {rows, (data_.n + rows - 1) / rows};
   }
 
@@ -250,9 +252,8 @@ class Product {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const bool along_inputs = l == last && narrow(layer, at);
-      const Factors<Right> by_v{
-          real(layer.hidden, begin), layer.hidden.stride,
-          matrix(packed, at.transposed, layer.in, v + at.v_weight, layer.in), layer.in};
+      const Factors<Right> by_v{real(layer.hidden, begin), layer.hidden.stride,
+                                matrix(packed, at.transposed, layer.in, v + at.v_weight, layer.in), layer.in};
       Factors<Right> by_w{};
       if (l > 0)
         by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row,
@@ -283,11 +284,10 @@ class Product {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       // `hidden` has place for the columns before these.
-      const Factors<Right> of_delta{
-          delta, at.out_row,
-          matrix(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden), rows, real(layer.hidden, begin),
-                 layer.hidden.stride),
-          rows};
+      const Factors<Right> of_delta{delta, at.out_row,
+                                    matrix(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden), rows,
+                                           real(layer.hidden, begin), layer.hidden.stride),
+                                    rows};
       if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias, first});
       if (l == 0) {
         Gemm<Right, Accumulate>::run(
@@ -299,9 +299,12 @@ class Product {
       const Right tangent =
           Right::used_once(tangents + rows * layout_[l - 1].tangent, at.in_row, rows, layer.in, memory);
       const Factors<Right> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, rows};
-      Gemm<Right, Accumulate>::run(
-          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first},
-           memory + Right::once_size(rows, layer.in)});
+      Gemm<Right, Accumulate>::run({{of_delta, of_tangent},
+                                    2,
+                                    layer.out,
+                                    filled<Real>(layer.in),
+                                    {sum + at.sum, at.in_row, first},
+                                    memory + Right::once_size(rows, layer.in)});
       const Right weight = matrix(weights_->get(), at.w_rows, layer.out, real(layer.weight), layer.weight.stride);
       const Right vector = matrix(packed, at.rows, layer.out, v + at.v_weight, layer.in);
       const Factors<Right> by_w{delta, at.out_row, weight, layer.out};
@@ -362,21 +365,21 @@ MlpProduct prepared(const MlpData& data, bool often) {
     const Team team{several ? all : 1, k * ops >= kPatience * kGrainOps};
     return has_help(team) ? team : Team{1, false};
   };
-  product->pack_weights(team_of(1));
   const auto multiply = [product, often, is_apart, team_of](const void* vectors, int64_t k, void* products) {
     const Real* v = static_cast<const Real*>(vectors);
     Real* out = static_cast<Real*>(products);
     const Team team = team_of(k);
     const bool apart = is_apart(k, team.threads);
     const int64_t size = product->size(), together = apart ? 1 : team.threads;
-    if (often || k > 1) product->pack_hidden(product->cut(together), team);
-    if (apart)
+    lead(team, [&] {
+      product->pack_weights(team);
+      if (often || k > 1) product->pack_hidden(product->cut(together), team);
+      if (!apart) return product->run(v, k, out, together);
       share(team.threads, team, [&](int64_t t) {
         const int64_t first = t * k / team.threads, last = (t + 1) * k / team.threads;
         product->run(v + first * size, last - first, out + first * size, 1);
       });
-    else
-      lead(team, [&] { product->run(v, k, out, together); });
+    });
   };
   return {multiply, team_of};
 }

@@ -1,10 +1,10 @@
 // Products of float32 matrices by matrix units that multiply bfloat16 and add up in float32.
 //
-// A float32 is the sum of three bfloat16, x = x0 + x1 + x2, each the rest of those before it rounded to 8 bits: the last
-// one is exact. Of the nine products of parts six are added up; the others are below 2^-26 of the whole, a quarter of
-// float32's rounding. A tile adds up 32 products before it rounds to the sum so far, so that the error is less than half
-// of that of a loop of float32. Parts below 1e-38, of numbers below 1e-33, are lost; what is not finite makes a NaN, as
-// do numbers within 0.2 % of the largest.
+// A float32 is the sum of three bfloat16, x = x0 + x1 + x2, each the rest of those before it cut or rounded to 8 bits:
+// the last one is exact. Of the nine products of parts six are added up. The others are below 2^-24 of the whole, and
+// of random sign where one factor is rounded; cutting is faster. A tile adds up 32 products before it rounds to the sum
+// so far, so that the error is less than half of that of a loop of float32. Parts below 1e-38, of numbers below 1e-33,
+// are lost; what is not finite makes a NaN, as do numbers within 0.2 % of the largest.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +21,9 @@ namespace hg::cpu {
 // blocks of 32 x 32, those of the same rows or columns one after another: three parts of two tiles each. In a tile of
 // the left factor a row is a row, in one of the right factor it is a step along the depth; pairs are 16 steps apart.
 struct SplitFactor {
+  using S = Simd<float, 64>;
+  using V = S::V;
+  using Words = S::Words;
   static constexpr int64_t kSide = 32, kParts = 3, kPartBytes = 2 * kTileBytes, kBlockBytes = kParts * kPartBytes;
 
   static int64_t blocks(int64_t size) { return (size + kSide - 1) / kSide; }
@@ -39,38 +42,41 @@ struct SplitFactor {
   };
 
   // Blocks of the source, to those of a factor that begin at `to`, `all` of them along the depth.
-  static void pack_left(const Source& source, float* to, int64_t all) { pack<true>(source, to, all); }
-  static void pack_right(const Source& source, float* to, int64_t all) { pack<false>(source, to, all); }
+  template <bool kRound = false>
+  HG_TARGET_AVX512 static void pack_left(const Source& source, float* to, int64_t all) {
+    pack_blocks<true, kRound>(source, reinterpret_cast<char*>(to), all);
+  }
+  template <bool kRound = true>
+  HG_TARGET_AVX512 static void pack_right(const Source& source, float* to, int64_t all) {
+    pack_blocks<false, kRound>(source, reinterpret_cast<char*>(to), all);
+  }
+
+  // The parts of pairs (x, y). The last part is cut: it is exact, and a NaN stays one.
+  template <bool kRound>
+  static HG_INLINE void split(V x, V y, char* to) {
+    constexpr uint32_t kHigh = 0xffff0000, kHalfUnit = 0x8000;
+#pragma GCC unroll 3
+    for (int64_t part = 0; part < kParts; ++part, to += kPartBytes) {
+      const uint32_t up = kRound && part + 1 < kParts ? kHalfUnit : 0;
+      const Words low = bits(x) + up, high = (bits(y) + up) & kHigh;
+      const Words pairs = low >> 16 | high;
+      std::memcpy(to, &pairs, sizeof pairs);
+      x -= number(low & kHigh), y -= number(high);
+    }
+  }
 
  private:
-  using S = Simd<float, 64>;
-  using V = S::V;
-  using Words = S::Words;
   static constexpr int64_t kHalf = kSide / 2;
 
-  template <bool kLeft>
-  static void pack(const Source& source, float* to, int64_t all) {
-    if constexpr (kLeft)
-      left_for_avx512(source, reinterpret_cast<char*>(to), all);
-    else
-      right_for_avx512(source, reinterpret_cast<char*>(to), all);
-  }
-  HG_TARGET_AVX512 static void left_for_avx512(const Source& source, char* to, int64_t all) {
-    pack_blocks<true>(source, to, all);
-  }
-  HG_TARGET_AVX512 static void right_for_avx512(const Source& source, char* to, int64_t all) {
-    pack_blocks<false>(source, to, all);
-  }
-
-  template <bool kLeft>
+  template <bool kLeft, bool kRound>
   static HG_INLINE void pack_blocks(const Source& s, char* to, int64_t all) {
     for (int64_t i = 0; i < s.count; i += kSide, to += all * kBlockBytes)
       for (int64_t t = 0; t < s.depth; t += kSide)
         for (int64_t half = 0; half < 2; ++half)
-          pack_tile<kLeft>(s, i + half * kHalf, t, to + t / kSide * kBlockBytes + half * kTileBytes);
+          pack_tile<kLeft, kRound>(s, i + half * kHalf, t, to + t / kSide * kBlockBytes + half * kTileBytes);
   }
 
-  template <bool kLeft>
+  template <bool kLeft, bool kRound>
   static HG_INLINE void pack_tile(const Source& s, int64_t i, int64_t t, char* to) {
     alignas(64) float memory[2][kHalf * kHalf];
     const float* square[2];
@@ -88,7 +94,7 @@ struct SplitFactor {
         x *= t + r < s.depth ? s.scale[(t + r) * s.scale_step] : 0;
         y *= t + kHalf + r < s.depth ? s.scale[(t + kHalf + r) * s.scale_step] : 0;
       }
-      split(x, y, to + r * kTileRowBytes);
+      split<kRound>(x, y, to + r * kTileRowBytes);
     }
   }
 
@@ -111,18 +117,6 @@ struct SplitFactor {
     return memory;
   }
 
-  // The parts of pairs (x, y). The last part is cut, not rounded: it is exact, and a NaN stays one.
-  static HG_INLINE void split(V x, V y, char* to) {
-    constexpr uint32_t kHigh = 0xffff0000, kHalfUnit = 0x8000;
-#pragma GCC unroll 3
-    for (int64_t part = 0; part < kParts; ++part, to += kPartBytes) {
-      const uint32_t up = part + 1 < kParts ? kHalfUnit : 0;
-      const Words low = bits(x) + up, high = (bits(y) + up) & kHigh;
-      const Words pairs = low >> 16 | high;
-      std::memcpy(to, &pairs, sizeof pairs);
-      x -= number(low & kHigh), y -= number(high);
-    }
-  }
   static HG_INLINE Words bits(V x) {
     Words words;
     std::memcpy(&words, &x, sizeof x);
@@ -191,7 +185,7 @@ struct SplitGemm {
   const Finish& finish;
 
   HG_TARGET_AVX512 static void run(const SplitGemm& g) {
-    const Tiles tiles;
+    const TileRegisters tiles;
     Made last{g.finish};
     for (int64_t j = 0; j < g.columns; j += kSide)
       for (int64_t i = 0; i < g.rows; i += kSide) {
@@ -206,12 +200,15 @@ struct SplitGemm {
 
  private:
   using S = Simd<float, 64>;
+  // Blocks along the depth whose products are added up before they go to others: keeps the rounding error of long sums
+  // down.
+  static constexpr int64_t kLongest = 32;
 
   // The sums of the last block, which are finished while those of the next one are made.
   struct Made {
     const Finish finish;  // a copy, which nothing that is stored can change
     int64_t i = 0, j = 0, rows = 0, columns = 0;
-    int at = 0;
+    bool at = false;
     alignas(64) float sums[2][kSide * kSide];
 
     HG_INLINE void finish_rows(int64_t begin, int64_t end) const {
@@ -225,26 +222,49 @@ struct SplitGemm {
   template <int R, int C>
   HG_INLINE void block(int64_t i, int64_t j, Made& last) const {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    int64_t steps = 0, row = 0;
+    float* sums = last.sums[!last.at];
+    int64_t steps = 0, row = 0, added = 0;
+    bool some = false;
     for (int term = 0; term < count; ++term) steps += terms[term].blocks;
     const int64_t part = (kSide + steps - 1) / steps;
     for (int term = 0; term < count; ++term) {
-      const auto [left, right, blocks] = terms[term];
-      const int64_t size = blocks * SplitFactor::kBlockBytes / static_cast<int64_t>(sizeof(float));
-      SplitTiles<R, C>::add(left + i / kSide * size, right + j / kSide * size, blocks, [&]() HG_LAMBDA_INLINE {
-        last.finish_rows(row, row + part);
-        row += part;
-      });
+      const int64_t all = terms[term].blocks,
+                    size = all * SplitFactor::kBlockBytes / static_cast<int64_t>(sizeof(float));
+      const float *left = terms[term].left + i / kSide * size, *right = terms[term].right + j / kSide * size;
+      for (int64_t t = 0; t < all;) {
+        if (added == kLongest) {
+          keep<R, C>(sums, some);
+          tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+          some = true, added = 0;
+        }
+        const int64_t blocks = std::min(all - t, kLongest - added), from = t * (size / all);
+        SplitTiles<R, C>::add(left + from, right + from, blocks, [&]() HG_LAMBDA_INLINE {
+          last.finish_rows(row, row + part);
+          row += part;
+        });
+        t += blocks, added += blocks;
+      }
     }
-    last.at ^= 1;
-    float* sums = last.sums[last.at];
-    constexpr int64_t kRow = kSide * sizeof(float);
-    tile_store<0>(sums, kRow);
-    if constexpr (C > 1) tile_store<1>(sums + kHalf, kRow);
-    if constexpr (R > 1) tile_store<2>(sums + kHalf * kSide, kRow);
-    if constexpr (R > 1 && C > 1) tile_store<3>(sums + kHalf * kSide + kHalf, kRow);
+    keep<R, C>(sums, some);
+    last.at = !last.at;
     last.i = i, last.j = j;
     last.rows = std::min(rows - i, R * kHalf), last.columns = std::min(columns - j, C * kHalf);
+  }
+
+  // The tiles, or with what was kept before them.
+  template <int R, int C>
+  static HG_INLINE void keep(float* sums, bool add) {
+    alignas(64) float memory[kSide * kSide];
+    float* to = add ? memory : sums;
+    constexpr int64_t kRow = kSide * sizeof(float);
+    tile_store<0>(to, kRow);
+    if constexpr (C > 1) tile_store<1>(to + kHalf, kRow);
+    if constexpr (R > 1) tile_store<2>(to + kHalf * kSide, kRow);
+    if constexpr (R > 1 && C > 1) tile_store<3>(to + kHalf * kSide + kHalf, kRow);
+    if (!add) return;
+    for (int64_t r = 0; r < R * kHalf; ++r)
+      for (int64_t c = 0; c < C * kHalf; c += S::width)
+        S::store(sums + r * kSide + c, S::load(sums + r * kSide + c) + S::load(memory + r * kSide + c));
   }
 };
 

@@ -27,9 +27,8 @@ HG_INLINE void swap_quarters(V (&x)[R], std::integer_sequence<int, L...>) {
 // one in a cycle.
 HG_INLINE Vector<float, 64>::type four_rows(const float* in, int64_t in_row) {
   using Quad = Simd<float, 64>::Quad;
-  const auto quad = [&](int64_t row) HG_LAMBDA_INLINE -> const Quad& {
-    return *reinterpret_cast<const Quad*>(in + row * in_row);
-  };
+  const auto quad = [&](int64_t row)
+                        HG_LAMBDA_INLINE -> const Quad& { return *reinterpret_cast<const Quad*>(in + row * in_row); };
   Vector<float, 64>::type x;
   asm("vbroadcastf32x4 %1, %0" : "=v"(x) : "m"(quad(0)));
   asm("vbroadcastf32x4 %2, %0%{%1%}" : "+v"(x) : "Yk"(uint16_t(0xf0)), "m"(quad(4)));
