@@ -12,7 +12,7 @@ STAMP := $(VENV)/.hypergrad_ext
 # Tests run one thread each, so there is one process per core.
 PYTEST := $(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup
 # What runs again for every instruction set.
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,ops steps softmax lstm glm dense mlp convolutions plans panel_gemm sweeps bands crews))
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,ops steps softmax lstm glm dense mlp wide convolutions plans panel_gemm sweeps bands crews))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
@@ -35,12 +35,13 @@ demo: $(STAMP) ## Set up, build, and run the main job on real data (results in o
 	$(BIN)/python -m hypergrad_ext info
 	$(BIN)/python -m hypergrad_ext demo --out out
 
-# The kernels once more for every other instruction set that the CPU may be told to use, and Triton's in its
-# interpreter, which is switched on per process.
+# The kernels once more for every other instruction set that the CPU may be told to use, those for matrix units without
+# them, and Triton's in its interpreter, which is switched on per process.
 test: $(STAMP) ## Set up, build, and run all tests that take less than a minute
 	$(PYTEST)
 	own=$$($(BIN)/python -c "import torch; print(torch.backends.cpu.get_cpu_capability().lower())"); \
 	for isa in default avx2; do [ $$isa = $$own ] || ATEN_CPU_CAPABILITY=$$isa $(PYTEST) -q $(KERNEL_TESTS) -k "not torch and not triton" || exit 1; done
+	HYPERGRAD_EXT_AMX=0 $(PYTEST) -q tests/test_wide.py
 	TRITON_INTERPRET=1 $(PYTEST) -q tests/test_triton.py
 
 test-slow: $(STAMP) ## Run the tests that take longer, without the CUDA compile gate

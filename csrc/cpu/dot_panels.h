@@ -81,6 +81,13 @@ struct DotTile {
            __builtin_shufflevector(a, b, (L % kQuad / kHalf * W + L / kQuad * kQuad + L % kHalf * 2 + 1)...);
   }
 
+  // From the rows of every column to the columns of every row.
+  template <int... L>
+  static HG_INLINE V by_rows(V x, std::integer_sequence<int, L...>) {
+    constexpr int kAcross = W / kQuad;
+    return __builtin_shufflevector(x, x, (L % kAcross * kQuad + L / kAcross)...);
+  }
+
   // The sums of as many rows as a quad has elements.
   template <int R>
   static HG_INLINE void store(const V (&sums)[R][C], Real* out, int64_t out_row) {
@@ -91,13 +98,15 @@ struct DotTile {
         const auto row = [&](int i) HG_LAMBDA_INLINE { return sums[r + i < R ? r + i : r][c]; };
         V folded = fold(row(0), row(1), Lanes());
         if constexpr (kQuad == 4) folded = fold(folded, fold(row(2), row(3), Lanes()), Lanes());
+        // Columns of a row side by side.
+        constexpr int kAcross = W / kQuad;
+        folded = by_rows(folded, Lanes());
         Real values[W];
         S::store(values, folded);
 #pragma GCC unroll 4
         for (int i = 0; i < kQuad; ++i)
-#pragma GCC unroll 4
-          for (int column = 0; column < W / kQuad; ++column)
-            if (r + i < R) out[(r + i) * out_row + c * (W / kQuad) + column] = values[column * kQuad + i];
+          if (r + i < R)
+            std::memcpy(out + (r + i) * out_row + c * kAcross, values + i * kAcross, kAcross * sizeof(Real));
       }
   }
 };

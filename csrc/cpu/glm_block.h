@@ -92,9 +92,12 @@ struct GlmBlockBody {
     for (; r + R <= b.rows; r += R) {
       const Real* x = b.x + r * b.stride;
       Real* z = b.z + r * b.K + c;
-      DotTile<Real, Tiles>::template run<R>(x, b.stride, panel, b.d, z, b.K, [&](int64_t j) HG_LAMBDA_INLINE {
-        if (c == 0 && b.next)
-          for (int i = 1; i < R; i += 2) prefetch(b, r + i, j);
+      // Copies: for all that the compiler knows the block is among what is written.
+      const char* const next = c == 0 && b.next ? b.next + r * b.next_stride : nullptr;
+      const int64_t row = b.next_stride, size = b.size;
+      DotTile<Real, Tiles>::template run<R>(x, b.stride, panel, b.d, z, b.K, [=](int64_t j) HG_LAMBDA_INLINE {
+        if (next)
+          for (int i = 1; i < R; i += 2) __builtin_prefetch(next + i * row + j * size, 0, 2);
       });
       for (int64_t j = b.d / Panel::kQuad * Panel::kQuad; j < b.d; ++j)
         for (int i = 0; i < R; ++i)
@@ -197,7 +200,7 @@ struct GlmBlockBody {
     for (; j + kLong<C> * W <= b.d; j += kLong<C> * W) outer<C, kLong<C>, 1>(b, c, j);
     // Rows are unrolled where strip and columns are both short.
     for (; j + 2 * W <= b.d; j += 2 * W) outer<C, 2, C == 1 ? 4 : C == 2 ? 2 : 1>(b, c, j);
-    for (; j + W <= b.d; j += W) outer<C, 1, C == 1 ? 8 : 4>(b, c, j);
+    for (; j + W <= b.d; j += W) outer<C, 1, C == 1 ? 8 : C == 8 ? 2 : 4>(b, c, j);
     for (int k = 0; k < C; ++k)
       for (int64_t l = j; l < b.d; ++l) {
         Real sum = 0;

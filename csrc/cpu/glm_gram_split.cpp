@@ -10,6 +10,8 @@
 namespace hg::cpu {
 namespace {
 
+// Columns and rows from which on packing is little of the work.
+constexpr int64_t kLeastColumns = 128, kLeastRows = 1024;
 // Bytes of both packed factors of some rows, which with the sums are in the second cache for all blocks, and rows at
 // the most.
 constexpr int64_t kPackedBytes = 640 << 10, kMaxRows = 2048;
@@ -86,7 +88,7 @@ struct Blocks {
 
 }  // namespace
 
-bool split_suits(int64_t n, int64_t d) { return has_amx() && d >= 64 && n >= 256; }
+bool split_suits(int64_t n, int64_t d) { return has_amx() && d >= kLeastColumns && n >= kLeastRows; }
 
 void form_gram_split(const float* x, int64_t n, int64_t d, int64_t stride, const float* weights, int64_t step,
                      float* out) {

@@ -24,8 +24,8 @@ constexpr int64_t kWideBytes = 576;
 constexpr int64_t kHiddenBytes = 32 << 20;
 // Multiply-adds per thread below which waking another thread costs more than it saves.
 constexpr int64_t kGrainOps = 1 << 20;
-// Inputs, outputs and rows from which on matrix units are faster.
-constexpr int64_t kLeastSide = 64;
+// Inputs and outputs, and rows, from which on matrix units are faster: packing is little of the work.
+constexpr int64_t kLeastSide = 192, kLeastRows = 192;
 
 // Where a layer's parts are in v, in the packed copy of v and in the padded sum of H v.
 struct Layout {
@@ -386,11 +386,11 @@ MlpProduct prepared(const MlpData& data, bool often) {
 
 // Whether most of the work is in layers whose sides fill tiles, and wide enough for packing to be little of it.
 bool split_suits(const MlpData& data) {
-  if (!has_amx()) return false;
+  if (!has_amx() || data.n < kLeastRows) return false;
   int64_t ops = 0, suitable = 0;
   for (const MlpLayer& layer : data.layers) {
     ops += layer.in * layer.out;
-    if (std::min({layer.in, layer.out, data.n}) >= kLeastSide) suitable += layer.in * layer.out;
+    if (std::min(layer.in, layer.out) >= kLeastSide) suitable += layer.in * layer.out;
   }
   return 4 * suitable >= 3 * ops;
 }

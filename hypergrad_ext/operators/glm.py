@@ -41,7 +41,8 @@ class _Rates:
 
 # Measured on AMD: Zen 4, where the product makes 85 to 100 GFLOP/s per core; Zen 3, 55, what forms the matrix and
 # multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured. On Intel's server cores
-# (Granite Rapids), 105, whose last cache gives 27 GB/s to each.
+# (Granite Rapids), 105, whose last cache gives 27 GB/s to each; their matrix units form the matrix of wide data in
+# float32.
 _ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
@@ -57,6 +58,8 @@ _ON_AVX2 = _Rates(
 )
 _ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
 _ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.85, step=1.2, cache_bytes=1e8)
+_ON_INTEL_AMX = replace(_ON_INTEL_AVX512, gram=0.3, strip=32, scaling=50.0)
+_AMX_ROWS, _AMX_COLUMNS = 1024, 128
 _ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
@@ -323,16 +326,19 @@ class _Gram(DenseMatrix):
 
 
 def _rates(inputs: Tensor) -> _Rates:
-    return _ON_CUDA if inputs.is_cuda else _rates_of_cpu()
+    wide = inputs.dtype != torch.float64 and inputs.shape[0] >= _AMX_ROWS and inputs.shape[1] >= _AMX_COLUMNS
+    return _ON_CUDA if inputs.is_cuda else _rates_of_cpu(wide)
 
 
 @functools.cache
-def _rates_of_cpu() -> _Rates:
+def _rates_of_cpu(wide: bool) -> _Rates:
     cpu = _native.build_info()
     if cpu.get("blas_at_half_speed"):
         return _ON_FAST_CORES
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return _ON_AVX2
+    if cpu.get("amx") and wide:
+        return _ON_INTEL_AMX
     return _ON_INTEL_AVX512 if cpu.get("vendor") == "intel" else _ON_AVX512
 
 
