@@ -87,18 +87,21 @@ HG_INLINE void tile_multiply() {
 
 #else
 
-// The same one number at a time; never used without AVX-512, nor on machines for which it is not emulated.
+// The same by other instructions, row by row; never used without AVX-512, nor on machines for which it is not emulated.
+typedef float TileRow __attribute__((vector_size(kTileRowBytes)));
+typedef uint32_t TilePairs __attribute__((vector_size(kTileRowBytes)));
+
 struct Tile {
-  alignas(64) unsigned char bytes[kTileBytes];
-  float& sum(int64_t i, int64_t j) { return reinterpret_cast<float*>(bytes)[i * kTileRows + j]; }
-  // A half of a pair.
-  float part(int64_t i, int64_t j, int64_t half) const {
-    uint16_t high;
-    std::memcpy(&high, bytes + i * kTileRowBytes + 4 * j + 2 * half, 2);
-    const uint32_t word = uint32_t(high) << 16;
-    float x;
-    std::memcpy(&x, &word, 4);
-    return x;
+  TileRow rows[kTileRows];
+
+  // What is in the low or the high halves of a row's pairs.
+  TileRow half(int64_t i, bool high) const {
+    TilePairs pairs;
+    std::memcpy(&pairs, &rows[i], sizeof pairs);
+    pairs = high ? pairs & 0xffff0000u : pairs << 16;
+    TileRow row;
+    std::memcpy(&row, &pairs, sizeof row);
+    return row;
   }
 };
 
@@ -113,30 +116,32 @@ struct TileRegisters {
 
 template <int kTile>
 void tile_zero() {
-  std::memset(emulated(kTile).bytes, 0, kTileBytes);
+  emulated(kTile) = {};
 }
 
 template <int kTile>
 void tile_load(const void* at) {
-  std::memcpy(emulated(kTile).bytes, at, kTileBytes);
+  std::memcpy(emulated(kTile).rows, at, kTileBytes);
 }
 
 template <int kTile>
 void tile_store(float* at, int64_t row) {
   for (int64_t i = 0; i < kTileRows; ++i)
-    std::memcpy(reinterpret_cast<char*>(at) + i * row, emulated(kTile).bytes + i * kTileRowBytes, kTileRowBytes);
+    std::memcpy(reinterpret_cast<char*>(at) + i * row, &emulated(kTile).rows[i], kTileRowBytes);
 }
 
 template <int kSum, int kLeft, int kRight>
 void tile_multiply() {
-  for (int64_t i = 0; i < kTileRows; ++i)
-    for (int64_t j = 0; j < kTileRows; ++j) {
-      float halves[2] = {};
-      for (int64_t p = 0; p < kTileRows; ++p)
-        for (int64_t half = 0; half < 2; ++half)
-          halves[half] += emulated(kLeft).part(i, p, half) * emulated(kRight).part(p, j, half);
-      emulated(kSum).sum(i, j) += halves[0] + halves[1];
-    }
+  Tile &sum = emulated(kSum), &left = emulated(kLeft), &right = emulated(kRight);
+  TileRow factors[2][kTileRows];
+  for (int64_t p = 0; p < kTileRows; ++p)
+    for (int high = 0; high < 2; ++high) factors[high][p] = right.half(p, high);
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    const TileRow low = left.half(i, false), high = left.half(i, true);
+    TileRow sums[2] = {};
+    for (int64_t p = 0; p < kTileRows; ++p) sums[0] += low[p] * factors[0][p], sums[1] += high[p] * factors[1][p];
+    sum.rows[i] += sums[0] + sums[1];
+  }
 }
 
 #endif

@@ -186,7 +186,7 @@ struct SplitGemm {
 
   HG_TARGET_AVX512 static void run(const SplitGemm& g) {
     const TileRegisters tiles;
-    Made last{g.finish};
+    Made last(g.finish);
     for (int64_t j = 0; j < g.columns; j += kSide)
       for (int64_t i = 0; i < g.rows; i += kSide) {
         const int64_t down = g.rows - i, across = g.columns - j;
@@ -210,6 +210,8 @@ struct SplitGemm {
     int64_t i = 0, j = 0, rows = 0, columns = 0;
     bool at = false;
     alignas(64) float sums[2][kSide * kSide];
+
+    HG_INLINE explicit Made(const Finish& finish) : finish(finish) {}
 
     HG_INLINE void finish_rows(int64_t begin, int64_t end) const {
       end = std::min(end, rows);
