@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -20,7 +20,7 @@ from hypergrad_ext.engines.bands import bands
 from hypergrad_ext.engines.layout import COPY, Instruction
 from hypergrad_ext.engines.views import Root, View
 from hypergrad_ext.structure import contiguous_strides
-from tests.compare import assert_close
+from tests.compare import assert_close, relative_error
 from tests.models import Attention, Recurrent, Residual, loss_of
 
 pytestmark = pytest.mark.skipif(_native._C is None, reason=f"native plans are C++: {_native.MISSING}")
@@ -102,6 +102,11 @@ def network(ops, rows):
 )
 def test_any_network_is_right(ops, rows, threads):
     loss, params = network(ops, rows)
+    # Some networks are so ill-conditioned that rounding alone moves a product by 1e-7: batch norm of batch norm.
+    eager = hg.Hessian(loss, params, engine="eager")
+    v, u = ({n: torch.randn_like(p) for n, p in params.items()} for _ in range(2))
+    both, one = eager @ {n: v[n] + u[n] for n in v}, eager @ u
+    assume(relative_error({n: both[n] - one[n] for n in v}, eager @ v) < 1e-11)
     assert_right(loss, params, threads)
 
 
