@@ -283,7 +283,7 @@ class Product {
     for (size_t l = last + 1; l-- > 0; std::swap(delta, next_delta)) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
-      // `hidden` has place for the columns before these.
+      // The layers' rows lie one after another.
       const Factors<Right> of_delta{delta, at.out_row,
                                     matrix(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden), rows,
                                            real(layer.hidden, begin), layer.hidden.stride),

@@ -21,9 +21,6 @@ namespace hg::cpu {
 // blocks of 32 x 32, those of the same rows or columns one after another: three parts of two tiles each. In a tile of
 // the left factor a row is a row, in one of the right factor it is a step along the depth; pairs are 16 steps apart.
 struct SplitFactor {
-  using S = Simd<float, 64>;
-  using V = S::V;
-  using Words = S::Words;
   static constexpr int64_t kSide = 32, kParts = 3, kPartBytes = 2 * kTileBytes, kBlockBytes = kParts * kPartBytes;
 
   static int64_t blocks(int64_t size) { return (size + kSide - 1) / kSide; }
@@ -51,6 +48,12 @@ struct SplitFactor {
     pack_blocks<false, kRound>(source, reinterpret_cast<char*>(to), all);
   }
 
+ private:
+  using S = Simd<float, 64>;
+  using V = S::V;
+  using Words = S::Words;
+  static constexpr int64_t kHalf = kSide / 2;
+
   // The parts of pairs (x, y). The last part is cut: it is exact, and a NaN stays one.
   template <bool kRound>
   static HG_INLINE void split(V x, V y, char* to) {
@@ -64,9 +67,6 @@ struct SplitFactor {
       x -= number(low & kHigh), y -= number(high);
     }
   }
-
- private:
-  static constexpr int64_t kHalf = kSide / 2;
 
   template <bool kLeft, bool kRound>
   static HG_INLINE void pack_blocks(const Source& s, char* to, int64_t all) {
