@@ -17,9 +17,10 @@ template <class Number>
 struct Panels {
   using Real = Number;
   static constexpr int64_t P = kMlpPadding / static_cast<int64_t>(sizeof(Real));
-  // Matrices of short rows need not be packed. A block of the batch has a multiple of so many rows.
+  // Matrices of short rows need not be packed.
   static constexpr bool kInPlace = true;
-  static constexpr int64_t kRows = 8;
+  // A block of the batch has a multiple of so many rows, as many as its tangents leave room for within limits.
+  static constexpr int64_t kRows = 8, kLeastRows = 24, kMostRows = 128, kTangentBytes = 512 << 10;
   const Real* data;
   int64_t stride, panel = P;
 
@@ -27,10 +28,11 @@ struct Panels {
   static Panels apart(const Real* data, int64_t rows) { return {data, P, height(rows) * P}; }
   static int64_t height(int64_t rows) { return rows % (2 * P) ? rows : rows + 1; }
   static int64_t size(int64_t rows, int64_t columns) { return height(rows) * ((columns + P - 1) / P * P); }
-  // Memory for a left factor, and for a right one that is used once: both are read where they are.
-  static int64_t left_size(int64_t, int64_t) { return 0; }
-  static int64_t once_size(int64_t, int64_t) { return 0; }
-  static Panels used_once(const Real* data, int64_t stride, int64_t, int64_t, Real*) { return {data, stride}; }
+  // Where they are.
+  static Panels rows(const Real* data, int64_t stride, int64_t, int64_t) { return {data, stride}; }
+  static Panels columns(const Real* data, int64_t stride, int64_t, int64_t) { return {data, stride}; }
+  // For the factors of a product with so many rows; they are read where they are.
+  static int64_t memory_size(int64_t, int64_t) { return 0; }
 
   // Packs rows from `begin` on of a matrix that has `all` of them; and columns, which are rows of `in`.
   static void pack_rows(const Real* in, int64_t stride, int64_t begin, int64_t count, int64_t columns, Real* out,

@@ -14,8 +14,6 @@
 namespace hg::cpu {
 namespace {
 
-// Tangents of a block of rows, and rows at the most: more would gain nothing.
-constexpr int64_t kTangentBytes = 512 << 10, kMaxRows = 128;
 // Last layers that fill at most one of so many parts of a padded row are multiplied along their inputs.
 constexpr int64_t kNarrow = 4;
 // Matrices with longer rows are put into panels apart; the rows of others are fetched ahead by hand.
@@ -32,9 +30,10 @@ struct Layout {
   int64_t in, out;          // padded
   int64_t in_row, out_row;  // from row to row of matrices of these widths
   int64_t v_weight, v_bias;
-  int64_t transposed, rows, bias;  // in the packed copy; -1 where v itself will do
-  int64_t w_transposed, w_rows;    // in the packed copy of W; -1 where it is not needed, or W itself will do
-  int64_t hidden;                  // in a block's packed rows of the network; -1 where its own will do
+  int64_t transposed, rows;      // in the packed copy; -1 where v itself will do
+  int64_t w_transposed, w_rows;  // in the packed copy of W; -1 where it is not needed, or W itself will do
+  int64_t hidden;                // in a block's packed rows of the network; -1 where its own will do
+  int64_t bias;                  // in the padded copy of v's
   int64_t sum, sum_bias;
   int64_t tangent;  // row elements before this layer's, in a block's tangents
 };
@@ -73,7 +72,7 @@ class Product {
       at.w_transposed = back && !along_inputs ? take(weights_size_, transposed) : -1;
       at.w_rows = back && packed(at.in) ? take(weights_size_, rows) : -1;
       at.hidden = packed(at.in) ? take(hidden_columns_, (at.in + kPiece - 1) / kPiece * kPiece) : -1;
-      at.bias = take(packed_size_, at.out);
+      at.bias = take(bias_size_, at.out);
       at.sum = take(sum_size_, layer.out * at.in_row);
       at.sum_bias = take(sum_size_, at.out);
       at.tangent = take(tangent_size_, at.out_row);
@@ -84,7 +83,8 @@ class Product {
       layout_.push_back(at);
     }
     const int64_t row_bytes = 2 * tangent_size_ * sizeof(Real);
-    max_rows_ = Right::kInPlace ? std::clamp<int64_t>(kTangentBytes / row_bytes / 8 * 8, 24, kMaxRows) : kMaxRows;
+    max_rows_ = std::clamp<int64_t>(Right::kTangentBytes / row_bytes / Right::kRows * Right::kRows, Right::kLeastRows,
+                                    Right::kMostRows);
   }
 
   int64_t size() const { return v_size_; }
@@ -110,6 +110,10 @@ class Product {
     return {rows, (data_.n + rows - 1) / rows};
   }
 
+  // Whether matrices are packed in advance, by all threads. A thread that has a single block packs them as it uses
+  // them: they stay in its nearest caches.
+  static bool in_advance(const Cut& cut, int64_t threads) { return Right::kInPlace || cut.blocks > threads; }
+
   // Packs the rows of the network, unless they are, or are too many.
   void pack_hidden(const Cut& cut, const Team& team) {
     const int64_t size = Right::size(cut.rows, hidden_columns_);
@@ -123,27 +127,29 @@ class Product {
 
   // H v for k vectors one after another, on so many threads.
   void run(const Real* v, int64_t k, Real* out, int64_t threads) const {
-    const auto [rows, blocks] = cut(threads);
-    const int64_t hidden_size = Right::size(rows, hidden_columns_);
-    const bool kept = rows == hidden_rows_;
+    const Cut cut = this->cut(threads);
+    const auto [rows, blocks] = cut;
+    const bool kept = rows == hidden_rows_, packs_block = Right::kInPlace && !kept, packs_v = in_advance(cut, threads);
+    const int64_t hidden_size = Right::size(rows, hidden_columns_), block_size = packs_block ? hidden_size : 0;
     // In one piece, because an allocator returns large pieces to the system: it would fault them in again.
-    const int64_t scratch_size = 2 * rows * (tangent_size_ + widest_) + memory_size(rows) + (kept ? 0 : hidden_size);
-    const int64_t thread_size = sum_size_ + scratch_size;
-    const Buffer<Real> memory(packed_size_ + threads * thread_size);
-    Real *packed = memory.get(), *sums = packed + packed_size_;
+    const int64_t scratch_size = block_size + 2 * rows * (tangent_size_ + widest_) + memory_size(rows);
+    const int64_t thread_size = sum_size_ + scratch_size, v_memory = bias_size_ + (packs_v ? packed_size_ : 0);
+    const Buffer<Real> memory(v_memory + threads * thread_size);
+    Real *const biases = memory.get(), *const packed = packs_v ? biases + bias_size_ : nullptr;
+    Real* const sums = biases + v_memory;
     const Team team{threads, ops() >= kPatience * kGrainOps};
     // Threads without a block have no sum.
     const int64_t added = std::min(threads, blocks);
     for (; k-- > 0; v += v_size_, out += v_size_) {
-      each_piece(team, [&](const Piece& piece) { pack(piece, v, packed); });
+      each_piece(team, [&](const Piece& piece) { pack(piece, v, biases, packed); });
       share(added, team, [&](int64_t t) {
         Real *sum = sums + t * thread_size, *scratch = sum + sum_size_;
         const int64_t first = t * blocks / added;
         for (int64_t i = first; i < (t + 1) * blocks / added; ++i) {
           const int64_t count = std::min(rows, data_.n - i * rows);
-          const Real* hidden = kept ? hidden_->get() + i * hidden_size : scratch;
-          if (!kept) pack_block(i * rows, count, scratch);
-          add_block(v, packed, i * rows, count, hidden, scratch + (kept ? 0 : hidden_size), sum, i == first);
+          const Real* hidden = kept ? hidden_->get() + i * hidden_size : packs_block ? scratch : nullptr;
+          if (packs_block) pack_block(i * rows, count, scratch);
+          add_block({v, biases, packed}, i * rows, count, hidden, scratch + block_size, sum, i == first);
         }
       });
       each_piece(team, [&](const Piece& piece) { unpack(piece, sums, added, thread_size, v, out); });
@@ -188,14 +194,14 @@ class Product {
     if (rows >= 0) Right::pack_rows(matrix, stride, begin, count, layer.in, packed + rows, layer.out);
   }
 
-  // A piece of v, and the padded biases.
-  void pack(const Piece& piece, const Real* v, Real* packed) const {
+  // A piece of v, if there is place for it, and the padded biases.
+  void pack(const Piece& piece, const Real* v, Real* biases, Real* packed) const {
     const MlpLayer& layer = layers_[piece.layer];
     const Layout& at = layout_[piece.layer];
-    pack_matrix(piece, v + at.v_weight, layer.in, packed, at.transposed, at.rows);
+    if (packed) pack_matrix(piece, v + at.v_weight, layer.in, packed, at.transposed, at.rows);
     if (piece.begin > 0) return;
-    std::memset(packed + at.bias, 0, at.out * sizeof(Real));
-    if (data_.biases) std::memcpy(packed + at.bias, v + at.v_bias, layer.out * sizeof(Real));
+    std::memset(biases + at.bias, 0, at.out * sizeof(Real));
+    if (data_.biases) std::memcpy(biases + at.bias, v + at.v_bias, layer.out * sizeof(Real));
   }
 
   // H v from the sums of so many threads.
@@ -226,55 +232,66 @@ class Product {
     }
   }
 
+  // A right factor: a matrix, or its transpose; at `at` of what is packed, if it is.
+  static Right as_it_is(const Real* packed, int64_t at, const Real* matrix, int64_t stride, int64_t rows,
+                        int64_t columns) {
+    return packed && at >= 0 ? Right::apart(packed + at, rows) : Right::rows(matrix, stride, rows, columns);
+  }
+  static Right transposed(const Real* packed, int64_t at, const Real* matrix, int64_t stride, const MlpLayer& layer) {
+    return packed && at >= 0 ? Right::apart(packed + at, layer.in)
+                             : Right::columns(matrix, stride, layer.out, layer.in);
+  }
+
   // For the factors of one product.
   int64_t memory_size(int64_t rows) const {
     int64_t size = 0;
     for (const MlpLayer& layer : layers_)
-      size = std::max({size, 2 * Right::left_size(rows, std::max(layer.in, layer.out)),
-                       2 * Right::left_size(layer.out, rows) + Right::once_size(rows, layer.in)});
+      size = std::max(
+          {size, 2 * Right::memory_size(rows, std::max(layer.in, layer.out)), 2 * Right::memory_size(layer.out, rows)});
     return size;
   }
 
+  // A vector, its biases padded, and its matrices packed or null.
+  struct Vector {
+    const Real *v, *biases, *packed;
+  };
+
   // Adds the part of H v that rows [begin, begin + rows) of the batch contribute.
-  void add_block(const Real* v, const Real* packed, int64_t begin, int64_t rows, const Real* hidden, Real* scratch,
-                 Real* sum, bool first) const {
+  void add_block(const Vector& vector, int64_t begin, int64_t rows, const Real* hidden, Real* scratch, Real* sum,
+                 bool first) const {
+    const auto [v, biases, packed] = vector;
+    const Real* const weights = weights_ ? weights_->get() : nullptr;
     Real *tangents = scratch, *curved = tangents + rows * tangent_size_;
     Real *delta = curved + rows * tangent_size_, *next_delta = delta + rows * widest_;
     Real* memory = next_delta + rows * widest_;
     const size_t last = layers_.size() - 1;
-    // A right factor, packed or in place.
-    const auto matrix = [](const Real* packed, int64_t at, int64_t all, const Real* data, int64_t stride) {
-      if constexpr (Right::kInPlace)
-        if (at < 0) return Right{data, stride};
-      return Right::apart(packed + at, all);
-    };
     for (size_t l = 0; l <= last; ++l) {
       const MlpLayer& layer = layers_[l];
       const Layout& at = layout_[l];
       const bool along_inputs = l == last && narrow(layer, at);
       const Factors<Right> by_v{real(layer.hidden, begin), layer.hidden.stride,
-                                matrix(packed, at.transposed, layer.in, v + at.v_weight, layer.in), layer.in};
+                                transposed(packed, at.transposed, v + at.v_weight, layer.in, layer), layer.in};
       Factors<Right> by_w{};
       if (l > 0)
         by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row,
-                matrix(weights_->get(), at.w_transposed, layer.in, real(layer.weight), layer.weight.stride), layer.in};
+                transposed(weights, at.w_transposed, real(layer.weight), layer.weight.stride, layer), layer.in};
       const int terms = l > 0 ? 2 : 1;
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
           fetch(*m, begin, rows);
       if (along_inputs) {
         if constexpr (Right::kInPlace)
-          NarrowGemm<Real>::run({{by_v, by_w}, terms, rows, layer.out, {packed + at.bias, delta, at.out_row}});
+          NarrowGemm<Real>::run({{by_v, by_w}, terms, rows, layer.out, {biases + at.bias, delta, at.out_row}});
       } else if (l == last) {
         Gemm<Right, PlusBias>::run(
-            {{by_v, by_w}, terms, rows, filled<Real>(layer.out), {packed + at.bias, delta, at.out_row}, memory});
+            {{by_v, by_w}, terms, rows, filled<Real>(layer.out), {biases + at.bias, delta, at.out_row}, memory});
       } else {
         Gemm<Right, ThroughActivation>::run(
             {{by_v, by_w},
              terms,
              rows,
              filled<Real>(layer.out),
-             {packed + at.bias, real(layer.slope, begin), real(layer.bend, begin), layer.slope.stride,
+             {biases + at.bias, real(layer.slope, begin), real(layer.bend, begin), layer.slope.stride,
               layer.bend.stride, tangents + rows * at.tangent, curved + rows * at.tangent, at.out_row},
              memory});
       }
@@ -285,8 +302,8 @@ class Product {
       const Layout& at = layout_[l];
       // The layers' rows lie one after another.
       const Factors<Right> of_delta{delta, at.out_row,
-                                    matrix(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden), rows,
-                                           real(layer.hidden, begin), layer.hidden.stride),
+                                    as_it_is(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden),
+                                             real(layer.hidden, begin), layer.hidden.stride, rows, layer.in),
                                     rows};
       if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias, first});
       if (l == 0) {
@@ -296,19 +313,15 @@ class Product {
       }
       const MlpLayer& before = layers_[l - 1];
       for (const Rows* m : {&before.hidden, &before.slope, &before.delta}) fetch(*m, begin, rows);
-      const Right tangent =
-          Right::used_once(tangents + rows * layout_[l - 1].tangent, at.in_row, rows, layer.in, memory);
+      const Right tangent = Right::rows(tangents + rows * layout_[l - 1].tangent, at.in_row, rows, layer.in);
       const Factors<Right> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, rows};
-      Gemm<Right, Accumulate>::run({{of_delta, of_tangent},
-                                    2,
-                                    layer.out,
-                                    filled<Real>(layer.in),
-                                    {sum + at.sum, at.in_row, first},
-                                    memory + Right::once_size(rows, layer.in)});
-      const Right weight = matrix(weights_->get(), at.w_rows, layer.out, real(layer.weight), layer.weight.stride);
-      const Right vector = matrix(packed, at.rows, layer.out, v + at.v_weight, layer.in);
-      const Factors<Right> by_w{delta, at.out_row, weight, layer.out};
-      const Factors<Right> by_v{real(layer.delta, begin), layer.delta.stride, vector, layer.out};
+      Gemm<Right, Accumulate>::run(
+          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}, memory});
+      const Factors<Right> by_w{
+          delta, at.out_row, as_it_is(weights, at.w_rows, real(layer.weight), layer.weight.stride, layer.out, layer.in),
+          layer.out};
+      const Factors<Right> by_v{real(layer.delta, begin), layer.delta.stride,
+                                as_it_is(packed, at.rows, v + at.v_weight, layer.in, layer.out, layer.in), layer.out};
       Gemm<Right, BackThroughActivation>::run(
           {{by_w, by_v},
            2,
@@ -344,7 +357,8 @@ class Product {
   const MlpData& data_;
   const std::vector<MlpLayer>& layers_;
   std::vector<Layout> layout_;
-  int64_t v_size_ = 0, packed_size_ = 0, weights_size_ = 0, sum_size_ = 0, tangent_size_ = 0, hidden_columns_ = 0;
+  int64_t v_size_ = 0, bias_size_ = 0, packed_size_ = 0, weights_size_ = 0, sum_size_ = 0, tangent_size_ = 0,
+          hidden_columns_ = 0;
   int64_t widest_ = 0, max_rows_ = 0, ops_ = 0;
   std::vector<Piece> pieces_;
   std::unique_ptr<Buffer<Real>> weights_, hidden_;
@@ -372,8 +386,9 @@ MlpProduct prepared(const MlpData& data, bool often) {
     const bool apart = is_apart(k, team.threads);
     const int64_t size = product->size(), together = apart ? 1 : team.threads;
     lead(team, [&] {
-      product->pack_weights(team);
-      if (often || k > 1) product->pack_hidden(product->cut(together), team);
+      const Cut cut = product->cut(together);
+      if (often || k > 1 || product->in_advance(cut, together)) product->pack_weights(team);
+      if (often || k > 1) product->pack_hidden(cut, team);
       if (!apart) return product->run(v, k, out, together);
       share(team.threads, team, [&](int64_t t) {
         const int64_t first = t * k / team.threads, last = (t + 1) * k / team.threads;

@@ -12,16 +12,20 @@ namespace hg::cpu {
 struct SplitRight {
   using Real = float;
   static constexpr bool kInPlace = false;
-  static constexpr int64_t kRows = SplitFactor::kSide;
-  const float* data;
+  static constexpr int64_t kRows = SplitFactor::kSide, kLeastRows = 128, kMostRows = 256, kTangentBytes = 1536 << 10;
+  const float* packed;  // or null: packed when it is used
+  SplitFactor::Source late;
 
-  static SplitRight apart(const float* data, int64_t) { return {data}; }
+  static SplitRight apart(const float* data, int64_t) { return {data, {}}; }
+  static SplitRight rows(const float* data, int64_t stride, int64_t count, int64_t columns) {
+    return {nullptr, {data, 1, stride, columns, count}};
+  }
+  static SplitRight columns(const float* data, int64_t stride, int64_t count, int64_t rows) {
+    return {nullptr, {data, stride, 1, count, rows}};
+  }
   static int64_t size(int64_t rows, int64_t columns) { return SplitFactor::size(columns, rows); }
-  static int64_t left_size(int64_t rows, int64_t depth) { return SplitFactor::size(rows, depth); }
-  static int64_t once_size(int64_t rows, int64_t columns) { return size(rows, columns); }
-  static SplitRight used_once(const float* data, int64_t stride, int64_t rows, int64_t columns, float* memory) {
-    pack_rows(data, stride, 0, rows, columns, memory, rows);
-    return {memory};
+  static int64_t memory_size(int64_t rows, int64_t depth) {
+    return SplitFactor::size(rows, depth) + SplitTerm::memory_size(depth);
   }
 
   static void pack_rows(const float* in, int64_t stride, int64_t begin, int64_t count, int64_t columns, float* out,
@@ -45,15 +49,16 @@ struct Gemm<SplitRight, Finish> {
 
   static void run(const Gemm& g) {
     SplitTerm terms[2];
-    float* left = g.memory;
+    float* memory = g.memory;
     for (int i = 0; i < g.terms; ++i) {
       const Factors<SplitRight>& f = g.factors[i];
       const int64_t blocks = SplitFactor::blocks(f.depth);
       constexpr bool kTransposed = Finish<float>::kTransposed;
       const int64_t across = kTransposed ? 1 : f.a_stride, along = kTransposed ? f.a_stride : 1;
-      SplitFactor::pack_left({f.a, across, along, g.rows, f.depth}, left, blocks);
-      terms[i] = {left, f.b.data, blocks};
-      left += SplitFactor::size(g.rows, f.depth);
+      SplitFactor::pack_left({f.a, across, along, g.rows, f.depth}, memory, blocks);
+      float* late = memory + SplitFactor::size(g.rows, f.depth);
+      terms[i] = {memory, f.b.packed, blocks, f.b.late, late};
+      memory += SplitRight::memory_size(g.rows, f.depth);
     }
     SplitGemm<Finish<float>>::run({terms, g.terms, g.rows, g.columns, g.finish});
   }

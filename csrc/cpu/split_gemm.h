@@ -22,12 +22,11 @@ namespace hg::cpu {
 // the left factor a row is a row, in one of the right factor it is a step along the depth; pairs are 16 steps apart.
 struct SplitFactor {
   static constexpr int64_t kSide = 32, kParts = 3, kPartBytes = 2 * kTileBytes, kBlockBytes = kParts * kPartBytes;
+  static constexpr int64_t kBlockSize = kBlockBytes / static_cast<int64_t>(sizeof(float));  // in floats
 
   static int64_t blocks(int64_t size) { return (size + kSide - 1) / kSide; }
   // In floats.
-  static int64_t size(int64_t count, int64_t depth) {
-    return blocks(count) * blocks(depth) * (kBlockBytes / static_cast<int64_t>(sizeof(float)));
-  }
+  static int64_t size(int64_t count, int64_t depth) { return blocks(count) * blocks(depth) * kBlockSize; }
 
   // Element (i, t) at data[i * across + t * along].
   struct Source {
@@ -168,10 +167,32 @@ struct SplitTiles {
   }
 };
 
-// A term of a product: packed factors, with so many blocks along the depth.
+// A term of a product: packed factors, with so many blocks along the depth. A right factor that is used once is better
+// packed right before its use, some columns at a time: it stays in the nearest caches.
 struct SplitTerm {
-  const float *left, *right;
+  const float *left, *right;  // no right: `late` is packed, to `memory`
   int64_t blocks;
+  SplitFactor::Source late;
+  float* memory;
+
+  static int64_t memory_size(int64_t depth) { return group(SplitFactor::size(1, depth)) * SplitFactor::size(1, depth); }
+
+  // The right factor's columns from j on.
+  HG_INLINE const float* right_at(int64_t j) const {
+    const int64_t at = j / SplitFactor::kSide, size = SplitFactor::kBlockSize * blocks;
+    if (right) return right + at * size;
+    const int64_t several = group(size), in_group = at % several;
+    if (in_group == 0)
+      SplitFactor::pack_right({late.data + j * late.across, late.across, late.along,
+                               std::min(several * SplitFactor::kSide, late.count - j), late.depth},
+                              memory, blocks);
+    return memory + in_group * size;
+  }
+
+ private:
+  // Floats that are packed at a time, and how many blocks of columns those are.
+  static constexpr int64_t kAtATime = 32 << 10;
+  static int64_t group(int64_t size) { return std::max<int64_t>(1, kAtATime / size); }
 };
 
 // Calls finish<S>(i, j, sums) for the products' registers of 16 columns: of all rows below `rows`, and of columns up to
@@ -187,14 +208,17 @@ struct SplitGemm {
   HG_TARGET_AVX512 static void run(const SplitGemm& g) {
     const TileRegisters tiles;
     Made last(g.finish);
-    for (int64_t j = 0; j < g.columns; j += kSide)
+    for (int64_t j = 0; j < g.columns; j += kSide) {
+      const float* right[2];
+      for (int term = 0; term < g.count; ++term) right[term] = g.terms[term].right_at(j);
       for (int64_t i = 0; i < g.rows; i += kSide) {
         const int64_t down = g.rows - i, across = g.columns - j;
         if (down > kHalf)
-          across > kHalf ? g.block<2, 2>(i, j, last) : g.block<2, 1>(i, j, last);
+          across > kHalf ? g.block<2, 2>(i, j, right, last) : g.block<2, 1>(i, j, right, last);
         else
-          across > kHalf ? g.block<1, 2>(i, j, last) : g.block<1, 1>(i, j, last);
+          across > kHalf ? g.block<1, 2>(i, j, right, last) : g.block<1, 1>(i, j, right, last);
       }
+    }
     last.finish_rows(0, kSide);
   }
 
@@ -222,7 +246,7 @@ struct SplitGemm {
   };
 
   template <int R, int C>
-  HG_INLINE void block(int64_t i, int64_t j, Made& last) const {
+  HG_INLINE void block(int64_t i, int64_t j, const float* const* rights, Made& last) const {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     float* sums = last.sums[!last.at];
     int64_t steps = 0, row = 0, added = 0;
@@ -230,9 +254,8 @@ struct SplitGemm {
     for (int term = 0; term < count; ++term) steps += terms[term].blocks;
     const int64_t part = (kSide + steps - 1) / steps;
     for (int term = 0; term < count; ++term) {
-      const int64_t all = terms[term].blocks,
-                    size = all * SplitFactor::kBlockBytes / static_cast<int64_t>(sizeof(float));
-      const float *left = terms[term].left + i / kSide * size, *right = terms[term].right + j / kSide * size;
+      const int64_t all = terms[term].blocks, size = all * SplitFactor::kBlockSize;
+      const float *left = terms[term].left + i / kSide * size, *right = rights[term];
       for (int64_t t = 0; t < all;) {
         if (added == kLongest) {
           keep<R, C>(sums, some);
