@@ -86,6 +86,9 @@ class TestMlp:
             ((208, 209, 208), 257, 1, "softplus", "cross_entropy", True, 3),
             ((223, 224, 225, 20), 200, 1, "sigmoid", "cross_entropy", True, 2),
             ((1200, 192, 3), 290, 1, "relu", "squared", True, 1),
+            # Several blocks for a thread, of as many rows as there are at most, and fewer where layers are many.
+            ((256, 240, 10), 700, 1, "tanh", "cross_entropy", True, 1),
+            ((250,) * 8, 420, 1, "tanh", "squared", True, 2),
         ],
         ids=str,
     )
