@@ -14,15 +14,6 @@ constexpr int64_t kGrain = 1 << 20, kRanges = 2;
 // Bytes of a block's rows, of which there are multiples of as many as few_rows reads at once.
 constexpr int64_t kBlockBytes = 256 << 10, kRows = 32;
 
-// Results of ranges, a thread's own; kept, since new pages cost more than adding to them.
-template <class Real>
-Real* results(int64_t size) {
-  static thread_local int64_t there = 0;
-  static thread_local Buffer<Real> memory(0);
-  if (size > there) memory = Buffer<Real>(size), there = size;
-  return memory.get();
-}
-
 }  // namespace
 
 template <class Real>
@@ -34,8 +25,9 @@ void PlanKernels<Real>::sweep(const plan::Sweep& s, Real* const* slots, const do
   const int64_t ranges = team.ranges(blocks, kRanges), size = outputs * depth;
   Real* const out = slots[s.last.out.slot] + s.last.out.offset;
   const int64_t out_row = s.last.out.strides[1];
-  // The first range's is the product itself.
-  Real* const parts = ranges > 1 ? results<Real>((ranges - 1) * size) : nullptr;
+  // Results of ranges; the first range's is the product itself.
+  const Buffer<Real> others((ranges - 1) * size);
+  Real* const parts = others.get();
   share(ranges, team, [&](int64_t range) {
     const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
     for (int64_t i = first; i < last; ++i) {
