@@ -7,6 +7,7 @@ import torch
 
 from hypergrad_ext import _native, ops, reference, reference_mlp
 from tests.compare import assert_close, assert_no_worse_than_torch
+from tests.test_glm import model
 from tests.test_mlp import cast, problem
 from tests.threads import threads
 
@@ -72,6 +73,92 @@ class TestGram:
             with threads(count):
                 first = gram(x, weights)
                 assert all(torch.equal(first, gram(x, weights)) for _ in range(3))
+
+
+def product(x, weights, v, *rest):
+    return ops.glm_hvp.kernels["cpp"](x, weights, v, *rest)
+
+
+def doubled(arguments):
+    return [t.double() if isinstance(t, torch.Tensor) else t for t in arguments]
+
+
+class TestProductsOfBfloat16:
+    """X in bfloat16 and several columns; widths of groups of columns are 2, 5, 8 and 10."""
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    @pytest.mark.parametrize("k", [2, 3, 5, 6, 8, 9, 10, 11, 21, 33])
+    @pytest.mark.parametrize(
+        ("n", "d"), [(256, 64), (257, 65), (319, 95), (320, 96), (321, 97), (1023, 127), (2100, 784), (300, 1100)]
+    )
+    def test_error_is_that_of_float32(self, n, d, k, count):
+        arguments = model(n, d, 1, k, k % 2 == 1, torch.bfloat16)
+        with threads(count):
+            value = product(*arguments)
+        truth = reference.glm_hvp(*doubled(arguments))
+        assert_no_worse_than_torch(value, reference.glm_hvp(*arguments), truth, 1e-7)
+
+    @pytest.mark.parametrize("intercept", [False, True])
+    @pytest.mark.parametrize(("classes", "k"), [(2, 1), (3, 1), (10, 1), (10, 3), (17, 1), (23, 2)])
+    def test_classes(self, classes, k, intercept):
+        arguments = model(500, 150, classes, k, intercept, torch.bfloat16)
+        truth = reference.glm_hvp(*doubled(arguments))
+        assert_no_worse_than_torch(product(*arguments), reference.glm_hvp(*arguments), truth, 1e-7)
+
+    def test_long_sums(self):
+        """Over rows and over columns: neither rounds worse than torch's, which adds up some hundreds at a time."""
+        for n, d in ((40_000, 64), (300, 20_000)):
+            x, weights, v, *rest = model(n, d, 1, 3, True, torch.bfloat16)
+            arguments = (x.abs(), weights, v.abs(), *rest)
+            truth = reference.glm_hvp(*doubled(arguments))
+            assert_no_worse_than_torch(product(*arguments), reference.glm_hvp(*arguments), truth, 1e-7)
+
+    @pytest.mark.parametrize("scale", [1e-15, 1e-5, 1e10, 1e15])
+    def test_scale_does_not_matter(self, scale):
+        x, weights, v, _, *rest = model(300, 100, 1, 4, True, torch.bfloat16)
+        truth = reference.glm_hvp(*doubled((x, weights, scale * v, None, *rest)))
+        assert_close(product(x, weights, scale * v, None, *rest), truth, 1e-6)
+
+    def test_columns_keep_to_themselves(self):
+        x, weights, v, *rest = model(300, 100, 1, 7, True, torch.bfloat16)
+        v *= torch.tensor([1e-10, 1.0, 1e10, 1e-5, 1e5, 1e-15, 1e15])[:, None]
+        truth = reference.glm_hvp(*doubled((x, weights, v, *rest)))
+        for value, row in zip(product(x, weights, v, *rest), truth, strict=True):
+            assert_close(value, row, 1e-6)
+
+    @pytest.mark.parametrize("bits", [0x7F800000, *NAN_BITS])
+    def test_vectors_that_are_not_finite_are_seen(self, bits):
+        x, weights, v, *rest = model(300, 100, 1, 4, False, torch.bfloat16)
+        v[2, 70] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+        finite = product(x, weights, v, *rest).isfinite()
+        assert not finite[2].any() and finite[[0, 1, 3]].all()
+
+    @pytest.mark.parametrize("row", [0, 100, 299])
+    def test_rows_that_are_not_finite_are_seen(self, row):
+        for bad in (torch.nan, torch.inf):
+            x, *rest = model(300, 100, 1, 4, False, torch.bfloat16)
+            x[row, 99] = bad
+            assert not product(x, *rest).isfinite().any()
+
+    def test_padding_is_never_used(self):
+        arguments = model(301, 101, 1, 4, True, torch.bfloat16)
+        x = torch.full((302, 120), torch.nan, dtype=torch.bfloat16)
+        x[:301, 9:110] = arguments[0]
+        assert torch.equal(product(x[:301, 9:110], *arguments[1:]), product(*arguments))
+
+    def test_same_bits_every_time(self):
+        arguments = model(3000, 140, 10, 1, True, torch.bfloat16)
+        for count in (1, 2, 3):
+            with threads(count):
+                first = product(*arguments)
+                assert all(torch.equal(first, product(*arguments)) for _ in range(3))
+
+    def test_solves(self):
+        x, weights, b, l2, scale, intercept = model(400, 80, 1, 5, True, torch.bfloat16)
+        alpha, steps, never = 1e-2, 30, torch.full((5,), -1.0, dtype=torch.float64)
+        rest = scale, intercept, alpha, 0.1, steps, never
+        value, _ = ops.glm_neumann_solve.kernels["cpp"](x, weights, b, l2, *rest)
+        assert_close(value, reference.glm_neumann_solve(*doubled((x, weights, b, l2)), *rest)[0], 1e-6)
 
 
 class TestMlp:

@@ -68,12 +68,11 @@ HG_INLINE void tile_zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(kTile));
 }
 
-template <int kTile>
-HG_INLINE void tile_load(const void* at) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(at), "r"(kTileRowBytes), "i"(kTile) : "memory");
-}
-
 // `row` bytes from row to row.
+template <int kTile>
+HG_INLINE void tile_load(const void* at, int64_t row = kTileRowBytes) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(at), "r"(row), "i"(kTile) : "memory");
+}
 template <int kTile>
 HG_INLINE void tile_store(float* at, int64_t row) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(at), "r"(row), "i"(kTile) : "memory");
@@ -120,8 +119,9 @@ void tile_zero() {
 }
 
 template <int kTile>
-void tile_load(const void* at) {
-  std::memcpy(emulated(kTile).rows, at, kTileBytes);
+void tile_load(const void* at, int64_t row = kTileRowBytes) {
+  for (int64_t i = 0; i < kTileRows; ++i)
+    std::memcpy(&emulated(kTile).rows[i], static_cast<const char*>(at) + i * row, kTileRowBytes);
 }
 
 template <int kTile>

@@ -2,10 +2,11 @@
 #include <type_traits>
 #include <vector>
 
-#include "../glm.h"
 #include "buffer.h"
 #include "glm_block.h"
 #include "glm_column.h"
+#include "glm_columns.h"
+#include "glm_hvp_split.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -91,14 +92,12 @@ struct Product {
   }
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {
-    const int64_t d = data.d, classes = data.classes, K = k * classes;
-    const int64_t n_weights = classes * (d + data.intercept);
+    const GlmColumns<Real> of(data, v, k);
+    const int64_t d = data.d, classes = data.classes, K = of.K, size = of.size(), pitch = of.pitch();
     const bool one = K == 1 && d * static_cast<int64_t>(sizeof(Real)) >= TilesBase::bytes;
     const int64_t fitting = kBytes / std::max<int64_t>(1, d * sizeof(Real)) / kTileRows * kTileRows;
     const int64_t block = one ? kTileRows : std::clamp(fitting, kTileRows, kMaxRows);
     const int64_t blocks = (data.n + block - 1) / block;
-    // Sums of a range: K x d, and the intercepts'. Where they straddle cache lines, one vector takes 6 % longer.
-    const int64_t size = K * (d + 1), pitch = (size + 15) / 16 * 16;
     // Every range of blocks has sums of its own, added in order: the result depends on the number of threads alone.
     Team team = glm_team(data, k);
     team.alternating = one;
@@ -106,20 +105,12 @@ struct Product {
     const int64_t per_thread = std::clamp<int64_t>(taken, team.threads > 1 ? 4 : 1, kMostTaken);
     const int64_t ranges = std::clamp<int64_t>(blocks, 1, team.threads * per_thread);
 
-    std::vector<const Real*> columns(K);
-    std::vector<Real> intercepts(data.intercept ? K : 0);
-    for (int64_t c = 0; c < K; ++c) {
-      const Real* vector = v + c / classes * n_weights;
-      columns[c] = vector + c % classes * d;
-      if (data.intercept) intercepts[c] = vector[classes * d + c % classes];
-    }
-
     // Registers of 16 bytes hold one column.
     const int64_t panel_size = DotPanel<Real>::size(d),
                   in_panels = isa() == Isa::base ? 0 : K / DotPanel<Real>::kColumns;
     const Buffer<Real> panels(in_panels * panel_size);
     for (int64_t i = 0; i < in_panels; ++i)
-      DotPanel<Real>::pack(columns.data() + i * DotPanel<Real>::kColumns, d, panels.get() + i * panel_size);
+      DotPanel<Real>::pack(of.columns.data() + i * DotPanel<Real>::kColumns, d, panels.get() + i * panel_size);
 
     const Buffer<Real> memory(ranges * pitch);
     Real* const totals = memory.get();
@@ -137,8 +128,8 @@ struct Product {
         const bool more = i + 1 < last && row + 2 * block <= data.n;
         Block job{};
         job.weights = static_cast<const Real*>(data.weights) + row * classes;
-        job.v = columns.data(), job.panels = in_panels ? panels.get() : nullptr,
-        job.intercept = data.intercept ? intercepts.data() : nullptr;
+        job.v = of.columns.data(), job.panels = in_panels ? panels.get() : nullptr,
+        job.intercept = data.intercept ? of.intercepts.data() : nullptr;
         job.z = z.data(), job.g = g, job.g_intercept = g + K * d;
         job.rows = std::min(block, data.n - row), job.d = d, job.K = K, job.classes = classes;
         job.next = more ? reinterpret_cast<const char*>(x + block * data.stride) : nullptr;
@@ -149,19 +140,7 @@ struct Product {
       }
     });
 
-    for (int64_t range = 1; range < ranges; ++range)
-      for (int64_t j = 0; j < size; ++j) totals[j] += totals[range * pitch + j];
-    const Real scale = static_cast<Real>(data.scale);
-    for (int64_t c = 0; c < K; ++c) {
-      Real* vector = out + c / classes * n_weights;
-      for (int64_t j = 0; j < d; ++j) vector[c % classes * d + j] = scale * totals[c * d + j];
-      if (data.intercept) vector[classes * d + c % classes] = scale * totals[K * d + c];
-    }
-    if (data.l2) {
-      const Real* l2 = static_cast<const Real*>(data.l2);
-      for (int64_t i = 0; i < k; ++i)
-        for (int64_t j = 0; j < n_weights; ++j) out[i * n_weights + j] += l2[j] * v[i * n_weights + j];
-    }
+    of.finish(totals, ranges, out);
   }
 };
 
@@ -172,6 +151,8 @@ Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d 
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
   if (data.x_dtype == DType::f64)
     Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
+  else if (hvp_split_suits(data, k))
+    glm_hvp_split(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (data.x_dtype == DType::bf16)
     Product<BFloat16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (data.x_dtype == DType::f16)

@@ -37,12 +37,13 @@ class _Rates:
     scaling: float  # a number of D x when the matrix is formed
     forming: float  # the calls that form it
     cache_bytes: float
+    product: float = 1.0  # a multiply-add of a product with X
 
 
 # Measured on AMD: Zen 4, where the product makes 85 to 100 GFLOP/s per core; Zen 3, 55, what forms the matrix and
 # multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured. On Intel's server cores
 # (Granite Rapids), 105, whose last cache gives 27 GB/s to each; their matrix units form the matrix of wide data in
-# float32.
+# float32, and make products of several columns with data in bfloat16.
 _ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
@@ -59,7 +60,9 @@ _ON_AVX2 = _Rates(
 _ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
 _ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.85, step=1.2, cache_bytes=1e8)
 _ON_INTEL_AMX = replace(_ON_INTEL_AVX512, gram=0.3, strip=32, scaling=50.0)
-_AMX_ROWS, _AMX_COLUMNS = 1024, 128
+_AMX_PRODUCT = 0.5
+# Rows and columns from which on they do.
+_AMX_GRAM, _AMX_BFLOAT16 = (1024, 128), (256, 64)
 _ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
@@ -175,13 +178,14 @@ class GLMHessian(LinearOperator):
         (n, d), m = self.inputs.shape, self.space.numel
         classes = m // (d + self.intercept)
 
-        rates = _rates(self.inputs)
+        rates = _rates(self.inputs, classes * rows)
 
         def reading(size: int) -> float:
             return size * (rates.from_memory if size > rates.cache_bytes else rates.from_cache)
 
         data = n * d * self.inputs.element_size()
-        streaming = products * max(2 * n * (d + rates.short_row) * classes * rows, reading(data) + n * rates.row)
+        product = rates.product * 2 * n * (d + rates.short_row) * classes * rows
+        streaming = products * max(product, reading(data) + n * rates.row)
         forming = 0.0
         if self._gram is None:
             # Of every pair of classes a symmetric block.
@@ -325,21 +329,28 @@ class _Gram(DenseMatrix):
         return self.space.views(self.space.joined(v) @ self.matrix)
 
 
-def _rates(inputs: Tensor) -> _Rates:
-    wide = inputs.dtype != torch.float64 and inputs.shape[0] >= _AMX_ROWS and inputs.shape[1] >= _AMX_COLUMNS
-    return _ON_CUDA if inputs.is_cuda else _rates_of_cpu(wide)
+def _rates(inputs: Tensor, columns: int) -> _Rates:
+    if inputs.is_cuda:
+        return _ON_CUDA
+
+    def reach(sizes: tuple[int, int]) -> bool:
+        return inputs.shape[0] >= sizes[0] and inputs.shape[1] >= sizes[1]
+
+    wide = inputs.dtype != torch.float64 and reach(_AMX_GRAM)
+    several = inputs.dtype == torch.bfloat16 and columns > 1 and reach(_AMX_BFLOAT16)
+    return _rates_of_cpu(wide, several)
 
 
 @functools.cache
-def _rates_of_cpu(wide: bool) -> _Rates:
+def _rates_of_cpu(wide: bool, several: bool) -> _Rates:
     cpu = _native.build_info()
     if cpu.get("blas_at_half_speed"):
         return _ON_FAST_CORES
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return _ON_AVX2
-    if cpu.get("amx") and wide:
-        return _ON_INTEL_AMX
-    return _ON_INTEL_AVX512 if cpu.get("vendor") == "intel" else _ON_AVX512
+    if not cpu.get("amx"):
+        return _ON_INTEL_AVX512 if cpu.get("vendor") == "intel" else _ON_AVX512
+    return replace(_ON_INTEL_AMX if wide else _ON_INTEL_AVX512, product=_AMX_PRODUCT if several else 1.0)
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:
