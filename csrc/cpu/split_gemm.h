@@ -175,7 +175,8 @@ struct SplitTerm {
   SplitFactor::Source late;
   float* memory;
 
-  static int64_t memory_size(int64_t depth) { return group(SplitFactor::size(1, depth)) * SplitFactor::size(1, depth); }
+  // Enough for any smaller depth as well.
+  static int64_t memory_size(int64_t depth) { return std::max(kAtATime, SplitFactor::size(1, depth)); }
 
   // The right factor's columns from j on.
   HG_INLINE const float* right_at(int64_t j) const {
