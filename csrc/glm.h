@@ -25,6 +25,9 @@ namespace cpu {
 // out = H v. v, out: k vectors of classes x d weights, then, if there is an intercept, classes more.
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out);
 
+// Whether two matrix products are faster, since so many columns and their sums leave no room in the second cache.
+bool glm_many(const GlmData& data, int64_t k);
+
 // The team that it shares its work with.
 struct Team;
 Team glm_team(const GlmData& data, int64_t k);

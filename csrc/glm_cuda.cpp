@@ -2,7 +2,6 @@
 #include "glm_cuda.h"
 
 #include <ATen/Context.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "cuda/call.h"
 #include "tensors.h"
@@ -10,10 +9,10 @@
 namespace hg::glm_cuda {
 namespace {
 
-// Bytes of X, in the precision of the vectors, and of Z that two matrix products hold at a time.
+// Bytes that two matrix products hold at a time.
 constexpr int64_t kChunkBytes = 256 << 20;
 
-void one_pass(const Problem& problem, const at::Tensor& v, const at::Tensor& out, const int* running) {
+void one_pass(const GlmProblem& problem, const at::Tensor& v, const at::Tensor& out, const int* running) {
   cuda::call("glm_hvp", v.device(), [&](const auto& scratch, auto stream) {
     return cuda::glm_hvp(problem.data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr(), running, scratch, stream);
   });
@@ -29,46 +28,12 @@ bool takes_one_pass(const GlmData& data, const at::Tensor& v) {
   return yes;
 }
 
-void two_products(const Problem& problem, const at::Tensor& v, const at::Tensor& out) {
-  // X may belong to a graph, which has no business here.
-  const c10::impl::ExcludeDispatchKeyGuard below_autograd(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
-  const GlmData& data = problem.data;
-  const int64_t k = v.size(0), columns = k * data.classes;
-  const at::Tensor v_weights = v.narrow(1, 0, data.classes * data.d).reshape({columns, data.d});
-  const at::Tensor g = zeros({columns, data.d}, v.options());
-  const at::Tensor v_bias =
-      data.intercept ? v.narrow(1, data.classes * data.d, data.classes).reshape({1, columns}) : at::Tensor();
-  at::Tensor g_bias = data.intercept ? zeros({columns}, v.options()) : at::Tensor();
-  const int64_t row_bytes = v.element_size() * (columns + (problem.x.dtype() == v.dtype() ? 0 : data.d));
-  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(1, row_bytes));
-  for (int64_t row = 0; row < data.n; row += chunk) {
-    const int64_t rows = std::min(chunk, data.n - row);
-    // bf16 data are read exactly, as in the kernels: a product in bf16 would round the vectors.
-    const at::Tensor x = problem.x.narrow(0, row, rows).to(v.scalar_type());
-    at::Tensor z = data.intercept ? v_bias.addmm(x, v_weights.t()) : x.mm(v_weights.t());
-    if (data.classes == 1) {
-      z.mul_(problem.weights.narrow(0, row, rows).unsqueeze(1));
-    } else {
-      const at::Tensor p = problem.weights.narrow(0, row, rows).unsqueeze(1);
-      const at::Tensor z3 = z.view({rows, k, data.classes});
-      z3.mul_(p);
-      z3.addcmul_(p, z3.sum(2, /*keepdim=*/true), -1);
-    }
-    g.addmm_(z.t(), x);
-    if (data.intercept) g_bias.add_(z.sum(0));
-  }
-  out.narrow(1, 0, data.classes * data.d).copy_(g.view({k, -1}));
-  if (data.intercept) out.narrow(1, data.classes * data.d, data.classes).copy_(g_bias.view({k, -1}));
-  out.mul_(data.scale);
-  if (problem.l2) out.addcmul_(problem.l2->view({1, -1}), v);
-}
-
 // out = H v. Where `running` is given and 0, out is left as it is or holds a product that nobody needs.
-void product(const Problem& problem, const at::Tensor& v, const at::Tensor& out, const int* running) {
+void product(const GlmProblem& problem, const at::Tensor& v, const at::Tensor& out, const int* running) {
   if (takes_one_pass(problem.data, v))
     one_pass(problem, v, out, running);
   else
-    two_products(problem, v, out);
+    two_products(problem, v, out, kChunkBytes);
 }
 
 // Calls run(solve, done, scratch, stream); whether the solve was launched.
@@ -88,20 +53,20 @@ bool in_one_launch(const char* op, const at::Tensor& b, const at::Tensor& out, d
 
 }  // namespace
 
-Plan neumann_plan(const Problem& problem, const at::Tensor& b) {
+Plan neumann_plan(const GlmProblem& problem, const at::Tensor& b) {
   Plan plan;
   cuda::call("glm_neumann_plan", b.device(),
              [&](const auto&, auto) { return cuda::glm_neumann_plan(problem.data, b.size(0), plan); });
   return plan;
 }
 
-at::Tensor hvp(const Problem& problem, const at::Tensor& v) {
+at::Tensor hvp(const GlmProblem& problem, const at::Tensor& v) {
   at::Tensor out = empty_like(v);
   product(problem, v, out, nullptr);
   return out;
 }
 
-std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const at::Tensor& b, double alpha,
+std::tuple<at::Tensor, at::Tensor> neumann_solve(const GlmProblem& problem, const at::Tensor& b, double alpha,
                                                  double damping, int64_t steps, const at::Tensor& stop) {
   const GlmData& data = problem.data;
   const int64_t k = b.size(0);
@@ -129,7 +94,7 @@ std::tuple<at::Tensor, at::Tensor> neumann_solve(const Problem& problem, const a
   return {p.mul_(alpha), history};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> cg_solve(const Problem& problem, const at::Tensor& b, double damping,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cg_solve(const GlmProblem& problem, const at::Tensor& b, double damping,
                                                         int64_t steps, const at::Tensor& state) {
   const GlmData& data = problem.data;
   const int64_t k = b.size(0);

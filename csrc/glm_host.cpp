@@ -67,12 +67,17 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
   return data;
 }
 
+// Bytes that two matrix products on the CPU hold at a time.
+constexpr int64_t kChunkBytes = 8 << 20;
+
 // The product on the CPU.
-Multiply product_with(const GlmData& data, int64_t k) {
-  const auto product = [&data](const at::Tensor& v, at::Tensor& out) {
+Multiply product_with(const GlmProblem& problem, int64_t k) {
+  if (cpu::glm_many(problem.data, k))
+    return {[problem](const at::Tensor& v, at::Tensor& out) { two_products(problem, v, out, kChunkBytes); }};
+  const auto product = [&data = problem.data](const at::Tensor& v, at::Tensor& out) {
     cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
   };
-  return {product, cpu::glm_team(data, k)};
+  return {product, cpu::glm_team(problem.data, k)};
 }
 
 }  // namespace
@@ -80,9 +85,10 @@ Multiply product_with(const GlmData& data, int64_t k) {
 at::Tensor glm_hvp(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& v,
                    const std::optional<at::Tensor>& l2, double scale, bool intercept) {
   const GlmData data = checked(x, weights, v, l2, scale, intercept);
-  if (!cuda::for_cpu(v)) return glm_cuda::hvp({data, x, weights, l2}, v);
+  const GlmProblem problem{data, x, weights, l2};
+  if (!cuda::for_cpu(v)) return glm_cuda::hvp(problem, v);
   at::Tensor out = empty_like(v);
-  cpu::glm_hvp(data, v.const_data_ptr(), v.size(0), out.mutable_data_ptr());
+  product_with(problem, v.size(0)).product(v, out);
   return out;
 }
 
@@ -113,7 +119,8 @@ at::Tensor glm_gram(const at::Tensor& x, const at::Tensor& weights) {
 Plan glm_neumann_plan(const at::Tensor& x, const at::Tensor& weights, const at::Tensor& b,
                       const std::optional<at::Tensor>& l2, double scale, bool intercept) {
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
-  if (!cuda::for_cpu(b)) return glm_cuda::neumann_plan({data, x, weights, l2}, b);
+  const GlmProblem problem{data, x, weights, l2};
+  if (!cuda::for_cpu(b)) return glm_cuda::neumann_plan(problem, b);
   return {"steps", "on the CPU a step is a call of its own"};
 }
 
@@ -122,9 +129,10 @@ std::tuple<at::Tensor, at::Tensor> glm_neumann_solve(const at::Tensor& x, const 
                                                      double scale, bool intercept, double alpha, double damping,
                                                      int64_t steps, const at::Tensor& stop) {
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
+  const GlmProblem problem{data, x, weights, l2};
   check_stop(b, steps, stop);
-  if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve({data, x, weights, l2}, b, alpha, damping, steps, stop);
-  return neumann_series(b, alpha, damping, steps, stop, product_with(data, b.size(0)));
+  if (!cuda::for_cpu(b)) return glm_cuda::neumann_solve(problem, b, alpha, damping, steps, stop);
+  return neumann_series(b, alpha, damping, steps, stop, product_with(problem, b.size(0)));
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x, const at::Tensor& weights,
@@ -132,9 +140,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> glm_cg_solve(const at::Tensor& x,
                                                             double scale, bool intercept, double damping, int64_t steps,
                                                             const at::Tensor& state) {
   const GlmData data = checked(x, weights, b, l2, scale, intercept);
+  const GlmProblem problem{data, x, weights, l2};
   check_state(b, state);
-  if (!cuda::for_cpu(b)) return glm_cuda::cg_solve({data, x, weights, l2}, b, damping, steps, state);
-  return conjugate_gradients(b, damping, steps, state, product_with(data, b.size(0)));
+  if (!cuda::for_cpu(b)) return glm_cuda::cg_solve(problem, b, damping, steps, state);
+  return conjugate_gradients(b, damping, steps, state, product_with(problem, b.size(0)));
 }
 
 }  // namespace hg

@@ -118,6 +118,31 @@ class TestProduct:
         arguments = model(0, 5, 1, 2, False)
         assert_close(ops.glm_hvp.kernel(torch.device("cpu"), backend)(*arguments), arguments[3] * arguments[2], 1e-15)
 
+    @needs_cpp
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("intercept", [False, True])
+    @pytest.mark.parametrize(
+        ("n", "d", "classes", "k"), [(300, 700, 1, 400), (70, 1100, 250, 1), (2100, 600, 150, 3), (1, 9000, 40, 4)]
+    )
+    def test_many_columns(self, n, d, classes, k, intercept, dtype):
+        """Columns and sums beyond the second cache; rows in several parts."""
+        arguments = model(n, d, classes, k, intercept, dtype)
+        truth = reference.glm_hvp(*[t.double() if isinstance(t, torch.Tensor) else t for t in arguments])
+        value = ops.glm_hvp.kernels["cpp"](*arguments)
+        if dtype == torch.float64:
+            assert_close(value, truth, 1e-13)
+        else:
+            assert_no_worse_than_torch(value, reference.glm_hvp(*arguments), truth, 1e-7)
+
+    @needs_cpp
+    def test_solves_with_many_columns(self):
+        x, weights, b, l2, scale, intercept = model(60, 900, 200, 1, True, torch.float32)
+        rest = scale, intercept, 1e-2, 0.1, 20, torch.full((1,), -1.0, dtype=torch.float64)
+        value, _ = ops.glm_neumann_solve.kernels["cpp"](x.requires_grad_(), weights, b, l2, *rest)
+        x, weights, b, l2 = (t.detach().double() for t in (x, weights, b, l2))
+        assert not value.requires_grad
+        assert_close(value, reference.glm_neumann_solve(x, weights, b, l2, *rest)[0], 1e-6)
+
     def test_threads_change_nothing_but_rounding(self):
         arguments = model(50_000, 40, 1, 2, True)
         results = []

@@ -176,6 +176,8 @@ class TestMlp:
             # Several blocks for a thread, of as many rows as there are at most, and fewer where layers are many.
             ((256, 240, 10), 700, 1, "tanh", "cross_entropy", True, 1),
             ((250,) * 8, 420, 1, "tanh", "squared", True, 2),
+            # Of unlike layers the smaller one packs more columns at a time.
+            ((352, 320), 192, 1, "tanh", "squared", False, 1),
         ],
         ids=str,
     )

@@ -6,7 +6,7 @@
 #include "glm_block.h"
 #include "glm_column.h"
 #include "glm_columns.h"
-#include "glm_hvp_split.h"
+#include "glm_hvp_bf16.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -24,6 +24,9 @@ constexpr int64_t kGrainOps = 1 << 20;
 constexpr int64_t kFlush = 64;
 // Rows of one vector's product that are added up before they go to the total, likewise.
 constexpr int64_t kPartRows = 768;
+// Columns, and bytes of them and their sums, from which on matrix products of torch are faster, and faster than matrix
+// units with bfloat16.
+constexpr int64_t kMany = 32, kManyBytes = 2 << 20, kManyOfBf16 = 8 << 20;
 // Bytes of X that a thread takes at a time, and how often at the most: what it took last is in L2 when the next product
 // begins there.
 constexpr int64_t kTaken = 768 << 10, kMostTaken = 8;
@@ -146,13 +149,18 @@ struct Product {
 
 }  // namespace
 
+bool glm_many(const GlmData& data, int64_t k) {
+  const int64_t K = k * data.classes, size = data.x_dtype == DType::f64 ? sizeof(double) : sizeof(float);
+  return K >= kMany && 2 * K * data.d * size >= (bf16_suits(data, k) ? kManyOfBf16 : kManyBytes);
+}
+
 Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d * data.classes * k, kGrainOps); }
 
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
   if (data.x_dtype == DType::f64)
     Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
-  else if (hvp_split_suits(data, k))
-    glm_hvp_split(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+  else if (bf16_suits(data, k))
+    glm_hvp_bf16(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (data.x_dtype == DType::bf16)
     Product<BFloat16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (data.x_dtype == DType::f16)

@@ -1,12 +1,12 @@
 // Hessian-vector products of generalised linear models with several columns, X in bfloat16, by matrix units: every row
 // of X is read once from memory, and again from the second cache.
-#include "glm_hvp_split.h"
+#include "glm_hvp_bf16.h"
 
 #include <vector>
 
 #include "buffer.h"
-#include "glm_columns.h"
-#include "glm_split.h"
+#include "glm_bf16.h"
+#include "glm_weigh.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -38,9 +38,7 @@ struct Ahead {
 
 template <int kColumns>
 struct Product {
-  using Group = GlmSplit<kColumns>;
-  using S = typename Group::S;
-  using V = typename S::V;
+  using Group = GlmBf16<kColumns>;
   static constexpr int64_t kRows = Group::kRows;
 
   const GlmColumns<float>& of;
@@ -74,7 +72,7 @@ struct Product {
           g_intercept(p.K * kRows),
           z(block / kRows * panel),
           weighted(Group::weighted_size(block)),
-          probabilities(p.data.classes * kRows) {
+          probabilities(GlmWeigh::scratch_size(p.of)) {
       std::fill_n(g.get(), p.groups * size, 0.0f);
       std::fill_n(g_intercept.get(), p.K * kRows, 0.0f);
       std::fill_n(weighted.get(), Group::weighted_size(block), 0.0f);
@@ -110,7 +108,9 @@ struct Product {
         i == 0 ? Group::multiply(x, b.stride, d, v, z, sums.panel, fetch)
                : Group::multiply(x, b.stride, d, v, z, sums.panel, nothing);
       }
-    for (int64_t r = 0; r < b.rows; r += kRows) weigh(b, r, sums, sums.z.get() + r / kRows * sums.panel);
+    const GlmWeigh weigh{of, sums.probabilities.get(), sums.g_intercept.get()};
+    for (int64_t r = 0; r < b.rows; r += kRows)
+      weigh.run(b.weights + r * data.classes, kRows, sums.z.get() + r / kRows * sums.panel, kRows);
     for (int64_t i = 0; i < groups; ++i) {
       float *weighted = sums.weighted.get(), *g = sums.g.get() + i * sums.size;
       for (int64_t r = 0; r < b.rows; r += kRows)
@@ -119,30 +119,6 @@ struct Product {
       i == 0 ? Group::add(b.x, b.stride, b.rows, d, weighted, g, fetch)
              : Group::add(b.x, b.stride, b.rows, d, weighted, g, nothing);
     }
-  }
-
-  // z <- D (z + intercepts) for 16 rows from r on: weights, or p * (z - <p, z>) for each of the k vectors.
-  HG_INLINE void weigh(const Block& b, int64_t r, const Sums& sums, float* z) const {
-    const int64_t classes = data.classes;
-    for (int64_t c = 0; c < static_cast<int64_t>(of.intercepts.size()); ++c)
-      S::store(z + c * kRows, S::load(z + c * kRows) + of.intercepts[c]);
-    if (classes == 1) {
-      const V weight = S::load(b.weights + r);
-      for (int64_t c = 0; c < K; ++c) S::store(z + c * kRows, weight * S::load(z + c * kRows));
-    } else {
-      float* const p = sums.probabilities.get();
-      for (int64_t i = 0; i < kRows; ++i)
-        for (int64_t c = 0; c < classes; ++c) p[c * kRows + i] = b.weights[(r + i) * classes + c];
-      for (float* at = z; at < z + K * kRows; at += classes * kRows) {
-        V mean{};
-        for (int64_t c = 0; c < classes; ++c) mean += S::load(p + c * kRows) * S::load(at + c * kRows);
-        for (int64_t c = 0; c < classes; ++c)
-          S::store(at + c * kRows, S::load(p + c * kRows) * (S::load(at + c * kRows) - mean));
-      }
-    }
-    float* const g = sums.g_intercept.get();
-    for (int64_t c = 0; c < static_cast<int64_t>(of.intercepts.size()); ++c)
-      S::store(g + c * kRows, S::load(g + c * kRows) + S::load(z + c * kRows));
   }
 
   // Rows from `row` on.
@@ -194,12 +170,12 @@ struct Product {
 
 }  // namespace
 
-bool hvp_split_suits(const GlmData& data, int64_t k) {
+bool bf16_suits(const GlmData& data, int64_t k) {
   return has_amx() && data.x_dtype == DType::bf16 && k * data.classes > 1 && data.d >= kLeastColumns &&
          data.n >= kLeastRows;
 }
 
-void glm_hvp_split(const GlmData& data, const float* v, int64_t k, float* out) {
+void glm_hvp_bf16(const GlmData& data, const float* v, int64_t k, float* out) {
   const GlmColumns<float> of(data, v, k);
   // Groups of equal width, which pad as little as these allow: five columns are 15 parts, one tile; eight fill two
   // in one step and three in the other.

@@ -20,7 +20,7 @@ namespace hg::cpu {
 
 // Products with a group of at most kColumns columns of V.
 template <int kColumns>
-struct GlmSplit {
+struct GlmBf16 {
   using S = Simd<float, 64>;
   using V = S::V;
   using Words = S::Words;
