@@ -23,8 +23,8 @@ constexpr int64_t kFlush = 64;
 // Ranges per thread.
 constexpr int64_t kRanges = 4;
 
-// The next block, sent for in the order of memory: so the processor's own prefetching goes ahead. Rows in other orders
-// come at a third of the rate.
+// The next block, sent for in the order of memory: so the processor's own prefetching goes ahead. Sent for row by row,
+// as they are used, they take a product 1.05 to 1.25 times as long.
 struct Ahead {
   static constexpr int64_t kLine = 64, kLines = 8;
   const char *next, *end;
