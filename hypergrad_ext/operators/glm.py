@@ -89,10 +89,10 @@ _GRAM_LIMIT = 4096
 class GLMHessian(LinearOperator):
     r"""Hessian :math:`H = \frac1n X^\top D X + \mathrm{diag}(2\,\ell_2)` of a generalised linear model's mean loss.
 
-    Every product reads the data once (on a GPU twice, as two matrix products, for more than 24 columns of vectors
-    and classes); a whole Neumann or CG solve is one call of a compiled kernel. Where
-    forming the Gram matrix is cheaper than the products of a solve, it is formed instead (``plan`` says so
-    and why).
+    Every product reads the data once, or twice, as two matrix products: on a GPU for more than 24 columns of vectors
+    and classes, on the CPU where columns and sums take more than 2 MB. A whole Neumann or CG solve is one call of a
+    compiled kernel. Where forming the Gram matrix is cheaper than the products of a solve, it is formed instead
+    (``plan`` says so and why).
 
     ======== ================================================================ ===================
     family   loss of which this is the Hessian                                D
