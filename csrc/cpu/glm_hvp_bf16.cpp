@@ -2,6 +2,7 @@
 // of X is read once from memory, and again from the second cache.
 #include "glm_hvp_bf16.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "buffer.h"
@@ -110,7 +111,7 @@ struct Product {
       }
     const GlmWeigh weigh{of, sums.probabilities.get(), sums.g_intercept.get()};
     for (int64_t r = 0; r < b.rows; r += kRows)
-      weigh.run(b.weights + r * data.classes, kRows, sums.z.get() + r / kRows * sums.panel, kRows);
+      weigh.run(b.weights + r * data.classes, sums.z.get() + r / kRows * sums.panel);
     for (int64_t i = 0; i < groups; ++i) {
       float *weighted = sums.weighted.get(), *g = sums.g.get() + i * sums.size;
       for (int64_t r = 0; r < b.rows; r += kRows)
