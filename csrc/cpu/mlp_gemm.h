@@ -30,7 +30,16 @@ struct Panels {
   static int64_t size(int64_t rows, int64_t columns) { return height(rows) * ((columns + P - 1) / P * P); }
   // Where they are.
   static Panels rows(const Real* data, int64_t stride, int64_t, int64_t) { return {data, stride}; }
-  static Panels columns(const Real* data, int64_t stride, int64_t, int64_t) { return {data, stride}; }
+  // Or packed when they are used, a matrix or its transpose.
+  static Panels late_rows(const Real* data, int64_t stride, int64_t rows, int64_t columns, Real* memory) {
+    pack_rows(data, stride, 0, rows, columns, memory, rows);
+    return apart(memory, rows);
+  }
+  static Panels late_columns(const Real* data, int64_t stride, int64_t count, int64_t rows, Real* memory) {
+    pack_columns(data, stride, 0, count, rows, memory);
+    return apart(memory, rows);
+  }
+  static int64_t late_size(int64_t rows, int64_t columns) { return size(rows, columns); }
   // For the factors of a product with so many rows; they are read where they are.
   static int64_t memory_size(int64_t, int64_t) { return 0; }
 

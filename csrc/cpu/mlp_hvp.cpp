@@ -112,7 +112,7 @@ class Product {
 
   // Whether matrices are packed in advance, by all threads. A thread that has a single block packs them as it uses
   // them: they stay in its nearest caches.
-  static bool in_advance(const Cut& cut, int64_t threads) { return Right::kInPlace || cut.blocks > threads; }
+  static bool in_advance(const Cut& cut, int64_t threads) { return cut.blocks > threads; }
 
   // Packs the rows of the network, unless they are, or are too many.
   void pack_hidden(const Cut& cut, const Team& team) {
@@ -234,21 +234,29 @@ class Product {
 
   // A right factor: a matrix, or its transpose; at `at` of what is packed, if it is.
   static Right as_it_is(const Real* packed, int64_t at, const Real* matrix, int64_t stride, int64_t rows,
-                        int64_t columns) {
-    return packed && at >= 0 ? Right::apart(packed + at, rows) : Right::rows(matrix, stride, rows, columns);
+                        int64_t columns, Real* memory) {
+    if (at < 0) return Right::rows(matrix, stride, rows, columns);
+    return packed ? Right::apart(packed + at, rows) : Right::late_rows(matrix, stride, rows, columns, memory);
   }
-  static Right transposed(const Real* packed, int64_t at, const Real* matrix, int64_t stride, const MlpLayer& layer) {
-    return packed && at >= 0 ? Right::apart(packed + at, layer.in)
-                             : Right::columns(matrix, stride, layer.out, layer.in);
+  static Right transposed(const Real* packed, int64_t at, const Real* matrix, int64_t stride, const MlpLayer& layer,
+                          Real* memory) {
+    if (at < 0) return Right::rows(matrix, stride, layer.out, layer.in);
+    return packed ? Right::apart(packed + at, layer.in)
+                  : Right::late_columns(matrix, stride, layer.out, layer.in, memory);
   }
 
   // For the factors of one product.
   int64_t memory_size(int64_t rows) const {
     int64_t size = 0;
     for (const MlpLayer& layer : layers_)
-      size = std::max(
-          {size, 2 * Right::memory_size(rows, std::max(layer.in, layer.out)), 2 * Right::memory_size(layer.out, rows)});
+      size = std::max({size, 2 * Right::memory_size(rows, std::max(layer.in, layer.out)),
+                       2 * Right::memory_size(layer.out, rows), 2 * late_size(layer)});
     return size;
+  }
+
+  // For a right factor that is packed when it is used.
+  static int64_t late_size(const MlpLayer& layer) {
+    return std::max(Right::late_size(layer.in, layer.out), Right::late_size(layer.out, layer.in));
   }
 
   // A vector, its biases padded, and its matrices packed or null.
@@ -270,11 +278,13 @@ class Product {
       const Layout& at = layout_[l];
       const bool along_inputs = l == last && narrow(layer, at);
       const Factors<Right> by_v{real(layer.hidden, begin), layer.hidden.stride,
-                                transposed(packed, at.transposed, v + at.v_weight, layer.in, layer), layer.in};
+                                transposed(packed, at.transposed, v + at.v_weight, layer.in, layer, memory), layer.in};
       Factors<Right> by_w{};
       if (l > 0)
         by_w = {tangents + rows * layout_[l - 1].tangent, at.in_row,
-                transposed(weights, at.w_transposed, real(layer.weight), layer.weight.stride, layer), layer.in};
+                transposed(weights, at.w_transposed, real(layer.weight), layer.weight.stride, layer,
+                           memory + late_size(layer)),
+                layer.in};
       const int terms = l > 0 ? 2 : 1;
       if (l < last)
         for (const Rows* m : {&layers_[l + 1].hidden, &layers_[l + 1].slope, &layers_[l + 1].bend})
@@ -303,7 +313,7 @@ class Product {
       // The layers' rows lie one after another.
       const Factors<Right> of_delta{delta, at.out_row,
                                     as_it_is(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden),
-                                             real(layer.hidden, begin), layer.hidden.stride, rows, layer.in),
+                                             real(layer.hidden, begin), layer.hidden.stride, rows, layer.in, memory),
                                     rows};
       if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias, first});
       if (l == 0) {
@@ -318,10 +328,12 @@ class Product {
       Gemm<Right, Accumulate>::run(
           {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}, memory});
       const Factors<Right> by_w{
-          delta, at.out_row, as_it_is(weights, at.w_rows, real(layer.weight), layer.weight.stride, layer.out, layer.in),
-          layer.out};
+          delta, at.out_row,
+          as_it_is(weights, at.w_rows, real(layer.weight), layer.weight.stride, layer.out, layer.in, memory), layer.out};
       const Factors<Right> by_v{real(layer.delta, begin), layer.delta.stride,
-                                as_it_is(packed, at.rows, v + at.v_weight, layer.in, layer.out, layer.in), layer.out};
+                                as_it_is(packed, at.rows, v + at.v_weight, layer.in, layer.out, layer.in,
+                                         memory + late_size(layer)),
+                                layer.out};
       Gemm<Right, BackThroughActivation>::run(
           {{by_w, by_v},
            2,

@@ -20,9 +20,13 @@ struct SplitRight {
   static SplitRight rows(const float* data, int64_t stride, int64_t count, int64_t columns) {
     return {nullptr, {data, 1, stride, columns, count}};
   }
-  static SplitRight columns(const float* data, int64_t stride, int64_t count, int64_t rows) {
+  static SplitRight late_rows(const float* data, int64_t stride, int64_t count, int64_t columns, float*) {
+    return rows(data, stride, count, columns);
+  }
+  static SplitRight late_columns(const float* data, int64_t stride, int64_t count, int64_t rows, float*) {
     return {nullptr, {data, stride, 1, count, rows}};
   }
+  static int64_t late_size(int64_t, int64_t) { return 0; }
   static int64_t size(int64_t rows, int64_t columns) { return SplitFactor::size(columns, rows); }
   static int64_t memory_size(int64_t rows, int64_t depth) {
     return SplitFactor::size(rows, depth) + SplitTerm::memory_size(depth);
