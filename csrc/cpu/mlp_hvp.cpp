@@ -34,6 +34,7 @@ struct Layout {
   int64_t w_transposed, w_rows;  // in the packed copy of W; -1 where it is not needed, or W itself will do
   int64_t hidden;                // in a block's packed rows of the network; -1 where its own will do
   int64_t bias;                  // in the padded copy of v's
+  bool whole;  // whether rows of the matrix fill cache lines
   int64_t sum, sum_bias;
   int64_t tangent;  // row elements before this layer's, in a block's tangents
 };
@@ -73,6 +74,7 @@ class Product {
       at.w_rows = back && packed(at.in) ? take(weights_size_, rows) : -1;
       at.hidden = packed(at.in) ? take(hidden_columns_, (at.in + kPiece - 1) / kPiece * kPiece) : -1;
       at.bias = take(bias_size_, at.out);
+      at.whole = at.in == layer.in;
       at.sum = take(sum_size_, layer.out * at.in_row);
       at.sum_bias = take(sum_size_, at.out);
       at.tangent = take(tangent_size_, at.out_row);
@@ -149,7 +151,8 @@ class Product {
           const int64_t count = std::min(rows, data_.n - i * rows);
           const Real* hidden = kept ? hidden_->get() + i * hidden_size : packs_block ? scratch : nullptr;
           if (packs_block) pack_block(i * rows, count, scratch);
-          add_block({v, biases, packed}, i * rows, count, hidden, scratch + block_size, sum, i == first);
+          const Sum to{sum, t == 0 ? out : nullptr, i == first};
+          add_block({v, biases, packed}, i * rows, count, hidden, scratch + block_size, to);
         }
       });
       each_piece(team, [&](const Piece& piece) { unpack(piece, sums, added, thread_size, v, out); });
@@ -213,7 +216,10 @@ class Product {
     for (int64_t o = piece.begin; o < piece.end; ++o) {
       const Real *from = sums + at.sum + o * at.in_row, *vector = v + at.v_weight + o * layer.in;
       Real* to = out + at.v_weight + o * layer.in;
-      for (int64_t i = 0; i < layer.in; ++i) to[i] = (threads > 0 ? from[i] : Real(0)) + l2 * vector[i];
+      if (!at.whole || threads == 0)
+        for (int64_t i = 0; i < layer.in; ++i) to[i] = (threads > 0 ? from[i] : Real(0)) + l2 * vector[i];
+      else if (l2 != 0)
+        for (int64_t i = 0; i < layer.in; ++i) to[i] += l2 * vector[i];
       for (int64_t t = 1; t < threads; ++t)
         for (int64_t i = 0; i < layer.in; ++i) to[i] += from[t * thread_size + i];
       if (!data_.biases) continue;
@@ -264,9 +270,20 @@ class Product {
     const Real *v, *biases, *packed;
   };
 
+  // Where a thread adds up its part of H v.
+  struct Sum {
+    Real *padded, *out;  // out: H v itself for the first thread, else null
+    bool first;          // whether it is the thread's first block, which writes
+
+    Accumulate<Real> weights(const Layout& at, const MlpLayer& layer) const {
+      if (out && at.whole) return {out + at.v_weight, layer.in, first};
+      return {padded + at.sum, at.in_row, first};
+    }
+  };
+
   // Adds the part of H v that rows [begin, begin + rows) of the batch contribute.
-  void add_block(const Vector& vector, int64_t begin, int64_t rows, const Real* hidden, Real* scratch, Real* sum,
-                 bool first) const {
+  void add_block(const Vector& vector, int64_t begin, int64_t rows, const Real* hidden, Real* scratch,
+                 const Sum& sum) const {
     const auto [v, biases, packed] = vector;
     const Real* const weights = weights_ ? weights_->get() : nullptr;
     Real *tangents = scratch, *curved = tangents + rows * tangent_size_;
@@ -315,10 +332,10 @@ class Product {
                                     as_it_is(hidden, at.hidden < 0 ? -1 : Right::size(rows, at.hidden),
                                              real(layer.hidden, begin), layer.hidden.stride, rows, layer.in, memory),
                                     rows};
-      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum + at.sum_bias, first});
+      if (data_.biases) ColumnSums<Real>::run({delta, at.out_row, rows, layer.out, sum.padded + at.sum_bias, sum.first});
       if (l == 0) {
         Gemm<Right, Accumulate>::run(
-            {{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}, memory});
+            {{of_delta, {}}, 1, layer.out, filled<Real>(layer.in), sum.weights(at, layer), memory});
         break;
       }
       const MlpLayer& before = layers_[l - 1];
@@ -326,7 +343,7 @@ class Product {
       const Right tangent = Right::rows(tangents + rows * layout_[l - 1].tangent, at.in_row, rows, layer.in);
       const Factors<Right> of_tangent{real(layer.delta, begin), layer.delta.stride, tangent, rows};
       Gemm<Right, Accumulate>::run(
-          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), {sum + at.sum, at.in_row, first}, memory});
+          {{of_delta, of_tangent}, 2, layer.out, filled<Real>(layer.in), sum.weights(at, layer), memory});
       const Factors<Right> by_w{
           delta, at.out_row,
           as_it_is(weights, at.w_rows, real(layer.weight), layer.weight.stride, layer.out, layer.in, memory), layer.out};
