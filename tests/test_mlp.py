@@ -78,8 +78,10 @@ class TestProduct:
 
     @pytest.mark.parametrize(("activation", "loss"), [("relu", "squared"), ("tanh", "cross_entropy")])
     @pytest.mark.parametrize(("biases", "l2"), [(True, 0.0), (False, 0.1)])
-    def test_products_of_many_multiply_adds(self, activation, loss, biases, l2, backend):
-        _, operator, _ = problem((130, 260, 129, 5), 300, activation, loss, biases, l2=l2)
+    @pytest.mark.parametrize("sizes", [(130, 260, 129, 5), (144, 272, 128, 16)], ids=str)
+    @pytest.mark.parametrize("n", [20, 300])
+    def test_products_of_many_multiply_adds(self, n, sizes, activation, loss, biases, l2, backend):
+        _, operator, _ = problem(sizes, n, activation, loss, biases, l2=l2)
         arguments = operator._model(torch.randn(8, operator.space.numel, dtype=torch.float64))
         assert_close(ops.mlp_hvp.kernel(CPU, backend)(*arguments), reference_mlp.mlp_hvp(*arguments), 1e-13)
 
