@@ -7,6 +7,7 @@
 #include "glm_column.h"
 #include "glm_columns.h"
 #include "glm_hvp_bf16.h"
+#include "glm_hvp_split.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -151,7 +152,7 @@ struct Product {
 
 bool glm_many(const GlmData& data, int64_t k) {
   const int64_t K = k * data.classes, size = data.x_dtype == DType::f64 ? sizeof(double) : sizeof(float);
-  return K >= kMany && 2 * K * data.d * size >= (bf16_suits(data, k) ? kManyOfBf16 : kManyBytes);
+  return !split_suits(data, k) && K >= kMany && 2 * K * data.d * size >= (bf16_suits(data, k) ? kManyOfBf16 : kManyBytes);
 }
 
 Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d * data.classes * k, kGrainOps); }
@@ -159,6 +160,8 @@ Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d 
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
   if (data.x_dtype == DType::f64)
     Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
+  else if (split_suits(data, k))
+    glm_hvp_split(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (bf16_suits(data, k))
     glm_hvp_bf16(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (data.x_dtype == DType::bf16)

@@ -5,9 +5,7 @@
 
 #include <algorithm>
 
-#include "../plan.h"
 #include "buffer.h"
-#include "share.h"
 #include "simd.h"
 #include "tile_store.h"
 #include "turn.h"
@@ -15,10 +13,6 @@
 namespace hg::cpu {
 namespace {
 
-// Multiply-adds that a thread should have at least, and tasks per thread.
-constexpr int64_t kGrain = 1 << 19, kTasks = 2;
-// Rows are shared in parts of at least so many, since every part packs its panel anew.
-constexpr int64_t kPart = 24;
 // What a panel adds up, at the most: it takes 192 KB of the second cache.
 constexpr int64_t kDepth = 768;
 // A right factor that is read by few rows, or that fits the first cache, is read where it is.
@@ -148,39 +142,7 @@ void multiply_part(const Part<Real>& part) {
   function(part, memory.get());
 }
 
-template <class Real>
-void PlanKernels<Real>::multiply(const plan::Gemm& g, Real* const* slots) {
-  constexpr int64_t kGroup = kGroupBytes / static_cast<int64_t>(sizeof(Real));
-  const Real* a = slots[g.a.slot] + g.a.offset;
-  const Real* b = slots[g.b.slot] + g.b.offset;
-  Real* out = slots[g.out.slot] + g.out.offset;
-  const int64_t batch = g.out.sizes[0], rows = g.out.sizes[1], columns = g.out.sizes[2], depth = g.a.sizes[2];
-  const Team team = team_for(batch * rows * columns * depth, kGrain);
-  // What is shared are products of the batch, and where there are few of them groups of columns, and then of rows.
-  const int64_t wanted = team.threads > 1 ? kTasks * team.threads : 1;
-  const auto parts_of = [&](int64_t there, int64_t most) {
-    return std::clamp<int64_t>((wanted + there - 1) / there, 1, std::max<int64_t>(1, most));
-  };
-  const int64_t groups = (columns + kGroup - 1) / kGroup, across = parts_of(batch, groups);
-  const int64_t down = parts_of(batch * across, rows / kPart), tasks = batch * across * down;
-  const int64_t ranges = team.ranges(tasks, kTasks);
-  share(ranges, team, [&](int64_t range) {
-    for (int64_t task = range * tasks / ranges; task < (range + 1) * tasks / ranges; ++task) {
-      const int64_t i = task / (across * down), part = task / down % across, strip = task % down;
-      const int64_t first = part * groups / across * kGroup;
-      const int64_t last = std::min((part + 1) * groups / across * kGroup, columns);
-      const int64_t top = strip * rows / down, bottom = (strip + 1) * rows / down;
-      multiply_part<Real>({a + i * g.a.strides[0] + top * g.a.strides[1], g.a.strides[1], g.a.strides[2],
-                           b + i * g.b.strides[0] + first * g.b.strides[2], g.b.strides[1], g.b.strides[2],
-                           out + i * g.out.strides[0] + top * g.out.strides[1] + first, g.out.strides[1], bottom - top,
-                           last - first, depth, g.accumulate});
-    }
-  });
-}
-
 template void multiply_part(const Part<float>&);
 template void multiply_part(const Part<double>&);
-template void PlanKernels<float>::multiply(const plan::Gemm&, float* const*);
-template void PlanKernels<double>::multiply(const plan::Gemm&, double* const*);
 
 }  // namespace hg::cpu
