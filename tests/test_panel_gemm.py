@@ -58,6 +58,10 @@ def product(a: Tensor, b: Tensor, before: Tensor | None) -> Tensor:
 @example((31, 40, 40, 70), (False, False), (2, 0), True, torch.float64, 2)
 @example((1, 64, 64, 3000), (True, True), (0, 0), True, torch.float32, 2)
 @example((1, 64, 64, 64), (False, False), (0, 0), False, torch.float32, 1)
+# Wide enough for matrix units, where there are some: several parts of rows, depths and columns, none of them whole.
+@example((1, 290, 270, 550), (False, True), (0, 3), True, torch.float32, 2)
+@example((2, 70, 300, 600), (True, False), (1, 0), False, torch.float32, 3)
+@example((1, 1000, 70, 129), (True, True), (0, 0), True, torch.float32, 2)
 def test_every_shape(sizes, transposed, gaps, accumulate, dtype, threads):
     batch, rows, columns, depth = sizes
     a = laid_out(batch, rows, depth, transposed[0], gaps[0], dtype)

@@ -207,3 +207,40 @@ class TestMlp:
         single[at] = single[at].clone()
         single[at][0, 5] = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
         assert not ops.mlp_hvp.kernels["cpp"](*single).isfinite().any()
+
+
+class TestManyColumns:
+    """X in float32, and as many columns of vectors and classes as repay packing it."""
+
+    @pytest.mark.parametrize("count", [1, 2, 3])
+    @pytest.mark.parametrize("intercept", [False, True])
+    @pytest.mark.parametrize(
+        ("n", "d", "classes", "k"),
+        [(600, 257, 1, 65), (515, 300, 70, 1), (300, 784, 40, 2), (2100, 256, 3, 40), (130, 700, 1, 129)],
+    )
+    def test_error_is_that_of_float32(self, n, d, classes, k, intercept, count):
+        arguments = model(n, d, classes, k, intercept, torch.float32)
+        with threads(count):
+            value, again = product(*arguments), product(*arguments)
+        assert torch.equal(value, again)
+        truth = reference.glm_hvp(*doubled(arguments))
+        assert_no_worse_than_torch(value, reference.glm_hvp(*arguments), truth, 1e-7)
+
+    def test_rows_that_lie_apart(self):
+        x, *rest = model(400, 300, 70, 1, True, torch.float32)
+        apart = torch.full((400, 311), torch.nan)
+        apart[:, :300] = x
+        assert torch.equal(product(apart[:, :300], *rest), product(x, *rest))
+
+    def test_columns_keep_to_themselves(self):
+        x, weights, v, *rest = model(400, 300, 1, 70, True, torch.float32)
+        v *= (10.0 ** torch.randint(-15, 16, (70,)))[:, None]
+        truth = reference.glm_hvp(*doubled((x, weights, v, *rest)))
+        for value, row in zip(product(x, weights, v, *rest), truth, strict=True):
+            assert_close(value, row, 1e-6)
+
+    def test_vectors_that_are_not_finite_are_seen(self):
+        x, weights, v, *rest = model(400, 300, 1, 70, False, torch.float32)
+        v[2, 70] = torch.inf
+        finite = product(x, weights, v, *rest).isfinite().all(1)
+        assert not finite[2] and finite.sum() == 69

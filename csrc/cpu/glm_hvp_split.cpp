@@ -13,8 +13,8 @@
 namespace hg::cpu {
 namespace {
 
-// Numbers of a row from which on both products are faster than a pass over X.
-constexpr int64_t kLeastNumbers = 256;
+// Numbers of a row, or columns, from which on both products are faster than a pass over X.
+constexpr int64_t kLeast = 256;
 // Bytes of Z, and rows: a multiple of what is packed at a time.
 constexpr int64_t kBytes = 2 << 20, kRows = 512;
 // Ranges of rows per thread that are weighed.
@@ -68,7 +68,8 @@ struct Weigh {
 }  // namespace
 
 bool split_suits(const GlmData& data, int64_t k) {
-  return data.x_dtype == DType::f32 && data.d >= kLeastNumbers && split_suits(data.n, k * data.classes, data.d);
+  const int64_t K = k * data.classes;
+  return data.x_dtype == DType::f32 && std::max(data.d, K) >= kLeast && split_suits(data.n, K, data.d);
 }
 
 void glm_hvp_split(const GlmData& data, const float* v, int64_t k, float* out) {

@@ -7,7 +7,7 @@
 
 namespace hg::cpu {
 
-// Whether they are faster than a pass over X with vectors, by as many columns as repay what packing X takes.
+// Whether they are faster than a pass over X: columns have to repay what packing X takes.
 bool split_suits(const GlmData& data, int64_t k);
 
 void glm_hvp_split(const GlmData& data, const float* v, int64_t k, float* out);

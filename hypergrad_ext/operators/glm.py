@@ -43,7 +43,7 @@ class _Rates:
 # Measured on AMD: Zen 4, where the product makes 85 to 100 GFLOP/s per core; Zen 3, 55, what forms the matrix and
 # multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured. On Intel's server cores
 # (Granite Rapids), 105, whose last cache gives 27 GB/s to each; their matrix units form the matrix of wide data in
-# float32, and make products of several columns with data in bfloat16.
+# float32, and make products of several columns with data in bfloat16, of many with data in float32.
 _ON_AVX2 = _Rates(
     from_memory=2.0,
     from_cache=1.4,
@@ -60,9 +60,9 @@ _ON_AVX2 = _Rates(
 _ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
 _ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.85, step=1.2, cache_bytes=1e8)
 _ON_INTEL_AMX = replace(_ON_INTEL_AVX512, gram=0.3, strip=32, scaling=50.0)
-_AMX_PRODUCT = 0.5
-# Rows and columns from which on they do.
-_AMX_GRAM, _AMX_BFLOAT16 = (1024, 128), (256, 64)
+_AMX_PRODUCT = {torch.bfloat16: 0.5, torch.float32: 0.65}
+# Rows and columns of the data, and columns of vectors and classes, from which on they do.
+_AMX_GRAM, _AMX_COLUMNS = (1024, 128), {torch.bfloat16: (256, 64, 2), torch.float32: (128, 256, 64)}
 _ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
 # By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
 # 10 from shared memory and L2, four launches per step.
@@ -90,9 +90,9 @@ class GLMHessian(LinearOperator):
     r"""Hessian :math:`H = \frac1n X^\top D X + \mathrm{diag}(2\,\ell_2)` of a generalised linear model's mean loss.
 
     Every product reads the data once, or twice, as two matrix products: on a GPU for more than 24 columns of vectors
-    and classes, on the CPU where columns and sums take more than 2 MB. A whole Neumann or CG solve is one call of a
-    compiled kernel. Where forming the Gram matrix is cheaper than the products of a solve, it is formed instead
-    (``plan`` says so and why).
+    and classes, on the CPU where columns and sums take more than 2 MB, or where there are 64 columns and matrix
+    units. A whole Neumann or CG solve is one call of a compiled kernel. Where forming the Gram matrix is cheaper than
+    the products of a solve, it is formed instead (``plan`` says so and why).
 
     ======== ================================================================ ===================
     family   loss of which this is the Hessian                                D
@@ -333,16 +333,16 @@ def _rates(inputs: Tensor, columns: int) -> _Rates:
     if inputs.is_cuda:
         return _ON_CUDA
 
-    def reach(sizes: tuple[int, int]) -> bool:
-        return inputs.shape[0] >= sizes[0] and inputs.shape[1] >= sizes[1]
+    def reach(*least: int) -> bool:
+        return all(size >= bound for size, bound in zip((*inputs.shape, columns), least, strict=False))
 
-    wide = inputs.dtype != torch.float64 and reach(_AMX_GRAM)
-    several = inputs.dtype == torch.bfloat16 and columns > 1 and reach(_AMX_BFLOAT16)
-    return _rates_of_cpu(wide, several)
+    wide = inputs.dtype != torch.float64 and reach(*_AMX_GRAM)
+    several = inputs.dtype in _AMX_COLUMNS and reach(*_AMX_COLUMNS[inputs.dtype])
+    return _rates_of_cpu(wide, _AMX_PRODUCT[inputs.dtype] if several else 1.0)
 
 
 @functools.cache
-def _rates_of_cpu(wide: bool, several: bool) -> _Rates:
+def _rates_of_cpu(wide: bool, product: float) -> _Rates:
     cpu = _native.build_info()
     if cpu.get("blas_at_half_speed"):
         return _ON_FAST_CORES
@@ -350,7 +350,7 @@ def _rates_of_cpu(wide: bool, several: bool) -> _Rates:
         return _ON_AVX2
     if not cpu.get("amx"):
         return _ON_INTEL_AVX512 if cpu.get("vendor") == "intel" else _ON_AVX512
-    return replace(_ON_INTEL_AMX if wide else _ON_INTEL_AVX512, product=_AMX_PRODUCT if several else 1.0)
+    return replace(_ON_INTEL_AMX if wide else _ON_INTEL_AVX512, product=product)
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:
