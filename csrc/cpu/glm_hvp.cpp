@@ -152,7 +152,8 @@ struct Product {
 
 bool glm_many(const GlmData& data, int64_t k) {
   const int64_t K = k * data.classes, size = data.x_dtype == DType::f64 ? sizeof(double) : sizeof(float);
-  return !split_suits(data, k) && K >= kMany && 2 * K * data.d * size >= (bf16_suits(data, k) ? kManyOfBf16 : kManyBytes);
+  return !split_suits(data, k) && K >= kMany &&
+         2 * K * data.d * size >= (bf16_suits(data, k) ? kManyOfBf16 : kManyBytes);
 }
 
 Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d * data.classes * k, kGrainOps); }

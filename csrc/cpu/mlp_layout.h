@@ -37,8 +37,8 @@ struct MlpLayout {
   using Real = typename Right::Real;
   std::vector<MlpLayerLayout> layers;
   std::vector<MlpPiece> pieces;
-  // Elements of a vector, of the padded copy of its biases, of its packed copy, of that of the weights, and of the padded
-  // sum of H v.
+  // Elements of a vector, of the padded copy of its biases, of its packed copy, of that of the weights, and of the
+  // padded sum of H v.
   int64_t v_size = 0, bias_size = 0, packed_size = 0, weights_size = 0, sum_size = 0;
   // For a row of a block: its tangents, the widest of them, what is packed of the network.
   int64_t tangent_size = 0, widest = 0, hidden_size = 0;
@@ -84,8 +84,8 @@ struct MlpLayout {
   static constexpr int64_t kNarrow = 4;
   // Matrices with longer rows are put into panels apart; the rows of others are fetched ahead by hand.
   static constexpr int64_t kWideBytes = 576;
-  // Matrices whose part of H v is added up where it belongs, if their rows fill cache lines. Larger ones leave the nearer
-  // caches, and take 1.1 times as long there where H v is new memory.
+  // Matrices whose part of H v is added up where it belongs, if their rows fill cache lines. Larger ones leave the
+  // nearer caches, and take 1.1 times as long there where H v is new memory.
   static constexpr int64_t kInPlaceBytes = 1 << 20;
 
   static int64_t padded(int64_t size) { return (size + kUnit - 1) / kUnit * kUnit; }

@@ -134,12 +134,8 @@ class MlpPass {
                                   in_place ? layer.in : at.in_row, sum.first};
     if (data_.biases)
       ColumnSums<Real>::run({tangents.delta, at.out_row, rows, layer.out, sum.padded + at.sum_bias, sum.first});
-    Gemm<Right, Accumulate>::run({{factors[0], factors[1]},
-                                  l > 0 ? 2 : 1,
-                                  layer.out,
-                                  filled<Real>(layer.in),
-                                  finish,
-                                  tangents.memory});
+    Gemm<Right, Accumulate>::run(
+        {{factors[0], factors[1]}, l > 0 ? 2 : 1, layer.out, filled<Real>(layer.in), finish, tangents.memory});
   }
 
   // R(dL/dh) = R(dL/da) W + dL/da V, and R(dL/da) of the layer before.
@@ -156,13 +152,13 @@ class MlpPass {
                                        tangents.memory + late_size(layer)),
                               layer.out};
     const Real* curved = before.bend.data ? tangents.curved + rows * layout_.layers[l - 1].tangent : nullptr;
-    Gemm<Right, BackThroughActivation>::run({{by_w, by_v},
-                                             2,
-                                             rows,
-                                             filled<Real>(layer.in),
-                                             {row_of<Real>(before.slope, begin), curved, before.slope.stride,
-                                              at.in_row, tangents.next_delta, at.in_row},
-                                             tangents.memory});
+    Gemm<Right, BackThroughActivation>::run(
+        {{by_w, by_v},
+         2,
+         rows,
+         filled<Real>(layer.in),
+         {row_of<Real>(before.slope, begin), curved, before.slope.stride, at.in_row, tangents.next_delta, at.in_row},
+         tangents.memory});
   }
 
   // R(dL/dz) from Rz, in place: p (Rz - <p, Rz>) scale, or Rz scale.

@@ -13,8 +13,8 @@ namespace {
 // Multiply-adds that a thread should have at least.
 constexpr int64_t kGrain = 1 << 19;
 
-// A part has a multiple of so many rows and columns, but for the last one, and at least so many: it packs columns of its
-// right factor anew, and, for matrix units, rows of its left one.
+// A part has a multiple of so many rows and columns, but for the last one, and at least so many: it packs columns of
+// its right factor anew, and, for matrix units, rows of its left one.
 struct Unit {
   int64_t rows, columns, least_rows, least_columns, tasks;  // tasks: parts for each thread
 };

@@ -42,8 +42,8 @@ bool split_suits(int64_t rows, int64_t columns, int64_t depth) {
 }
 
 bool split_suits(const Part<float>& part) {
-  return split_suits(part.rows, part.columns, part.depth) &&
-         std::min(part.a_row, part.a_depth) == 1 && std::min(part.b_depth, part.b_column) == 1;
+  return split_suits(part.rows, part.columns, part.depth) && std::min(part.a_row, part.a_depth) == 1 &&
+         std::min(part.b_depth, part.b_column) == 1;
 }
 
 void multiply_split(const Part<float>& part) {
@@ -55,9 +55,15 @@ void multiply_split(const Part<float>& part) {
       const float* left = part.a + i * part.a_row + t * part.a_depth;
       SplitFactor::pack_left({left, part.a_row, part.a_depth, rows, depth}, memory.get(), blocks);
       const float* right = part.b + t * part.b_depth;
-      const SplitTerm term{memory.get(), nullptr, blocks, {right, part.b_column, part.b_depth, part.columns, depth},
+      const SplitTerm term{memory.get(),
+                           nullptr,
+                           blocks,
+                           {right, part.b_column, part.b_depth, part.columns, depth},
                            memory.get() + SplitFactor::size(kRows, kDepth)};
-      SplitGemm<Store>::run({&term, 1, rows, part.columns,
+      SplitGemm<Store>::run({&term,
+                             1,
+                             rows,
+                             part.columns,
                              {part.out + i * part.out_row, part.out_row, part.columns, part.accumulate || t > 0}});
     }
   }
