@@ -15,6 +15,8 @@ namespace hg::cpu {
 constexpr int64_t kBlock = 16384;
 // Blocks per thread below which another thread costs more than it saves.
 constexpr int64_t kGrain = 24;
+// Blocks from which on a job is long, some 8 ms of one thread: working alone costs more than waiting for a slice of time.
+constexpr int64_t kLong = 640;
 
 // Runs f(pointers, size, sums) over all rows that are `live`; returns rows x S sums.
 template <int S, int N, class Live, class F>
@@ -23,7 +25,8 @@ std::vector<std::array<double, S>> for_each_block(const AlignedPieces<N>& pieces
   const int64_t blocks = (pieces.numel() + kBlock - 1) / kBlock;
   std::vector<std::array<double, S>> partial(rows * blocks, std::array<double, S>{});
   const int64_t tasks = rows * blocks;
-  const Team team = team_for(tasks, kGrain);
+  Team team = team_for(tasks, kGrain);
+  team.patient = tasks >= kLong;
   // Long ranges, because the hardware fetches ahead only along each of them; several, for threads that are late.
   const int64_t ranges = team.ranges(tasks, 4);
   share(ranges, team, [&](int64_t range) {

@@ -1,6 +1,6 @@
 // Work shared with torch's OpenMP threads. They are at hand while they spin after torch's last operation; but a thread
 // that has lost its core on a busy machine keeps the others waiting for a slice of the scheduler's time, a few
-// milliseconds. So a short job that had to wait sends the next ones back to a single thread for a while.
+// milliseconds. So a short job that had to wait too long sends the next ones back to a single thread for a while.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -70,10 +70,10 @@ inline bool has_help(const Team& team) {
 // Whether a job should wait for them.
 inline bool may_wait(const Team& team) { return team.patient || short_jobs_alone.load(std::memory_order_relaxed) <= 0; }
 
-// A short job had to wait so long for others.
-inline void note_wait(const Team& team, Crew::Clock::duration waited) {
+// A short job took so long, part of which it had to wait for others: too long if one thread had been faster.
+inline void note_wait(const Team& team, Crew::Clock::duration took, Crew::Clock::duration waited) {
   if (team.patient) return;
-  if (waited > std::chrono::milliseconds(1)) {
+  if (waited > std::chrono::milliseconds(1) && team.threads * (took - waited) < took) {
     const int64_t count = next_alone.load(std::memory_order_relaxed);
     short_jobs_alone.store(count, std::memory_order_relaxed);
     next_alone.store(std::min(2 * count, kManyAlone), std::memory_order_relaxed);
@@ -88,6 +88,7 @@ template <class F>
 void lead(const Team& team, const F& f) {
   if (Crew::led() || !has_help(team) || !may_wait(team)) return f();
   Crew crew(team.threads);
+  const auto begin = Crew::Clock::now();
   Crew::Clock::time_point done;
   struct Lead {
     Crew& crew;
@@ -104,7 +105,8 @@ void lead(const Team& team, const F& f) {
     const Lead lead(crew, done);
     f();
   });
-  note_wait(team, Crew::Clock::now() - done);
+  const auto end = Crew::Clock::now();
+  note_wait(team, end - begin, end - done);
 }
 
 // Calls f(task), or f(task, thread) with a number below the team's threads that no two calls at the same time share,
@@ -125,7 +127,11 @@ void share(int64_t tasks, Team team, const F& f) {
     for (int64_t task = 0; task < tasks; ++task) call(back ? tasks - 1 - task : task, 0);
     return;
   }
-  lead(team, [&] { note_wait(team, Crew::led()->run(tasks, team.threads, back, call)); });
+  lead(team, [&] {
+    const auto begin = Crew::Clock::now();
+    const auto waited = Crew::led()->run(tasks, team.threads, back, call);
+    note_wait(team, Crew::Clock::now() - begin, waited);
+  });
 }
 
 }  // namespace hg::cpu
