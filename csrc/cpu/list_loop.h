@@ -15,7 +15,8 @@ namespace hg::cpu {
 constexpr int64_t kBlock = 16384;
 // Blocks per thread below which another thread costs more than it saves.
 constexpr int64_t kGrain = 24;
-// Blocks from which on a job is long, some 8 ms of one thread: working alone costs more than waiting for a slice of time.
+// Blocks from which on a job is long, some 8 ms of one thread: working alone costs more than waiting for a slice of
+// time.
 constexpr int64_t kLong = 640;
 
 // Runs f(pointers, size, sums) over all rows that are `live`; returns rows x S sums.
