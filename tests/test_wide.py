@@ -226,6 +226,14 @@ class TestManyColumns:
         truth = reference.glm_hvp(*doubled(arguments))
         assert_no_worse_than_torch(value, reference.glm_hvp(*arguments), truth, 1e-7)
 
+    @pytest.mark.parametrize(
+        ("n", "d", "k", "dtype"), [(600, 257, 65, torch.float16), (70, 1040, 1010, torch.bfloat16)]
+    )
+    def test_half_precisions_are_widened(self, n, d, k, dtype):
+        arguments = model(n, d, 1, k, True, dtype)
+        truth = reference.glm_hvp(*doubled(arguments))
+        assert_no_worse_than_torch(product(*arguments), reference.glm_hvp(*arguments), truth, 1e-7)
+
     def test_rows_that_lie_apart(self):
         x, *rest = model(400, 300, 70, 1, True, torch.float32)
         apart = torch.full((400, 311), torch.nan)

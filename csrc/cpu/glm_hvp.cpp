@@ -8,6 +8,7 @@
 #include "glm_columns.h"
 #include "glm_hvp_bf16.h"
 #include "glm_hvp_split.h"
+#include "glm_widen.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -25,9 +26,8 @@ constexpr int64_t kGrainOps = 1 << 20;
 constexpr int64_t kFlush = 64;
 // Rows of one vector's product that are added up before they go to the total, likewise.
 constexpr int64_t kPartRows = 768;
-// Columns, and bytes of them and their sums, from which on matrix products of torch are faster, and faster than matrix
-// units with bfloat16.
-constexpr int64_t kMany = 32, kManyBytes = 2 << 20, kManyOfBf16 = 8 << 20;
+// Columns, and bytes of them and their sums, from which on matrix products of torch are faster.
+constexpr int64_t kMany = 32, kManyBytes = 2 << 20;
 // Bytes of X that a thread takes at a time, and how often at the most: what it took last is in L2 when the next product
 // begins there.
 constexpr int64_t kTaken = 768 << 10, kMostTaken = 8;
@@ -45,25 +45,6 @@ struct Product {
   template <class Tiles>
   struct Columns {
     static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real>::run(block); }
-  };
-
-  struct Rows {
-    const X* from;
-    int64_t rows, d, stride;
-    Real* to;
-  };
-  template <class Tiles>
-  struct Widen {
-    static HG_INLINE void run(const Rows& m) {
-      using S = Simd<Real, Tiles::bytes>;
-      for (int64_t r = 0; r < m.rows; ++r) {
-        const X* from = m.from + r * m.stride;
-        Real* to = m.to + r * m.d;
-        int64_t j = 0;
-        for (; j + S::width <= m.d; j += S::width) S::store(to + j, S::load(from + j));
-        for (; j < m.d; ++j) to[j] = static_cast<Real>(widen(from[j]));
-      }
-    }
   };
 
   // Adds the rows from `first` to `last` to `total`: d sums, and the intercept's.
@@ -86,8 +67,7 @@ struct Product {
   static void multiply(Block block, const X* x, int64_t stride, Real* wide) {
     static const auto columns = ForTiles<Columns, const Block&>::get();
     if constexpr (kNarrow) {
-      static const auto widen_rows = ForTiles<Widen, const Rows&>::get();
-      widen_rows({x, block.rows, block.d, stride, wide});
+      Widen<X, Real>::run({x, block.rows, block.d, stride, wide});
       block.x = wide, block.stride = block.d;
     } else {
       block.x = x, block.stride = stride;
@@ -153,7 +133,7 @@ struct Product {
 bool glm_many(const GlmData& data, int64_t k) {
   const int64_t K = k * data.classes, size = data.x_dtype == DType::f64 ? sizeof(double) : sizeof(float);
   return !split_suits(data, k) && K >= kMany &&
-         2 * K * data.d * size >= (bf16_suits(data, k) ? kManyOfBf16 : kManyBytes);
+         2 * K * data.d * size >= (bf16_suits(data, k) ? kMostOfBf16 : kManyBytes);
 }
 
 Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d * data.classes * k, kGrainOps); }

@@ -5,6 +5,8 @@
 
 #include "buffer.h"
 #include "glm_columns.h"
+#include "glm_hvp_bf16.h"
+#include "glm_widen.h"
 #include "share.h"
 #include "shared_gemm.h"
 #include "simd.h"
@@ -15,8 +17,8 @@ namespace {
 
 // Numbers of a row, or columns, from which on both products are faster than a pass over X.
 constexpr int64_t kLeast = 256;
-// Bytes of Z, and rows: a multiple of what is packed at a time.
-constexpr int64_t kBytes = 2 << 20, kRows = 512;
+// Bytes of Z, and of rows that are widened, and rows: a multiple of what is packed at a time.
+constexpr int64_t kBytes = 2 << 20, kWideBytes = 8 << 20, kRows = 512;
 // Ranges of rows per thread that are weighed.
 constexpr int64_t kRanges = 4;
 
@@ -65,26 +67,53 @@ struct Weigh {
   }
 };
 
+// `count` rows of X from `row` on, widened to `wide` if they are in a half precision.
+struct WideRows {
+  const float* data;
+  int64_t stride;
+
+  static WideRows of(const GlmData& data, int64_t row, int64_t count, float* wide, const Team& team) {
+    if (data.x_dtype == DType::bf16) return widened<BFloat16>(data, row, count, wide, team);
+    if (data.x_dtype == DType::f16) return widened<Float16>(data, row, count, wide, team);
+    return {static_cast<const float*>(data.x) + row * data.stride, data.stride};
+  }
+
+ private:
+  template <class X>
+  static WideRows widened(const GlmData& data, int64_t row, int64_t count, float* wide, const Team& team) {
+    const X* x = static_cast<const X*>(data.x) + row * data.stride;
+    const int64_t ranges = team.ranges(count, kRanges);
+    share(ranges, team, [&](int64_t range) {
+      const int64_t first = range * count / ranges, last = (range + 1) * count / ranges;
+      Widen<X, float>::run({x + first * data.stride, last - first, data.d, data.stride, wide + first * data.d});
+    });
+    return {wide, data.d};
+  }
+};
+
 }  // namespace
 
 bool split_suits(const GlmData& data, int64_t k) {
-  const int64_t K = k * data.classes;
-  return data.x_dtype == DType::f32 && std::max(data.d, K) >= kLeast && split_suits(data.n, K, data.d);
+  const int64_t K = k * data.classes, bytes = 2 * K * data.d * static_cast<int64_t>(sizeof(float));
+  if (data.x_dtype == DType::f64 || (bf16_suits(data, k) && bytes < kMostOfBf16)) return false;
+  return std::max(data.d, K) >= kLeast && split_suits(data.n, K, data.d);
 }
 
 void glm_hvp_split(const GlmData& data, const float* v, int64_t k, float* out) {
   const GlmColumns<float> of(data, v, k);
   const int64_t d = data.d, K = of.K, classes = data.classes;
-  const float* x = static_cast<const float*>(data.x);
   const float* weights = static_cast<const float*>(data.weights);
   const int64_t fitting = kBytes / (K * static_cast<int64_t>(sizeof(float))) / kRows * kRows;
-  const int64_t most = std::min(data.n, std::max(kRows, fitting));
+  const bool narrow = data.x_dtype != DType::f32;
+  const int64_t widened = narrow ? kWideBytes / (d * static_cast<int64_t>(sizeof(float))) / kRows * kRows : data.n;
+  const int64_t most = std::min(data.n, std::max(kRows, std::min(fitting, widened)));
   const Team team = glm_team(data, k);
   // Columns of several vectors that have intercepts between them are put side by side.
   const bool apart = k > 1 && data.intercept;
   // Every range has sums of its own, added in order.
   const int64_t ranges = team.ranges(most, kRanges);
-  const Buffer<float> columns(apart ? K * d : 0), z(most * K), totals(of.pitch()), sums(ranges * K);
+  const Buffer<float> columns(apart ? K * d : 0), z(most * K), totals(of.pitch()), sums(ranges * K),
+      wide(narrow ? most * d : 0);
   for (int64_t c = 0; apart && c < K; ++c) std::copy_n(of.columns[c], d, columns.get() + c * d);
   const float* const V = apart ? columns.get() : v;
   float *const g = totals.get(), *const g_intercept = g + K * d;
@@ -92,12 +121,13 @@ void glm_hvp_split(const GlmData& data, const float* v, int64_t k, float* out) {
   lead(team, [&] {
     for (int64_t row = 0; row < data.n; row += most) {
       const int64_t rows = std::min(most, data.n - row);
-      multiply<float>({x + row * data.stride, data.stride, 1, V, 1, d, z.get(), K, rows, K, d, false}, {});
+      const WideRows x = WideRows::of(data, row, rows, wide.get(), team);
+      multiply<float>({x.data, x.stride, 1, V, 1, d, z.get(), K, rows, K, d, false}, {});
       share(ranges, team, [&](int64_t range) {
         const int64_t first = range * rows / ranges, last = (range + 1) * rows / ranges;
         Weigh::run({of, weights + (row + first) * classes, z.get() + first * K, last - first, sums.get() + range * K});
       });
-      multiply<float>({z.get(), 1, K, x + row * data.stride, data.stride, 1, g, d, K, d, rows, row > 0}, {});
+      multiply<float>({z.get(), 1, K, x.data, x.stride, 1, g, d, K, d, rows, row > 0}, {});
     }
   });
   std::fill_n(g_intercept, K, 0.0f);

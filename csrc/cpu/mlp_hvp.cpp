@@ -148,7 +148,7 @@ class Product {
     for (int64_t o = piece.begin; o < piece.end; ++o) {
       const Real *from = sums + at.sum + o * at.in_row, *vector = v + at.v_weight + o * layer.in;
       Real* to = out + at.v_weight + o * layer.in;
-      if (!at.in_place || threads == 0)
+      if (!at.direct || threads == 0)
         for (int64_t i = 0; i < layer.in; ++i) to[i] = (threads > 0 ? from[i] : Real(0)) + l2 * vector[i];
       else if (l2 != 0)
         for (int64_t i = 0; i < layer.in; ++i) to[i] += l2 * vector[i];

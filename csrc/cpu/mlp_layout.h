@@ -20,7 +20,7 @@ struct MlpLayerLayout {
   int64_t w_transposed, w_rows;  // in the packed copy of W; -1 where it is not needed, or W itself will do
   int64_t hidden;                // in a block's packed rows of the network; -1 where its own will do
   int64_t bias;                  // in the padded copy of v's
-  bool in_place;                 // whether its part of H v may be added up where it belongs
+  bool direct;                   // whether its part of H v may be added up where it belongs
   int64_t sum, sum_bias;         // in the padded sum of H v
   int64_t tangent;               // row elements before this layer's, in a block's tangents
 };
@@ -61,7 +61,7 @@ struct MlpLayout {
       at.w_rows = back && packed(at.in) ? take(weights_size, rows) : -1;
       at.hidden = packed(at.in) ? take(hidden_size, (at.in + kPiece - 1) / kPiece * kPiece) : -1;
       at.bias = take(bias_size, at.out);
-      at.in_place = at.in == layer.in && layer.out * layer.in < kInPlaceBytes / kItemSize;
+      at.direct = at.in == layer.in && layer.out * layer.in < kDirectBytes / kItemSize;
       at.sum = take(sum_size, layer.out * at.in_row);
       at.sum_bias = take(sum_size, at.out);
       at.tangent = take(tangent_size, at.out_row);
@@ -86,7 +86,7 @@ struct MlpLayout {
   static constexpr int64_t kWideBytes = 576;
   // Matrices whose part of H v is added up where it belongs, if their rows fill cache lines. Larger ones leave the
   // nearer caches, and take 1.1 times as long there where H v is new memory.
-  static constexpr int64_t kInPlaceBytes = 1 << 20;
+  static constexpr int64_t kDirectBytes = 1 << 20;
 
   static int64_t padded(int64_t size) { return (size + kUnit - 1) / kUnit * kUnit; }
   // Rows a multiple of 512 bytes apart would share a few sets of the cache, and drive each other out of it.

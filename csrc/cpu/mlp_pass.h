@@ -129,9 +129,9 @@ class MlpPass {
       factors[1] = {row_of<Real>(layer.delta, begin), layer.delta.stride,
                     Right::rows(tangent, at.in_row, rows, layer.in), rows};
     }
-    const bool in_place = sum.out && at.in_place;
-    const Accumulate<Real> finish{in_place ? sum.out + at.v_weight : sum.padded + at.sum,
-                                  in_place ? layer.in : at.in_row, sum.first};
+    const bool direct = sum.out && at.direct;
+    const Accumulate<Real> finish{direct ? sum.out + at.v_weight : sum.padded + at.sum, direct ? layer.in : at.in_row,
+                                  sum.first};
     if (data_.biases)
       ColumnSums<Real>::run({tangents.delta, at.out_row, rows, layer.out, sum.padded + at.sum_bias, sum.first});
     Gemm<Right, Accumulate>::run(
