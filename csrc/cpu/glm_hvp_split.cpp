@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kLeast = 256;
 // Bytes of Z, and of rows that are widened, and rows: a multiple of what is packed at a time.
 constexpr int64_t kBytes = 2 << 20, kWideBytes = 8 << 20, kRows = 512;
-// Ranges of rows per thread that are weighed.
+// Ranges of rows per thread that are widened and weighed.
 constexpr int64_t kRanges = 4;
 
 // Some rows of Z, and the weights of these rows. Z becomes D (Z + intercepts): weights times z, or p * (z - <p, z>) for

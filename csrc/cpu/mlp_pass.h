@@ -22,7 +22,6 @@ template <class Right>
 class MlpPass {
  public:
   using Real = typename Right::Real;
-  using Layout = MlpLayerLayout;
 
   // A vector, and its biases padded. What is packed of it and of the weights, or null: then matrices are packed as they
   // are used.
@@ -83,7 +82,7 @@ class MlpPass {
   // Ra = h V^T + Rh W^T + Rb, and what the activation makes of it.
   void forward(size_t l, const Vector& vector, const Block& block, const Tangents& tangents) const {
     const MlpLayer& layer = layers_[l];
-    const Layout& at = layout_.layers[l];
+    const MlpLayerLayout& at = layout_.layers[l];
     const int64_t rows = block.rows, begin = block.begin;
     const Factors<Right> by_v{
         row_of<Real>(layer.hidden, begin), layer.hidden.stride,
@@ -117,7 +116,7 @@ class MlpPass {
   // R(dL/dW) = R(dL/da)^T h + (dL/da)^T Rh, and the biases'.
   void add_weights(size_t l, const Block& block, const Tangents& tangents, const Sum& sum) const {
     const MlpLayer& layer = layers_[l];
-    const Layout& at = layout_.layers[l];
+    const MlpLayerLayout& at = layout_.layers[l];
     const int64_t rows = block.rows, begin = block.begin;
     const int64_t packed = at.hidden < 0 ? -1 : Right::size(rows, at.hidden);  // the layers' rows one after another
     Factors<Right> factors[2]{{tangents.delta, at.out_row,
@@ -141,7 +140,7 @@ class MlpPass {
   // R(dL/dh) = R(dL/da) W + dL/da V, and R(dL/da) of the layer before.
   void back(size_t l, const Vector& vector, const Block& block, const Tangents& tangents) const {
     const MlpLayer &layer = layers_[l], &before = layers_[l - 1];
-    const Layout& at = layout_.layers[l];
+    const MlpLayerLayout& at = layout_.layers[l];
     const int64_t rows = block.rows, begin = block.begin;
     const Factors<Right> by_w{tangents.delta, at.out_row,
                               as_it_is(vector.weights, at.w_rows, row_of<Real>(layer.weight), layer.weight.stride,
