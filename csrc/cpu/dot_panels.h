@@ -45,31 +45,60 @@ struct DotTile {
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) sums[r][c] = V{};
-    const int64_t end = depth / kQuad * kQuad;
+    Rows rows(a, a_row);
     int64_t t = 0;
-    for (; t + kLine <= end; t += kLine, panel += kLine * kColumns) {
+    for (; t + kLine <= depth; t += kLine, panel += kLine * kColumns) {
       fetch(t);
-      // Unrolled, the pointers to so many rows would not have a register each.
-#pragma GCC unroll 1
-      for (int q = 0; q < kLine; q += kQuad) add<R>(a + t + q, a_row, panel + q * kColumns, sums);
+      rows.keep();
+#pragma GCC unroll 4
+      for (int q = 0; q < kLine; q += kQuad) add<R>(rows, q, panel + q * kColumns, sums);
+      rows.next(kLine);
     }
-    for (; t < end; t += kQuad, panel += kQuad * kColumns) add<R>(a + t, a_row, panel, sums);
+    for (; t + kQuad <= depth; t += kQuad, panel += kQuad * kColumns) {
+      add<R>(rows, 0, panel, sums);
+      rows.next(kQuad);
+    }
     store(sums, out, out_row);
   }
 
  private:
   using Lanes = std::make_integer_sequence<int, W>;
 
+  // Where up to eight rows are: the processor adds a few multiples of their distance to one address as it loads, where
+  // a pointer to each of them would take a register each, and as many additions as there are loads.
+  class Rows {
+   public:
+    HG_INLINE Rows(const Real* first, int64_t row)
+        : at_(reinterpret_cast<const char*>(first)),
+          one_(row * static_cast<int64_t>(sizeof(Real))),
+          three_(3 * one_),
+          five_(5 * one_),
+          seven_(7 * one_) {}
+
+    // Hides from the compiler how these hang together.
+    HG_INLINE void keep() { asm("" : "+r"(at_), "+r"(one_), "+r"(three_), "+r"(five_), "+r"(seven_)); }
+    HG_INLINE void next(int64_t elements) { at_ += elements * static_cast<int64_t>(sizeof(Real)); }
+
+    HG_INLINE const Real* at(int row, int64_t element) const {
+      const int64_t distance[8] = {0, one_, 2 * one_, three_, 4 * one_, five_, 2 * three_, seven_};
+      return reinterpret_cast<const Real*>(at_ + distance[row]) + element;
+    }
+
+   private:
+    const char* at_;
+    int64_t one_, three_, five_, seven_;
+  };
+
   template <int R>
-  static HG_INLINE void add(const Real* a, int64_t a_row, const Real* panel, V (&sums)[R][C]) {
+  static HG_INLINE void add(const Rows& rows, int64_t t, const Real* panel, V (&sums)[R][C]) {
     V columns[C];
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) columns[c] = S::factor(panel + c * W);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const V row = S::repeat(a + r * a_row);
+      const V row = S::repeat(rows.at(r, t));
 #pragma GCC unroll 8
-      for (int c = 0; c < C; ++c) sums[r][c] += row * columns[c];
+      for (int c = 0; c < C; ++c) sums[r][c] = S::multiply_add(row, columns[c], sums[r][c]);
     }
   }
 

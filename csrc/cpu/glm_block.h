@@ -209,15 +209,26 @@ struct GlmBlockBody {
       }
   }
 
-  // g[c .. c+C, j .. j+Strip*W] += Z^T X over all rows, Unroll of them at a time.
+  // g[c .. c+C, j .. j+Strip*W] += Z^T X over all rows, with Unroll sums of each element.
   template <int C, int Strip, int Unroll>
   static HG_INLINE void outer(const Block& b, int64_t c, int64_t j) {
+    constexpr int kTogether = std::max(2, Unroll);
     V sums[Unroll][C][Strip] = {};
+    const Real *x = b.x + j, *z = b.z + c;
+    const char* next = c == 0 && b.next ? b.next + j * b.size : nullptr;
+    const int64_t rows = b.rows, stride = b.stride, K = b.K, next_stride = b.next_stride, lines = Strip * W * b.size;
     int64_t r = 0;
-    for (; r + Unroll <= b.rows; r += Unroll)
+    for (; r + kTogether <= rows; r += kTogether) {
 #pragma GCC unroll 8
-      for (int u = 0; u < Unroll; ++u) add_row<C, Strip>(b, r + u, c, j, c == 0 && b.next && (r + u) % 2 == 0, sums[u]);
-    for (; r < b.rows; ++r) add_row<C, Strip>(b, r, c, j, c == 0 && b.next && r % 2 == 0, sums[0]);
+      for (int u = 0; u < kTogether; ++u, x += stride, z += K) {
+        if (u % 2 == 0 && next) {
+          for (int64_t l = 0; l < lines; l += kLine) __builtin_prefetch(next + l, 0, 2);
+          next += 2 * next_stride;
+        }
+        add_row<C, Strip>(x, z, sums[u % Unroll]);
+      }
+    }
+    for (; r < rows; ++r, x += stride, z += K) add_row<C, Strip>(x, z, sums[0]);
     for (int k = 0; k < C; ++k)
       for (int s = 0; s < Strip; ++s) {
         Real* g = b.g + (c + k) * b.d + j + s * W;
@@ -229,14 +240,29 @@ struct GlmBlockBody {
 
   // One row of it.
   template <int C, int Strip>
-  static HG_INLINE void add_row(const Block& b, int64_t r, int64_t c, int64_t j, bool fetch, V (&sums)[C][Strip]) {
-    if (fetch)
-      for (int64_t l = 0; l < Strip * W * b.size; l += kLine) prefetch(b, r, j, l);
-    const Real* z = b.z + r * b.K + c;
-    V row[Strip];
-    for (int s = 0; s < Strip; ++s) row[s] = S::factor(b.x + r * b.stride + j + s * W);
-    for (int k = 0; k < C; ++k)
-      for (int s = 0; s < Strip; ++s) sums[k][s] += z[k] * row[s];
+  static HG_INLINE void add_row(const Real* x, const Real* z, V (&sums)[C][Strip]) {
+    // The shorter side of the tile waits in registers for the longer one.
+    if constexpr (C <= Strip) {
+      V weights[C];
+#pragma GCC unroll 8
+      for (int k = 0; k < C; ++k) weights[k] = S::every(z + k);
+#pragma GCC unroll 8
+      for (int s = 0; s < Strip; ++s) {
+        const V row = S::factor(x + s * W);
+#pragma GCC unroll 8
+        for (int k = 0; k < C; ++k) sums[k][s] = S::multiply_add(row, weights[k], sums[k][s]);
+      }
+    } else {
+      V row[Strip];
+#pragma GCC unroll 8
+      for (int s = 0; s < Strip; ++s) row[s] = S::factor(x + s * W);
+#pragma GCC unroll 8
+      for (int k = 0; k < C; ++k) {
+        const V weight = S::every(z + k);
+#pragma GCC unroll 8
+        for (int s = 0; s < Strip; ++s) sums[k][s] = S::multiply_add(row[s], weight, sums[k][s]);
+      }
+    }
   }
 
   static HG_INLINE void prefetch(const Block& b, int64_t r, int64_t j, int64_t bytes = 0) {

@@ -70,6 +70,22 @@ struct Simd {
     return x;
   }
 
+  // One element in every place.
+  static HG_INLINE V every(const Real* at) {
+    V x;
+#if defined(HG_HAVE_AVX2)
+    if constexpr (Bytes >= 32 && sizeof(Real) == 4) {
+      asm("vbroadcastss %1, %0" : "=v"(x) : "m"(*at));
+      return x;
+    } else if constexpr (Bytes >= 32) {
+      asm("vbroadcastsd %1, %0" : "=v"(x) : "m"(*at));
+      return x;
+    }
+#endif
+    for (int i = 0; i < width; ++i) x[i] = *at;
+    return x;
+  }
+
   // 16 bytes as often as they fit.
   static HG_INLINE V repeat(const Real* at) {
     V x;
@@ -85,6 +101,21 @@ struct Simd {
 #endif
     for (int i = 0; i < Bytes; i += 16) std::memcpy(reinterpret_cast<char*>(&x) + i, at, 16);
     return x;
+  }
+
+  // sum + a * b, in the register of the sum: in long loops over a tile of sums g++ puts it into that of a factor now
+  // and then, and moves it back.
+  static HG_INLINE V multiply_add(V a, V b, V sum) {
+#if defined(HG_HAVE_AVX2)
+    if constexpr (Bytes >= 32 && sizeof(Real) == 4) {
+      asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+      return sum;
+    } else if constexpr (Bytes >= 32) {
+      asm("vfmadd231pd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+      return sum;
+    }
+#endif
+    return sum + a * b;
   }
 
   static HG_INLINE void store(Real* at, V x) { *reinterpret_cast<Unaligned*>(at) = x; }
