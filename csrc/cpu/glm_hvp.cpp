@@ -96,10 +96,14 @@ struct Product {
     for (int64_t i = 0; i < in_panels; ++i)
       DotPanel<Real>::pack(of.columns.data() + i * DotPanel<Real>::kColumns, d, panels.get() + i * panel_size);
 
+    // One column's are taken from both ends.
+    const auto begin_of = [&](int64_t range) {
+      return one ? range * blocks / ranges : falling_begin(range, ranges, team.threads, blocks);
+    };
     const Buffer<Real> memory(ranges * pitch);
     Real* const totals = memory.get();
     share(ranges, team, [&](int64_t range) {
-      const int64_t first = range * blocks / ranges, last = (range + 1) * blocks / ranges;
+      const int64_t first = begin_of(range), last = begin_of(range + 1);
       Real* total = totals + range * pitch;
       std::fill_n(total, size, Real(0));
       if (one) return one_column(data, v, first * block, std::min(last * block, data.n), total);

@@ -44,6 +44,15 @@ struct Team {
   }
 };
 
+// The first of so many units that is in a range, where every thread has as many ranges, each of which is smaller than
+// the one before: what is taken last, by whoever is free, keeps the others waiting least.
+inline int64_t falling_begin(int64_t range, int64_t ranges, int64_t threads, int64_t units) {
+  if (ranges % threads != 0) return range * units / ranges;
+  const int64_t each = ranges / threads, part = range / each, before = range % each;
+  const int64_t begin = part * units / threads, end = (part + 1) * units / threads;
+  return begin + (end - begin) * before * (2 * each + 1 - before) / (each * (each + 1));
+}
+
 // The team for so many units of work, of which every thread should have at least `grain`.
 inline Team team_for(int64_t units, int64_t grain) {
   grain = std::max<int64_t>(1, grain);
