@@ -13,7 +13,7 @@ from torch import Tensor
 from hypergrad_ext.carry_over import begin, finish, warm
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.error_bound import check_lower, solution_bound
-from hypergrad_ext.norms import all_finite, norms, power_of_two_scale
+from hypergrad_ext.norms import finite_rows, norms, powers_of_two
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
 from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
@@ -201,25 +201,27 @@ def _solve_packed(
 ) -> Solution:
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
     b, operator = packed.flat, system.operator
-    if not system.damping:
+    if not system.damping and not all(operator.used):
         for flat in (b,) if x0 is None else (b, x0):
             for part, used in zip(flat.split(operator.space.sizes, dim=-1), operator.used, strict=True):
                 if not used:
                     part.zero_()
 
+    # Numbers on the host where there is one per row: a dozen operations of torch take longer than a small solve.
     b_norm = norms(b)
-    finite = all_finite(b, b_norm)
+    sizes: list[float] = b_norm.reshape(-1).tolist()
+    finite = finite_rows(b, sizes)
     if x0 is not None:
-        finite = finite & all_finite(x0, norms(x0))
-    bad = [not ok for ok in finite.reshape(-1).tolist()]
-    if all(bad):
+        others = finite_rows(x0, norms(x0).reshape(-1).tolist())
+        finite = [ok and other for ok, other in zip(finite, others, strict=True)]
+    if not any(finite):
         x = torch.full_like(b, torch.nan)
-        return _solution(
-            packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(bad), 0), system, solver, None, b_norm=None
-        )
-    if any(bad):
-        b, b_norm = torch.where(finite[..., None], b, 0), torch.where(finite, b_norm, 0)
-        x0 = None if x0 is None else torch.where(finite[..., None], x0, 0)
+        return _solution(packed, x, Outcome(x, [Status.NON_FINITE_INPUT] * len(finite), 0), system, solver, None, None)
+    if not all(finite):
+        good = torch.tensor(finite, device=b.device).view(b_norm.shape)
+        b, b_norm = torch.where(good[..., None], b, 0), torch.where(good, b_norm, 0)
+        x0 = None if x0 is None else torch.where(good[..., None], x0, 0)
+        sizes = [size if ok else 0.0 for size, ok in zip(sizes, finite, strict=True)]
 
     if x0 is not None:
         rhs = b - system.apply(x0)
@@ -228,17 +230,19 @@ def _solve_packed(
     else:
         rhs = b
     begin(system)
-    start = b_norm if x0 is None else norms(rhs)
-    scale = power_of_two_scale(rhs, start)
-    start = start * scale
+    starts: list[float] = sizes if x0 is None else norms(rhs).reshape(-1).tolist()
+    scales = powers_of_two(rhs, starts)
+    # One number, or one per row.
+    scale = scales[0] if len(scales) == 1 else torch.tensor(scales, dtype=b.dtype, device=b.device)
+    per_row = scale[..., None] if isinstance(scale, Tensor) else scale
     relative, bound, tol = None, None, getattr(solver, "tol", None)
     # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
     doubtful = tol is not None and b.dtype is not torch.float64 and not isinstance(solver, Auto)
     # In place where the right-hand side is not needed again: new memory costs more than the multiplication.
-    scaled = rhs * scale[..., None] if residual or doubtful else rhs.mul_(scale[..., None])
+    scaled = rhs * per_row if residual or doubtful else rhs.mul_(per_row)
     outcome = solver.run(system, scaled, b_norm * scale)
-    _drop_worse_than_start(outcome, start)
-    x = outcome.x.div_(scale[..., None])
+    _drop_worse_than_start(outcome, _times(starts, scales))
+    x = outcome.x.div_(per_row)
     if x0 is not None:
         x += x0
 
@@ -246,41 +250,55 @@ def _solve_packed(
         ax = system.apply(x)
         r = b - ax
         r_norm = norms(r)
-        relative = torch.where(b_norm > 0, r_norm / b_norm, r_norm)
+        residuals: list[float] = r_norm.reshape(-1).tolist()
+        relative = _relative_to(residuals, sizes)
         if lower is not None:
             bound = solution_bound(system, x, r, ax, lower)
-        for row, value in enumerate(relative.reshape(-1).tolist()):
+        for row, value in enumerate(relative):
             if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
                 outcome.statuses[row] = Status.STAGNATED
-        lost = torch.tensor([s is Status.STAGNATED for s in outcome.statuses], device=b.device).view_as(r_norm)
-        lost &= ~(r_norm * scale < start)
-        if bool(lost.any()):
-            x = torch.where(lost[..., None], 0 if x0 is None else x0, x)
-            relative = torch.where(lost, start / scale / b_norm, relative)
-            if bound is not None:
-                bound = torch.where(lost, start / scale / (r_norm / bound), bound)
-    refuse_found(system, outcome.solver or solver, outcome, relative)
-    if any(bad):
-        x = torch.where(finite[..., None], x, torch.nan)
-        outcome.statuses = [
-            Status.NON_FINITE_INPUT if row_bad else status
-            for row_bad, status in zip(bad, outcome.statuses, strict=True)
+        lost = [
+            status is Status.STAGNATED and not value < start
+            for status, value, start in zip(outcome.statuses, residuals, starts, strict=True)
         ]
-    solution = _solution(packed, x, outcome, system, solver, relative, b_norm * scale, bound)
+        if any(lost):
+            gone = torch.tensor(lost, device=b.device).view_as(r_norm)
+            x = torch.where(gone[..., None], 0 if x0 is None else x0, x)
+            values = _relative_to(starts, sizes)
+            relative = [other if bad else value for bad, other, value in zip(lost, values, relative, strict=True)]
+            if bound is not None:
+                before = torch.tensor(starts, dtype=torch.float64, device=b.device).view_as(r_norm)
+                bound = torch.where(gone, before / (r_norm / bound), bound)
+    refuse_found(system, outcome.solver or solver, outcome, relative)
+    if not all(finite):
+        x = torch.where(good[..., None], x, torch.nan)
+        outcome.statuses = [
+            status if ok else Status.NON_FINITE_INPUT for ok, status in zip(finite, outcome.statuses, strict=True)
+        ]
+    solution = _solution(packed, x, outcome, system, solver, relative, _times(sizes, scales), bound)
     finish(system, x, solution)
     return solution
 
 
-def _drop_worse_than_start(outcome: Outcome, start: Tensor) -> None:
+def _drop_worse_than_start(outcome: Outcome, starts: list[float]) -> None:
     """Set failed rows to zero, the start, unless their residual is known to be below it."""
     failed = [row for row, s in enumerate(outcome.statuses) if s.failed or s is Status.NEGATIVE_CURVATURE]
     if not failed:
         return
-    norms, x = start.reshape(-1).tolist(), outcome.x if outcome.x.dim() == 2 else outcome.x[None]
-    residuals = outcome.residuals or [math.inf] * len(norms)
+    x = outcome.x if outcome.x.dim() == 2 else outcome.x[None]
+    residuals = outcome.residuals or [math.inf] * len(starts)
     for row in failed:
-        if not residuals[row] < norms[row]:
+        if not residuals[row] < starts[row]:
             x[row].zero_()
+
+
+def _times(a: list[float], b: list[float]) -> list[float]:
+    return [x * y for x, y in zip(a, b, strict=True)]
+
+
+def _relative_to(norms: list[float], of: list[float]) -> list[float]:
+    # Of a zero right-hand side the norm itself.
+    return [norm / size if size > 0 else norm for norm, size in zip(norms, of, strict=True)]
 
 
 def _solution(
@@ -289,45 +307,43 @@ def _solution(
     outcome: Outcome,
     system: System,
     solver: Solver,
-    relative: Tensor | None,
-    b_norm: Tensor | None,
+    relative: list[float] | None,
+    sizes: list[float] | None,
     bound: Tensor | None = None,
 ) -> Solution:
     status, history = worst(outcome.statuses), system.history
     useless = status.failed
     if relative is not None:
-        values = relative.reshape(-1).tolist()
         useless |= any(
-            s is Status.STAGNATED and not value < 1 for s, value in zip(outcome.statuses, values, strict=True)
+            s is Status.STAGNATED and not value < 1 for s, value in zip(outcome.statuses, relative, strict=True)
         )
-    if outcome.residuals is not None and b_norm is not None:
+    if outcome.residuals is not None and sizes is not None:
         # On an indefinite operator the iterate before the bad direction can be worse than zero.
         useless |= any(
-            s is Status.NEGATIVE_CURVATURE and residual >= norm
-            for s, residual, norm in zip(outcome.statuses, outcome.residuals, b_norm.reshape(-1).tolist(), strict=True)
+            s is Status.NEGATIVE_CURVATURE and residual >= size
+            for s, residual, size in zip(outcome.statuses, outcome.residuals, sizes, strict=True)
         )
+    batch = packed.rows is not None
+    residual_norm: float | Tensor | None = None
+    if relative is not None:
+        residual_norm = torch.tensor(relative, dtype=torch.float64, device=x.device) if batch else relative[0]
     return Solution(
         value=packed.restore(x),
         status=status,
         steps=outcome.steps,
         hvps=system.hvps,
-        residual_norm=relative if relative is None or packed.rows is not None else float(relative),
-        error_bound=bound if bound is None or packed.rows is not None else float(bound),
-        history=None if history is None or b_norm is None else _relative(history, b_norm),
+        residual_norm=residual_norm,
+        error_bound=bound if bound is None or batch else float(bound),
+        history=None if history is None or sizes is None else [_relative_to(row, sizes) for row in history],
         solver=outcome.solver or solver,
         detail=outcome.detail,
         alpha=outcome.alpha,
         damping=system.damping,
         indefinite=outcome.indefinite,
         useless=useless,
-        statuses=None if packed.rows is None else tuple(outcome.statuses),
+        statuses=tuple(outcome.statuses) if batch else None,
         engine=system.operator.engine,
     )
-
-
-def _relative(history: list[list[float]], b_norm: Tensor) -> list[list[float]]:
-    norms = b_norm.reshape(-1).tolist()
-    return [[value / (norm or 1) for value, norm in zip(row, norms, strict=True)] for row in history]
 
 
 def report(solution: Solution, throw: bool) -> None:

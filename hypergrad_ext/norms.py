@@ -30,10 +30,13 @@ def finite(tensors: Sequence[Tensor]) -> bool:
     return bool(torch.nn.utils.get_total_norm(parts, torch.inf).isfinite())
 
 
-def all_finite(flat: Tensor, norm: Tensor) -> Tensor:
-    """For a vector or each of several, whether no element is NaN or infinite, given its `norms`."""
-    known = norm.isfinite()
-    return known if flat.dtype == torch.float32 or bool(known.all()) else flat.isfinite().all(-1)
+def finite_rows(flat: Tensor, sizes: list[float]) -> list[bool]:
+    """For a vector or each of several, whether no element is NaN or infinite, given its `norms` as numbers."""
+    known = [math.isfinite(size) for size in sizes]
+    if flat.dtype == torch.float32 or all(known):
+        return known
+    rows: list[bool] = flat.isfinite().all(-1).reshape(-1).tolist()
+    return rows
 
 
 def power_of_two_scale(flat: Tensor, norm: Tensor | None = None) -> Tensor:
@@ -49,13 +52,17 @@ def power_of_two_scale(flat: Tensor, norm: Tensor | None = None) -> Tensor:
         Shape ``()`` or ``(k,)``, in the dtype of ``flat``.
     """
     size = norms(flat) if norm is None else norm
-    if flat.dtype == torch.float64 and not all(1e-150 < value < 1e150 for value in size.reshape(-1).tolist()):
-        # Where squares are not to be trusted, by the largest magnitude.
-        size = flat.abs().amax(-1)
-    limit = 1000 if flat.dtype == torch.float64 else 120
-    exponents = [math.frexp(value)[1] for value in size.reshape(-1).tolist()]
-    scales = [2.0 ** -min(max(exponent, -limit), limit) for exponent in exponents]
+    scales = powers_of_two(flat, size.reshape(-1).tolist())
     return torch.tensor(scales, dtype=flat.dtype, device=flat.device).view(size.shape)
+
+
+def powers_of_two(flat: Tensor, sizes: list[float]) -> list[float]:
+    """`power_of_two_scale` as numbers, given the `norms` as numbers."""
+    if flat.dtype == torch.float64 and not all(1e-150 < size < 1e150 for size in sizes):
+        # Where squares are not to be trusted, by the largest magnitude.
+        sizes = flat.abs().amax(-1).reshape(-1).tolist()
+    limit = 1000 if flat.dtype == torch.float64 else 120
+    return [2.0 ** -min(max(math.frexp(size)[1], -limit), limit) for size in sizes]
 
 
 def _compiled(tensors: Sequence[Tensor]) -> Any | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Status
@@ -32,7 +31,7 @@ def refuse_declared(operator: LinearOperator, solver: Solver) -> None:
         raise ValueError(f"operator: expected a symmetric operator for {name}, got one that is not; {_WAY_OUT}")
 
 
-def refuse_found(system: System, solver: Solver, outcome: Outcome, relative: Tensor | None) -> None:
+def refuse_found(system: System, solver: Solver, outcome: Outcome, relative: list[float] | None) -> None:
     r"""After a solve that went wrong: refuse an operator that is only said to be symmetric, and is not.
 
     For Gaussian u and v, :math:`u \cdot H v - v \cdot H u` is about the Frobenius norm of :math:`H - H^\top`.
@@ -46,7 +45,7 @@ def refuse_found(system: System, solver: Solver, outcome: Outcome, relative: Ten
     if operator.surely_symmetric or not solver.needs_symmetry:
         return
     missed = Status.MAX_STEPS in outcome.statuses and getattr(solver, "tol", None) is not None
-    missed = missed and relative is not None and float(relative.max()) >= 1
+    missed = missed and relative is not None and max(relative) >= 1
     if not missed and not any(status in _SUSPECT for status in outcome.statuses):
         return
     space = operator.space

@@ -260,11 +260,12 @@ def _in_one_call(
         whole = _whole(system, rows, steps, alpha, stop)
         if whole is None:
             return None
-        x, history = whole
+        x, history, taken = whole
         if watch is None or watch.calm(history):
-            return x.view_as(b), len(history), alpha
+            return x.view_as(b), taken, alpha
         over, step, shrink = False, 0, 1.0
-        for step, stats in enumerate(history.tolist(), 1):
+        for step in range(1, taken + 1):
+            stats = [[squares[step - 1], flags[step - 1]] for squares, flags in history]
             # The call has gone on with terms that grow: what there was before them is summed once more.
             over = watch.over(stats, step, _shorter(system, rows, step - 1, alpha, stop))
             shrink = watch.shrink()
@@ -276,16 +277,21 @@ def _in_one_call(
         watch.restart()
 
 
-def _whole(system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The sums, and the stats of the steps taken."""
+def _whole(
+    system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor
+) -> tuple[Tensor, list[list[list[float]]], int] | None:
+    """The sums, per row the squared norms and the flags of all steps taken, and their number."""
     result = system.prepared.neumann_series(rows, alpha, system.damping, steps, stop, system.backend)
     if result is None:
         return None
-    x, history = result
-    if len(history) and float(history[-1, 0, 0]) == -1:
-        history = history[: int((history[:, 0, 0] != -1).sum())]
-    system.hvps += len(history) * len(rows)
-    return x, history
+    # Lists, because a dozen operations of torch take longer than a small solve.
+    x, history = result[0], result[1].movedim(0, -1).tolist()
+    squares: list[float] = history[0][0]
+    taken = squares.index(-1) if squares and squares[-1] == -1 else len(squares)
+    if taken < len(squares):
+        history = [[squares[:taken], flags[:taken]] for squares, flags in history]
+    system.hvps += taken * len(rows)
+    return x, history, taken
 
 
 def _shorter(

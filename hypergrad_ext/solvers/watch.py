@@ -54,10 +54,10 @@ class Watch:
                 rounding noise: more. Infinity where theory does not say that they shrink from step to step.
             retries: How many times a solve may go on with a smaller step size before growth is a failure.
         """
-        self._stop = [tol * norm if tol is not None else -1.0 for norm in b_norm.reshape(-1).tolist()]
-        norm = norms(b)
-        self._norm: list[float] = norm.reshape(-1).tolist()
-        self._first: list[float] = (norm if preconditioner is None else preconditioner.norm(b)).reshape(-1).tolist()
+        self._norm: list[float] = norms(b).reshape(-1).tolist()
+        rows = len(self._norm)
+        self._stop = [-1.0] * rows if tol is None else [tol * norm for norm in b_norm.reshape(-1).tolist()]
+        self._first = list(self._norm) if preconditioner is None else preconditioner.norm(b).reshape(-1).tolist()
         self._last, self._least = self._first, list(self._first)
         self._regrowth = regrowth
         self._retries, self._shrink = retries, 1.0
@@ -121,16 +121,17 @@ class Watch:
             return False
         return self.done
 
-    def calm(self, history: Tensor) -> bool:
-        """Take in the stats of all steps of a solve, ``(steps, k, 2)``, at once if no norm of theirs grew.
+    def calm(self, rows: list[list[list[float]]]) -> bool:
+        """Take in the stats of all steps of a solve at once if no norm of theirs grew.
 
         The same as `over` for each of them, which takes longer than a small solve.
+
+        Args:
+            rows: Per row what was ``r.r`` at every step, and what the flag was.
 
         Returns:
             Whether it did; else nothing has changed.
         """
-        # Lists, because a dozen operations of torch take longer than a small solve.
-        rows = history.movedim(0, -1).tolist()
         for (squares, flags), last, first in zip(rows, self._last, self._first, strict=True):
             limits = [_GROWTH**2 * square for square in (last * last, *squares[:-1])]
             if not squares or any(flags) or not all(map(operator.le, squares, limits)):
@@ -142,7 +143,7 @@ class Watch:
         self._norm = [math.sqrt(squares[-1]) for squares, _ in rows]
         self._last, self._least = list(self._norm), [math.sqrt(min(squares)) for squares, _ in rows]
         self._grew = [0] * len(rows)
-        self._step += len(history)
+        self._step += len(rows[0][0])
         return True
 
     @property
