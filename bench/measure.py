@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -32,7 +33,7 @@ def interleave(
     twice: float = 0.0,
     rested: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """Seconds per call of every variant, timed in turn in every round, each round in another order.
+    """Seconds per call of every variant, timed in turn in every round, each round in a random order.
 
     ``setup`` runs before every call, outside its time. No round after the third begins later than ``budget``
     seconds after the first. Calls that last took fewer seconds than ``twice`` are made twice, and the second is timed:
@@ -48,7 +49,9 @@ def interleave(
     for r in range(rounds):
         if r >= 3 and time.perf_counter() - begin > budget:
             break
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+        # Whoever comes after one that left the caches to others, or its threads awake, is slower for it.
+        random.Random(r).shuffle(names)
+        for name in names:
             setup()
             if seconds[name] and seconds[name][-1] < twice:
                 variants[name]()

@@ -285,11 +285,13 @@ def _whole(
     if result is None:
         return None
     # Lists, because a dozen operations of torch take longer than a small solve.
-    x, history = result[0], result[1].movedim(0, -1).tolist()
-    squares: list[float] = history[0][0]
-    taken = squares.index(-1) if squares and squares[-1] == -1 else len(squares)
-    if taken < len(squares):
-        history = [[squares[:taken], flags[:taken]] for squares, flags in history]
+    x, stats = result[0], result[1].tolist()
+    taken = len(stats)
+    while taken and stats[taken - 1][0][0] == -1:
+        taken -= 1
+    history = [
+        [[step[row][0] for step in stats[:taken]], [step[row][1] for step in stats[:taken]]] for row in range(len(rows))
+    ]
     system.hvps += taken * len(rows)
     return x, history, taken
 
