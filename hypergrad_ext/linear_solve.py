@@ -19,6 +19,7 @@ from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, w
 from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.solvers.lanczos import lanczos
+from hypergrad_ext.solvers.watch import times
 from hypergrad_ext.structure import Packed, Tree
 from hypergrad_ext.symmetry import refuse_declared, refuse_found
 
@@ -241,7 +242,7 @@ def _solve_packed(
     # In place where the right-hand side is not needed again: new memory costs more than the multiplication.
     scaled = rhs * per_row if residual or doubtful else rhs.mul_(per_row)
     outcome = solver.run(system, scaled, b_norm * scale)
-    _drop_worse_than_start(outcome, _times(starts, scales))
+    _drop_worse_than_start(outcome, times(starts, scales))
     x = outcome.x.div_(per_row)
     if x0 is not None:
         x += x0
@@ -275,7 +276,7 @@ def _solve_packed(
         outcome.statuses = [
             status if ok else Status.NON_FINITE_INPUT for ok, status in zip(finite, outcome.statuses, strict=True)
         ]
-    solution = _solution(packed, x, outcome, system, solver, relative, _times(sizes, scales), bound)
+    solution = _solution(packed, x, outcome, system, solver, relative, times(sizes, scales), bound)
     finish(system, x, solution)
     return solution
 
@@ -290,10 +291,6 @@ def _drop_worse_than_start(outcome: Outcome, starts: list[float]) -> None:
     for row in failed:
         if not residuals[row] < starts[row]:
             x[row].zero_()
-
-
-def _times(a: list[float], b: list[float]) -> list[float]:
-    return [x * y for x, y in zip(a, b, strict=True)]
 
 
 def _relative_to(norms: list[float], of: list[float]) -> list[float]:

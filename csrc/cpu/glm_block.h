@@ -265,8 +265,8 @@ struct GlmBlockBody {
     }
   }
 
-  static HG_INLINE void prefetch(const Block& b, int64_t r, int64_t j, int64_t bytes = 0) {
-    __builtin_prefetch(b.next + r * b.next_stride + j * b.size + bytes, 0, 2);
+  static HG_INLINE void prefetch(const Block& b, int64_t r, int64_t j) {
+    __builtin_prefetch(b.next + r * b.next_stride + j * b.size, 0, 2);
   }
 };
 

@@ -260,12 +260,11 @@ def _in_one_call(
         whole = _whole(system, rows, steps, alpha, stop)
         if whole is None:
             return None
-        x, history, taken = whole
+        x, history = whole
         if watch is None or watch.calm(history):
-            return x.view_as(b), taken, alpha
+            return x.view_as(b), len(history), alpha
         over, step, shrink = False, 0, 1.0
-        for step in range(1, taken + 1):
-            stats = [[squares[step - 1], flags[step - 1]] for squares, flags in history]
+        for step, stats in enumerate(history, 1):
             # The call has gone on with terms that grow: what there was before them is summed once more.
             over = watch.over(stats, step, _shorter(system, rows, step - 1, alpha, stop))
             shrink = watch.shrink()
@@ -279,21 +278,17 @@ def _in_one_call(
 
 def _whole(
     system: System, rows: Tensor, steps: int, alpha: float, stop: Tensor
-) -> tuple[Tensor, list[list[list[float]]], int] | None:
-    """The sums, per row the squared norms and the flags of all steps taken, and their number."""
+) -> tuple[Tensor, list[list[list[float]]]] | None:
+    """The sums, and the stats of the steps taken."""
     result = system.prepared.neumann_series(rows, alpha, system.damping, steps, stop, system.backend)
     if result is None:
         return None
     # Lists, because a dozen operations of torch take longer than a small solve.
-    x, stats = result[0], result[1].tolist()
-    taken = len(stats)
-    while taken and stats[taken - 1][0][0] == -1:
-        taken -= 1
-    history = [
-        [[step[row][0] for step in stats[:taken]], [step[row][1] for step in stats[:taken]]] for row in range(len(rows))
-    ]
-    system.hvps += taken * len(rows)
-    return x, history, taken
+    x, history = result[0], result[1].tolist()
+    while history and history[-1][0][0] == -1:
+        history.pop()
+    system.hvps += len(history) * len(rows)
+    return x, history
 
 
 def _shorter(

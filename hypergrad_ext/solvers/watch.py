@@ -110,7 +110,7 @@ class Watch:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
         if iterate is not None and self._shrink == 1:
             growth = [max(1.0, a / b) if ahead and b else 1.0 for a, b in zip(sizes, self._last, strict=True)]
-            self._best.look(_times(sizes, growth), _times(self._norm, growth), iterate)
+            self._best.look(times(sizes, growth), times(self._norm, growth), iterate)
         self._last, self._step = sizes, step
         if self._shrink > 1:
             self._retries -= 1
@@ -121,29 +121,29 @@ class Watch:
             return False
         return self.done
 
-    def calm(self, rows: list[list[list[float]]]) -> bool:
-        """Take in the stats of all steps of a solve at once if no norm of theirs grew.
+    def calm(self, history: list[list[list[float]]]) -> bool:
+        """Take in the stats of all steps of a solve, without a preconditioner, at once if no norm of theirs grew.
 
         The same as `over` for each of them, which takes longer than a small solve.
-
-        Args:
-            rows: Per row what was ``r.r`` at every step, and what the flag was.
 
         Returns:
             Whether it did; else nothing has changed.
         """
-        for (squares, flags), last, first in zip(rows, self._last, self._first, strict=True):
+        if not history:
+            return False
+        rows = [[stats[row][0] for stats in history] for row in range(len(self._stop))]
+        for row, (squares, last, first) in enumerate(zip(rows, self._last, self._first, strict=True)):
             limits = [_GROWTH**2 * square for square in (last * last, *squares[:-1])]
-            if not squares or any(flags) or not all(map(operator.le, squares, limits)):
+            if any(stats[row][1] for stats in history) or not all(map(operator.le, squares, limits)):
                 return False
             most = 1.01 * first
             # Not a power: Python raises where that overflows.
             if max(squares) > most * most:
                 return False
-        self._norm = [math.sqrt(squares[-1]) for squares, _ in rows]
-        self._last, self._least = list(self._norm), [math.sqrt(min(squares)) for squares, _ in rows]
+        self._norm = [math.sqrt(squares[-1]) for squares in rows]
+        self._last, self._least = list(self._norm), [math.sqrt(min(squares)) for squares in rows]
         self._grew = [0] * len(rows)
-        self._step += len(rows[0][0])
+        self._step += len(history)
         return True
 
     @property
@@ -191,5 +191,6 @@ class Watch:
             self.detail = f", {detail}"
 
 
-def _times(a: list[float], b: list[float]) -> list[float]:
+def times(a: list[float], b: list[float]) -> list[float]:
+    """Products of what is one number per row."""
     return [x * y for x, y in zip(a, b, strict=True)]
