@@ -65,17 +65,26 @@ struct GlmProblem {
 // Hands out shared memory. With a null base it only counts.
 class Arena {
  public:
-  __host__ __device__ explicit Arena(char* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+  __host__ __device__ explicit Arena(char* base) : base_(base) {}
   template <class T>
   __host__ __device__ T* take(int64_t count) {
-    T* at = reinterpret_cast<T*>(base_ + size_);
+    T* at = reinterpret_cast<T*>(next());
     size_ += round_up(count * static_cast<int64_t>(sizeof(T)), 32);
     return at;
   }
   __host__ __device__ int64_t size() const { return size_; }
 
  private:
-  uintptr_t base_;
+  // On the device a pointer all the way, without a null: else the compiler could not tell that it is to shared memory.
+  __host__ __device__ char* next() const {
+#if defined(__CUDA_ARCH__)
+    return base_ + size_;
+#else
+    return base_ ? base_ + size_ : nullptr;
+#endif
+  }
+
+  char* base_;
   int64_t size_ = 0;
 };
 

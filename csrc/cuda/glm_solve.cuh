@@ -161,11 +161,13 @@ struct SolveState {
   __device__ Real product(int e, int i) const { return problem.scale * block.g[e] + l2[i] * block.v[e]; }
 };
 
-// Solver: a vector iteration on every block's copy; see glm_neumann_solve.cu and glm_cg_solve.cu.
+// Solver: a vector iteration on every block's copy; see glm_neumann_solve.cu and glm_cg_solve.cu. Two blocks hide each
+// other's barriers where x is streamed; in float64 they would not have registers enough.
 template <class Solver, class X, class Real>
-__global__ void __launch_bounds__(kThreads, 1) glm_solve(const __grid_constant__ GlmProblem<X, Real> problem,
-                                                         const __grid_constant__ SolveArguments<Real> arguments,
-                                                         const __grid_constant__ typename Solver::Arguments more) {
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1 : 2)
+    glm_solve(const __grid_constant__ GlmProblem<X, Real> problem,
+              const __grid_constant__ SolveArguments<Real> arguments,
+              const __grid_constant__ typename Solver::Arguments more) {
   Arena arena(dynamic_shared());
   SolveState<X, Real> state(problem, static_cast<int>(gridDim.x), arena);
   Solver solver(problem, arguments, more, arena);
