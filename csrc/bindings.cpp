@@ -54,6 +54,12 @@ class TensorSequence {
   static const at::Tensor& tensor(const char* name, PyObject* object) {
     const at::Tensor* t = hg::from_python(object);
     if (!t) throw py::type_error(std::string(name) + " must hold tensors, got " + type_name(object));
+    // Their memory, if any, is not their values: wrappers (DTensor, FakeTensor), and what is zero or negated lazily.
+    constexpr c10::DispatchKeySet kBeyondMemory{c10::DispatchKey::Python, c10::DispatchKey::ZeroTensor,
+                                                c10::DispatchKey::Negative, c10::DispatchKey::Conjugate};
+    if (t->key_set().has_any(kBeyondMemory))
+      throw py::type_error(std::string(name) + " must be in plain memory, got a " + type_name(object) +
+                           (t->key_set().has(c10::DispatchKey::Python) ? "" : " that is zero or negated lazily"));
     return *t;
   }
 
@@ -152,10 +158,8 @@ struct GlmArguments {
 };
 
 py::list views(py::handle flat, const std::vector<std::vector<int64_t>>& shapes) {
-  const at::Tensor* t = hg::from_python(flat.ptr());
-  if (!t) throw py::type_error("flat must be a tensor");
   py::list list;
-  for (const at::Tensor& part : hg::views(*t, shapes))
+  for (const at::Tensor& part : hg::views(TensorSequence::tensor("flat", flat.ptr()), shapes))
     list.append(py::reinterpret_steal<py::object>(hg::to_python(part)));
   return list;
 }

@@ -126,11 +126,12 @@ class _CellBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, v_gates: Tensor | None, v_c: Tensor | None) -> Any:
-        activations, c, *_, grad_activations = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        activations, c, *_, grad_activations = saved
         v = _or_zeros(v_gates, activations), _or_zeros(v_c, c)
         if grad_activations is not None:  # only in a third derivative
-            return _by_torch(reference_lstm.lstm_cell_backward, ctx.saved_tensors, v)
-        return *_CellDoubleBackward.apply(*ctx.saved_tensors[:5], *v), None
+            return _by_torch(reference_lstm.lstm_cell_backward, saved, v)
+        return *_CellDoubleBackward.apply(*saved[:5], *v), None
 
 
 class _CellDoubleBackward(Function):
@@ -216,9 +217,10 @@ class _Layer(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
-        grad_h = _or_zeros(grad_h, ctx.saved_tensors[1])
+        saved = ctx.saved_tensors  # a checkpoint lets them be read once
+        grad_h = _or_zeros(grad_h, saved[1])
         wanted = ctx.needs_input_grad[0], ctx.has_bias, ctx.needs_input_grad[4]
-        return _LayerBackward.apply(wanted, *ctx.saved_tensors, grad_h, grad_c, grad_activations)[:6]
+        return _LayerBackward.apply(wanted, *saved, grad_h, grad_c, grad_activations)[:6]
 
 
 class _LayerBackward(Function):
@@ -242,7 +244,7 @@ class _LayerBackward(Function):
         *inputs, gates, dh, dc = ctx.saved_tensors
         activations, h, c, x, w_ih, w_hh, h0, c0, _, grad_c, grad_activations = inputs
         if grad_activations is not None or torch.is_grad_enabled():  # only in a third derivative
-            like = [x, w_ih, activations[0, 0], w_hh, h0, c0]
+            like = [x, w_ih, activations.new_empty(activations.shape[-1]), w_hh, h0, c0]
             given = [*ctx.wanted[:1], True, ctx.wanted[1], True, ctx.wanted[2], True]
             v = [_or_zeros(t, s) for t, s in zip((v_x, v_ih, v_bias, v_hh, v_h0, v_c0), like, strict=True)]
             v = [t for t, is_given in zip(v, given, strict=True) if is_given]

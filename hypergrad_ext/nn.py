@@ -137,7 +137,7 @@ class LSTM(torch.nn.LSTM):
         if mask is not None:
             w_hh = w_hh * mask
         tensors: tuple[Any, ...] = x, w_ih, bias, w_hh, h0, c0
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        if _autocast(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             tensors = tuple(None if t is None else t.to(dtype) for t in tensors)
         return lstm_layer(*tensors)
@@ -148,11 +148,19 @@ class LSTM(torch.nn.LSTM):
             zeros = x.new_zeros(shape)
             return zeros, zeros
         expected = (shape[0], shape[2]) if single else shape
+        if len(hx) != 2:
+            raise ValueError(f"hx: expected a pair h_0 and c_0, got {len(hx)} tensors")
         for name, t in zip(("h_0", "c_0"), hx, strict=True):
             if t.shape != expected:
                 raise ValueError(f"hx: expected {name} of shape {expected}, got {tuple(t.shape)}")
+            if t.dtype != x.dtype and not _autocast(x):
+                raise TypeError(f"hx: expected {name} of {x.dtype}, the dtype of input, got {t.dtype}")
         h_0, c_0 = (t.unsqueeze(1) if single else t for t in hx)
         return h_0, c_0
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 
 
 def _one_each(name: str, masks: Masks, count: int) -> Sequence[Tensor | None]:

@@ -123,7 +123,10 @@ def contiguous_strides(sizes: Sequence[int]) -> tuple[int, ...]:
 def views(flat: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Parts of a flat tensor ``(n,)`` or ``(k, n)``, one after another, in these shapes; no copy."""
     plain = (
-        type(flat) is Tensor and not flat.requires_grad and not torch._C._functorch.is_functorch_wrapped_tensor(flat)
+        not torch.compiler.is_compiling()
+        and type(flat) is Tensor
+        and not flat.requires_grad
+        and not torch._C._functorch.is_functorch_wrapped_tensor(flat)
     )
     if _native._C is not None and plain:
         # A list of dozens takes as long in Python as a product of a small network.

@@ -68,10 +68,26 @@ def test_gradient_under_compile():
         ({"u": torch.zeros(3)}, ValueError, r"u: expected shape \(4, 3\) or \(k, 4, 3\), got \(3,\)"),
         ({"u": torch.zeros(4, 3).double()}, TypeError, "u: expected torch.float32 like logits"),
         ({"weights": torch.zeros(3)}, ValueError, r"weights: expected shape \(4,\), got \(3,\)"),
+        ({"scale": torch.tensor(2.0, requires_grad=True)}, ValueError, r"u only; pass scale\.detach\(\)"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_refuses(change, error, message):
     arguments = {"logits": torch.zeros(4, 3), "u": torch.zeros(4, 3)} | change
     with pytest.raises(error, match=message):
         functional.softmax_hessian(**arguments)
+
+
+@pytest.mark.parametrize("argument", ["logits", "weights"])
+def test_refuses_tangents_of_all_but_the_vector(argument):
+    arguments = {"logits": torch.randn(4, 3), "u": torch.randn(4, 3), "weights": torch.rand(4)}
+    t = arguments.pop(argument)
+    with pytest.raises(ValueError, match=rf"pass {argument}\.detach\(\)"):
+        torch.func.jvp(lambda t: functional.softmax_hessian(**arguments, **{argument: t}), (t,), (t,))
+    u = arguments.pop("u")
+
+    def derivative(t):  # by the vector, and then by t
+        return torch.func.jvp(lambda u: functional.softmax_hessian(u=u, **arguments, **{argument: t}), (u,), (u,))[1]
+
+    with pytest.raises(ValueError, match=f"{argument}: expected no tangent"):
+        torch.func.jvp(derivative, (t,), (t,))

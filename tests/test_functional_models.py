@@ -208,6 +208,13 @@ class TestMLPProduct:
         value = torch.autograd.grad(torch.compile(f, fullgraph=True, backend="aot_eager")(v), v)
         assert_close(value, torch.autograd.grad(f(v), v), 1e-14)
 
+    def test_value_under_compile(self):
+        torch._dynamo.reset()
+        operator = hg.MLPHessian(torch.randn(4, 5), [torch.randn(3, 5), torch.randn(3)], torch.tensor([0, 1, 2, 0]))
+        v = [torch.randn(3, 5), torch.randn(3)]
+        compiled = torch.compile(lambda *v: functional.mlp_hvp(operator, list(v)), backend="aot_eager", fullgraph=True)
+        assert_close(compiled(*v), operator @ v, 1e-6)
+
     def test_gradient_of_curvature_is_twice_the_product(self):
         operator, v = self.operator()
 
@@ -238,6 +245,20 @@ def test_glm_functions_refuse(function, call, error, message):
     arguments = {"x": torch.zeros(4, 2), "weights": torch.ones(4), "vector": torch.ones(2)} | call
     with pytest.raises(error, match=message):
         function(arguments.pop("x"), arguments.pop("weights"), arguments.pop("vector"), **arguments)
+
+
+@pytest.mark.parametrize("argument", ["x", "weights", "l2"])
+def test_glm_hvp_refuses_tangents_of_all_but_the_vector(argument):
+    arguments = {"x": torch.randn(4, 2), "weights": torch.rand(4), "l2": torch.ones(2)}
+    t, v = arguments.pop(argument), torch.randn(2)
+
+    def product(t, v):
+        return functional.glm_hvp(v=v, **arguments, **{argument: t})
+
+    with pytest.raises(ValueError, match=rf"pass {argument}\.detach\(\)"):
+        torch.func.jvp(lambda t: product(t, v), (t,), (t,))
+    with pytest.raises(ValueError, match=f"{argument}: expected no tangent"):
+        torch.func.jvp(lambda t: torch.func.jvp(lambda v: product(t, v), (v,), (v,))[1], (t,), (t,))
 
 
 def test_other_refusals():

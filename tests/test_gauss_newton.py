@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from tests.compare import assert_close
 
 
 def dense_truth(model, loss, inputs, targets):
@@ -138,6 +139,38 @@ def test_dropout_is_drawn_once_and_buffers_stay():
         assert torch.equal(first, second)
     for name, b in model.named_buffers():
         assert torch.equal(b, before[name])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_targets_that_are_broadcast_count_several_times(reduction):
+    model, loss = nn.Linear(4, 1).double(), nn.MSELoss(reduction=reduction)
+    with pytest.warns(UserWarning, match="broadcasting"):
+        operator = hg.GaussNewton(model, loss, X, torch.zeros(len(X), dtype=torch.float64))
+    with pytest.warns(UserWarning, match="broadcasting"):
+        truth = hg.Hessian(loss(model(X), torch.zeros(len(X), dtype=torch.float64)), model)
+    assert_close(operator.dense(), truth.dense(), 1e-13)
+
+
+def test_classes_in_bytes():
+    loss = nn.CrossEntropyLoss(weight=torch.arange(1.0, 4.0, dtype=torch.float64))
+    model, classes = mlp(), CLASSES.clamp(min=0)
+    values = [hg.GaussNewton(model, loss, X, classes.to(dtype)).dense() for dtype in (torch.uint8, torch.int64)]
+    assert_close(*values, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "error"),
+    [
+        (F.cross_entropy, CLASSES - 1, IndexError),
+        (F.cross_entropy, CLASSES[:-1], ValueError),
+        (F.cross_entropy, CLASSES.int(), RuntimeError),
+        (F.mse_loss, None, AttributeError),
+    ],
+    ids=str,
+)
+def test_targets_that_the_loss_refuses(loss, targets, error):
+    with pytest.raises(error):
+        hg.GaussNewton(mlp(), loss, X, targets)
 
 
 def test_a_parameter_that_is_not_used_has_zero_rows():

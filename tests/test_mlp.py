@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import hypergrad_ext as hg
 from hypergrad_ext import backends, ops, reference_mlp
@@ -245,14 +246,38 @@ class TestOperator:
         assert hg.solve(operator, b, hg.Neumann(2000, alpha=500.0), throw=False).status == "diverged"
         assert hg.solve(operator, b, hg.CG(), throw=False).status == "negative_curvature"
 
-    def test_parameters_changed_later_do_not_matter(self):
-        params, operator, _ = problem((6, 16, 4))
+    @pytest.mark.parametrize("width", [6, 8, 64])
+    def test_inputs_and_parameters_changed_later_do_not_matter(self, width):
+        inputs, y = torch.randn(10, width, dtype=torch.float64), torch.randint(3, (10,))
+        params = [torch.randn(5, width, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)]
+        operator = hg.MLPHessian(inputs, params, y, activation="tanh")
         v = [torch.randn_like(p) for p in params]
         before = operator @ v
-        with torch.no_grad():
-            for p in params:
-                p.zero_()
+        for t in (inputs, *params):
+            t.zero_()
         assert_close(operator @ v, before, 0.0)
+
+    def test_refuses_modules_that_compute_something_else(self):
+        class Scaled(nn.Sequential):
+            def forward(self, x):
+                return super().forward(x) / 10
+
+        layer, tied = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        tied[2].weight = tied[0].weight
+        hooked = nn.Linear(4, 4)
+        hooked.register_forward_hook(lambda part, x, out: 2 * out)
+        models = {
+            "got Scaled": Scaled(layer),
+            "share": nn.Sequential(layer, nn.Tanh(), layer),
+            "that several of them share": tied,
+            "hooks or other parameters in place 0": nn.Sequential(prune.identity(nn.Linear(4, 4), "weight")),
+            "hooks or other parameters": nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4))),
+            "in place 0": nn.Sequential(hooked),
+            "got ParametrizedLinear": nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))),
+        }
+        for message, model in models.items():
+            with pytest.raises(ValueError, match=message):
+                hg.MLPHessian(torch.randn(6, 4), model, torch.arange(6) % 4)
 
     @pytest.mark.parametrize(
         ("module", "name"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_sequence
+from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
 from hypergrad_ext import functional, nn
@@ -236,6 +238,25 @@ class TestModule:
 
         assert_close(*(gradient(module) for module in both()), 1e-9)
 
+    def test_checkpoint(self):
+        module, x = nn.LSTM(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+        recomputed = functools.partial(checkpoint, module, use_reentrant=False)
+        gradients = [torch.autograd.grad(run(x)[0].square().sum(), x) for run in (recomputed, module)]
+        assert_close(*gradients, 0.0)
+
+    def test_third_derivative_of_an_empty_batch(self):
+        module, x = nn.LSTM(3, 4).double(), torch.randn(5, 0, 3, dtype=torch.float64)
+        params = list(module.parameters())
+        value = module(x)[0].square().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(value, params, create_graph=True)
+            value = sum(g.square().sum() for g in grads)
+        assert not any(g.any() for g in grads)
+
+    def test_on_no_device(self):
+        out, _ = nn.LSTM(3, 4, device="meta")(torch.zeros(5, 2, 3, device="meta"))
+        assert out.shape == (5, 2, 4)
+
     def test_forward_mode(self):
         ours, theirs = both()
         x, t = torch.randn(2, 4, 2, 3, dtype=torch.float64)
@@ -258,8 +279,10 @@ class TestModule:
             ({}, torch.zeros(2, 4, 3), (torch.zeros(4, 5),) * 2, ValueError, r"h_0 of shape \(1, 4, 5\), got \(4, 5\)"),
             ({}, torch.zeros(2, 3), (torch.zeros(1, 1, 5),) * 2, ValueError, r"h_0 of shape \(1, 5\), got"),
             ({}, pack_sequence([torch.zeros(2, 3)]), None, TypeError, "got a PackedSequence: pad it"),
+            ({}, torch.zeros(2, 3), (torch.zeros(1, 5),), ValueError, "hx: expected a pair h_0 and c_0, got 1"),
+            ({}, torch.zeros(2, 3), (torch.zeros(1, 5).double(),) * 2, TypeError, "hx: expected h_0 of torch.float32"),
         ],
-        ids=range(7),
+        ids=range(9),
     )
     def test_refuses(self, options, input, hx, error, message):
         with pytest.raises(error, match=message):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.masked import masked_tensor
 from torch.utils import _pytree as pytree
 
-from hypergrad_ext import ops
+from hypergrad_ext import _native, backends, ops
 from tests.compare import assert_close
 from tests.steps import STEPS, arguments
 from tests.test_lstm import NAMES as LSTM_NAMES
@@ -186,3 +188,27 @@ def test_make_fx_keeps_the_op_in_the_graph():
     calls = [str(node.target) for node in graph.graph.nodes if "hypergrad_ext" in str(node.target)]
     assert calls == ["hypergrad_ext.neumann_step_.default"] * 3
     assert_close(graph(torch.eye(5), torch.ones(5)), neumann_loop(torch.eye(5), torch.ones(5)), 1e-6)
+
+
+def _fake():
+    with FakeTensorMode():
+        return torch.ones(4, 3)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _fake,
+        lambda: torch._efficientzerotensor((4, 3)),
+        lambda: torch._neg_view(torch.ones(4, 3)),
+        lambda: masked_tensor(torch.ones(4, 3), torch.ones(4, 3).bool()),
+    ],
+    ids=["fake", "zero", "negative", "masked"],
+)
+def test_tensors_whose_memory_is_not_their_values_are_refused(make):
+    if reason := backends.unavailable("cpp", "cpu"):
+        pytest.skip(reason)
+    with pytest.raises(TypeError, match="u must be in plain memory, got a"):
+        ops.softmax_hessian.kernels["cpp"](torch.zeros(4, 3), make(), 1.0, None)
+    with pytest.raises(TypeError, match="x must be in plain memory, got a"):
+        _native._C.norms([make()], None)

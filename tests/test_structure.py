@@ -83,5 +83,5 @@ def test_views_beyond_the_buffer_are_refused():
         views(torch.ones(5), [torch.Size([2]), torch.Size([4])])
     with pytest.raises(ValueError, match="dense rows"):
         views(torch.ones(4, 5).T, [torch.Size([2])])
-    with pytest.raises(TypeError, match="flat must be a tensor"):
+    with pytest.raises(TypeError, match="flat must hold tensors, got list"):
         _native._C.views([1.0], [])

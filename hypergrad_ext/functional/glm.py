@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
-from hypergrad_ext.functional.batching import one_by_one, refuse_grad
+from hypergrad_ext.functional.batching import one_by_one, refuse_grad, refuse_tangents
 
 
 def glm_hvp(
@@ -56,7 +56,7 @@ def glm_hvp(
         >>> functional.glm_hvp(x, weights, v)
         tensor([1.2500, 1.5000], grad_fn=<ViewBackward0>)
     """
-    refuse_grad("v", x=x, weights=weights, l2=l2)
+    refuse_grad("v", x=x, weights=weights, l2=l2, scale=scale)
     check_model("v", x, weights, v, l2, intercept)
     return product(x, weights, v.reshape(-1, v.shape[-1]), l2, scale_of(x, scale), intercept).view(v.shape)
 
@@ -114,7 +114,9 @@ class _Reverse(torch.autograd.Function):
         ctx.save_for_backward(x, weights, l2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return (None,) * 6
         x, weights, l2 = ctx.saved_tensors
         return None, None, product(x, weights, grad, l2, ctx.scale, ctx.intercept), None, None, None
 
@@ -126,9 +128,13 @@ class _Product(_Reverse):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _Reverse.setup_context(ctx, inputs, output)
         ctx.save_for_forward(inputs[0], inputs[1], inputs[3])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def jvp(ctx: Any, x_t: None, weights_t: None, v_t: Tensor, *_: None) -> Tensor:
+    def jvp(
+        ctx: Any, x_t: Tensor | None, weights_t: Tensor | None, v_t: Tensor, l2_t: Tensor | None, *_: Any
+    ) -> Tensor:
+        refuse_tangents("v", x=x_t, weights=weights_t, l2=l2_t)
         x, weights, l2 = ctx.saved_tensors
         return product(x, weights, v_t, l2, ctx.scale, ctx.intercept)
 

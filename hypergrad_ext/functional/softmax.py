@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
-from hypergrad_ext.functional.batching import batched, refuse_grad
+from hypergrad_ext.functional.batching import batched, refuse_grad, refuse_tangents
 
 
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> Tensor:
@@ -33,7 +33,7 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
         A tensor like ``u``.
 
     Raises:
-        ValueError: If shapes do not go together, or ``logits`` or ``weights`` require grad: pass them detached.
+        ValueError: If shapes do not go together, or a tensor other than ``u`` requires grad: pass it detached.
         TypeError: If ``logits`` and ``u`` are not of one floating dtype.
 
     Example:
@@ -41,7 +41,7 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
         >>> functional.softmax_hessian(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
         tensor([[ 0.2500, -0.2500]])
     """
-    refuse_grad("u", logits=logits, weights=weights)
+    refuse_grad("u", logits=logits, scale=scale, weights=weights)
     many = u.dim() == logits.dim() + 1
     if logits.dim() == 0 or u.shape[many:] != logits.shape:
         expected = f"{tuple(logits.shape)} or (k, {', '.join(map(str, logits.shape))})"
@@ -76,7 +76,9 @@ class _Reverse(torch.autograd.Function):
         ctx.save_for_backward(logits, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None:
+            return None, None, None, None
         logits, weights = ctx.saved_tensors
         return None, _product(logits, grad, ctx.scale, weights), None, None
 
@@ -89,9 +91,11 @@ class _SoftmaxHessian(_Reverse):
         _Reverse.setup_context(ctx, inputs, output)
         logits, _, _, weights = inputs
         ctx.save_for_forward(logits, weights)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def jvp(ctx: Any, logits_t: Tensor | None, u_t: Tensor, scale_t: None, weights_t: Tensor | None) -> Tensor:
+        refuse_tangents("u", logits=logits_t, weights=weights_t)
         logits, weights = ctx.saved_tensors
         return _product(logits, u_t, ctx.scale, weights)
 

@@ -32,6 +32,8 @@ class DenseMatrix(LinearOperator):
     surely_symmetric = True
 
     def __init__(self, matrix: Tensor) -> None:  # noqa: D107 (documented in the class)
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"matrix: expected a tensor, got {type(matrix).__name__}")
         leaves = take_apart("matrix", matrix)
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix: expected shape (n, n), got {tuple(matrix.shape)}")

@@ -91,7 +91,9 @@ class GaussNewton(LinearOperator):
         self._outputs = RetainedGradient([outputs], tensors)
         self._used = [g is not None for g in pulled]
         self._pushed = RetainedGradient(pulled, [self._u])
-        self._middle = _softmax(loss, outputs, targets) or _squared(loss, outputs) or _any(loss, outputs, targets)
+        self._middle = (
+            _softmax(loss, outputs, targets) or _squared(loss, outputs, targets) or _any(loss, outputs, targets)
+        )
 
     @property
     def used(self) -> list[bool]:
@@ -116,12 +118,13 @@ def _softmax(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor],
         return None
     if loss.weight is not None and loss.label_smoothing:
         return None  # smoothing spreads the classes' weights over each row
+    _evaluate(loss, outputs, targets)
     # The classes are in dimension 1 of a batch.
     dim = min(1, outputs.dim() - 1) - outputs.dim()
     logits = outputs.detach().movedim(dim, -1)
     logits = logits.reshape(-1, logits.shape[-1])
     accurate = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    flat = targets.reshape(-1)
+    flat = targets.reshape(-1).long()
     kept = flat != loss.ignore_index
     per_class = (
         torch.ones(logits.shape[-1], dtype=accurate, device=logits.device) if loss.weight is None else loss.weight
@@ -138,14 +141,23 @@ def _softmax(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor],
     return product
 
 
-def _squared(loss: Loss, outputs: Tensor) -> Callable[[Tensor], Tensor] | None:
+def _squared(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor] | None:
     """``S u`` of squared error: ``2 u``, divided by the number of outputs for a mean."""
     if loss is F.mse_loss:
         loss = nn.MSELoss()
     if type(loss) is not nn.MSELoss or loss.reduction == "none":
         return None
+    if not isinstance(targets, Tensor) or targets.shape != outputs.shape:
+        return None  # one of them is broadcast, with a warning, and counts several times; or torch refuses them
+    _evaluate(loss, outputs, targets)
     factor = 2 / outputs.numel() if loss.reduction == "mean" else 2.0
     return lambda u: factor * u
+
+
+def _evaluate(loss: Loss, outputs: Tensor, targets: Tensor) -> None:
+    """Run a loss whose value is not needed for torch's own checks of the targets."""
+    with torch.no_grad():
+        loss(outputs.detach(), targets)
 
 
 def _any(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor]:

@@ -177,8 +177,7 @@ class MLPHessian(LinearOperator):
                 bends.insert(0, _padded(curvature * by_hidden))
         self._hidden, self._slopes = [_padded(h) for h in hidden], [_padded(slope) for slope in slopes]
         self._deltas, self._bends = deltas, bends
-        # Copies: parameters that are changed in place must not change half of the operator.
-        self.weights = [_padded(w.clone()) for w in self.weights]
+        self.weights = [_padded(w) for w in self.weights]
 
     def _layers(self) -> tuple[list[Tensor], list[Tensor]]:
         tensors = [t.detach() for t in self.space.leaves.tensors]
@@ -231,9 +230,12 @@ class MLPHessian(LinearOperator):
 def _activation_of(module: nn.Module) -> Activation | None:
     """The activation of a sequence of linear layers; None for a single layer."""
     expected = "params: expected an nn.Sequential of nn.Linear with one kind of activation between"
-    if not isinstance(module, nn.Sequential):
+    if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         raise ValueError(f"{expected}, got {type(module).__name__}")
     parts = list(module)
+    parameters = [p for part in parts for p in part.parameters()]
+    if len(set(map(id, parameters))) < len(parameters):
+        raise ValueError(f"{expected}, got parameters that several of them share")
     found = set()
     for i, part in enumerate(parts):
         fits = type(part) is nn.Linear if i % 2 == 0 else type(part) in _MODULES
@@ -243,6 +245,10 @@ def _activation_of(module: nn.Module) -> Activation | None:
             fits &= (part.beta, part.threshold) == (1, 20)
         if not fits:
             raise ValueError(f"{expected}, got {part} in place {i}")
+        # Pruning, weight and spectral norm: what multiplies is not what is trained.
+        own = [name for name, p in part.named_parameters(recurse=False) if p is getattr(part, name)]
+        if i % 2 == 0 and own not in (["weight"], ["weight", "bias"]) or part._forward_hooks or part._forward_pre_hooks:
+            raise ValueError(f"{expected}, got hooks or other parameters in place {i}: {part}")
         if not all(p.requires_grad for p in part.parameters()):
             raise ValueError(f"{expected}, all of it trainable, got parameters that do not require grad in place {i}")
         if i % 2:
@@ -273,11 +279,12 @@ def _derivatives(activation: Activation, a: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _padded(t: Tensor) -> Tensor:
-    """Equal values, with rows at multiples of the padding, which is zero, but not of 512 bytes."""
+    """A copy, with rows at multiples of the padding, which is zero, but not of 512 bytes."""
+    # Never the tensor itself: inputs or parameters that are changed in place must not change half of the operator.
     # Rows 512 bytes apart share a few sets of a CPU's cache, and drive each other out of it.
     width = t.shape[1]
     unit = _PADDING // t.element_size()
     padding = -width % unit
     if t.device.type == "cpu" and (width + padding) % (8 * unit) == 0:
         padding += unit
-    return F.pad(t, (0, padding))[:, :width] if padding else t.contiguous()
+    return F.pad(t, (0, padding))[:, :width] if padding else t.clone(memory_format=torch.contiguous_format)
