@@ -323,6 +323,13 @@ def problem(family, bias, dtype=torch.float64, n=80, d=7, classes=4):
 
 
 class TestOperator:
+    @pytest.mark.parametrize(("dtype", "k"), [(torch.bfloat16, 4), (torch.float32, 96)], ids=str)
+    def test_small_vectors(self, dtype, k):
+        # Matrix units take what is below 1e-38 for zero.
+        operator = hg.GLMHessian(torch.randn(600, 256).to(dtype), torch.zeros(256), "logistic")
+        v, lead = torch.randn(k, 256), torch.logspace(0, -120, k, base=2.0).log2().round().exp2()[:, None]
+        assert_close((operator @ (lead * v)) / lead, operator @ v, 1e-6)
+
     @pytest.mark.parametrize("bias", [False, True])
     @pytest.mark.parametrize("family", FAMILIES)
     def test_is_the_hessian_of_the_torch_loss(self, family, bias):

@@ -257,6 +257,14 @@ class TestOperator:
             t.zero_()
         assert_close(operator @ v, before, 0.0)
 
+    def test_small_vectors(self):
+        # Matrix units take what is below 1e-38 for zero.
+        inputs, y = torch.randn(256, 200), torch.randn(256, 192)
+        operator = hg.MLPHessian(inputs, [torch.randn(192, 200) / 16], y, loss="squared")
+        v = torch.randn(3, 192, 200)
+        lead = torch.tensor([1.0, 2.0**-100, 2.0**-120])[:, None, None]
+        assert_close((operator @ [lead * v])[0] / lead, (operator @ [v])[0], 1e-6)
+
     def test_refuses_modules_that_compute_something_else(self):
         class Scaled(nn.Sequential):
             def forward(self, x):

@@ -9,6 +9,7 @@
 #include "glm_hvp_bf16.h"
 #include "glm_hvp_split.h"
 #include "glm_widen.h"
+#include "lift.h"
 #include "share.h"
 
 namespace hg::cpu {
@@ -143,12 +144,12 @@ bool glm_many(const GlmData& data, int64_t k) {
 Team glm_team(const GlmData& data, int64_t k) { return team_for(data.n * data.d * data.classes * k, kGrainOps); }
 
 void glm_hvp(const GlmData& data, const void* v, int64_t k, void* out) {
+  const bool split = split_suits(data, k);
   if (data.x_dtype == DType::f64)
     Product<double, double>::run(data, static_cast<const double*>(v), k, static_cast<double*>(out));
-  else if (split_suits(data, k))
-    glm_hvp_split(data, static_cast<const float*>(v), k, static_cast<float*>(out));
-  else if (bf16_suits(data, k))
-    glm_hvp_bf16(data, static_cast<const float*>(v), k, static_cast<float*>(out));
+  else if (split || bf16_suits(data, k))
+    lifted(static_cast<const float*>(v), k, data.classes * (data.d + data.intercept), static_cast<float*>(out),
+           [&](const float* v, float* out) { (split ? glm_hvp_split : glm_hvp_bf16)(data, v, k, out); });
   else if (data.x_dtype == DType::bf16)
     Product<BFloat16, float>::run(data, static_cast<const float*>(v), k, static_cast<float*>(out));
   else if (data.x_dtype == DType::f16)

@@ -1,9 +1,11 @@
 // Hessian-vector products of multilayer perceptrons on the CPU: threads take blocks of the batch through the network.
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "../mlp.h"
 #include "buffer.h"
+#include "lift.h"
 #include "mlp_layout.h"
 #include "mlp_pack.h"
 #include "mlp_pass.h"
@@ -182,9 +184,7 @@ MlpProduct prepared(const MlpData& data, bool often) {
     const Team team{several ? all : 1, k * ops >= kPatience * kGrainOps};
     return has_help(team) ? team : Team{1, false};
   };
-  const auto multiply = [product, often, is_apart, team_of](const void* vectors, int64_t k, void* products) {
-    const Real* v = static_cast<const Real*>(vectors);
-    Real* out = static_cast<Real*>(products);
+  const auto run = [product, often, is_apart, team_of](const Real* v, int64_t k, Real* out) {
     const Team team = team_of(k);
     const bool apart = is_apart(k, team.threads);
     const int64_t size = product->size(), together = apart ? 1 : team.threads;
@@ -198,6 +198,14 @@ MlpProduct prepared(const MlpData& data, bool often) {
         product->run(v + first * size, last - first, out + first * size, 1);
       });
     });
+  };
+  const auto multiply = [product, run](const void* vectors, int64_t k, void* products) {
+    const Real* v = static_cast<const Real*>(vectors);
+    Real* out = static_cast<Real*>(products);
+    if constexpr (std::is_same_v<Right, SplitRight>)
+      lifted(v, k, product->size(), out, [&](const Real* v, Real* out) { run(v, k, out); });
+    else
+      run(v, k, out);
   };
   return {multiply, team_of};
 }

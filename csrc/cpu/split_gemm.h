@@ -4,7 +4,7 @@
 // the last one is exact. Of the nine products of parts six are added up. The others are below 2^-24 of the whole, and
 // of random sign where one factor is rounded; cutting is faster. A tile adds up 32 products before it rounds to the sum
 // so far, so that the error is less than half of that of a loop of float32. Parts below 1e-38, of numbers below 1e-33,
-// are lost; what is not finite makes a NaN, as do numbers within 0.2 % of the largest.
+// are lost (see lift.h); what is not finite makes a NaN, as do numbers within 0.2 % of the largest.
 #pragma once
 
 #include <algorithm>
