@@ -58,7 +58,7 @@ GlmData checked(const at::Tensor& x, const at::Tensor& weights, const at::Tensor
         "l2 must be like one row of v: ", numel, " elements of ", vectors, ", got ", l2->sizes(), " of ",
         l2->scalar_type());
   // Autograd does not see the kernel.
-  TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v must not require grad");
+  TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), "v", kRequiresGrad);
   data.x = x.const_data_ptr();
   data.weights = weights.const_data_ptr();
   data.l2 = l2 ? l2->const_data_ptr() : nullptr;
@@ -103,8 +103,8 @@ at::Tensor glm_gram(const at::Tensor& x, const at::Tensor& weights) {
   TORCH_CHECK_VALUE(weights.dim() == 2 && weights.size(0) == x.size(0) && weights.is_contiguous(),
                     "weights must be contiguous with shape (", x.size(0), ", m), got ", weights.sizes());
   // Autograd does not see the kernel.
-  TORCH_CHECK_VALUE(!(x.requires_grad() || weights.requires_grad()) || !c10::GradMode::is_enabled(),
-                    "x and weights must not require grad");
+  TORCH_CHECK_VALUE(!(x.requires_grad() || weights.requires_grad()) || !c10::GradMode::is_enabled(), "x and weights",
+                    kRequiresGrad);
   GlmData data{};
   data.x = x.const_data_ptr(), data.weights = weights.const_data_ptr();
   data.x_dtype = x.scalar_type() == at::kDouble ? DType::f64 : DType::f32;

@@ -41,7 +41,7 @@ class Like {
     TORCH_CHECK_VALUE(t.device() == options_.device(), name, " must be on ", options_.device(), " like ", name_,
                       ", got ", t.device());
     // Autograd does not see the kernel.
-    TORCH_CHECK_VALUE(!t.requires_grad() || !c10::GradMode::is_enabled(), name, " must not require grad");
+    TORCH_CHECK_VALUE(!t.requires_grad() || !c10::GradMode::is_enabled(), name, kRequiresGrad);
     return t.contiguous();
   }
 

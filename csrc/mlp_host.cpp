@@ -108,7 +108,7 @@ struct Model {
     TORCH_CHECK_VALUE(v.dim() == 2 && v.size(1) == numel && v.is_contiguous(), name,
                       " must be contiguous with shape (k, ", numel, "), got ", v.sizes());
     // Autograd does not see the kernel.
-    TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), name, " must not require grad");
+    TORCH_CHECK_VALUE(!v.requires_grad() || !c10::GradMode::is_enabled(), name, kRequiresGrad);
   }
 
   MlpShape shape(int64_t k) const {

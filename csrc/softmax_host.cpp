@@ -29,7 +29,7 @@ void check_rows(const char* name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.stride(-1) == 1 || t.size(-1) <= 1, name, " must have a contiguous last dimension, got sizes ",
                     t.sizes(), " and strides ", t.strides());
   // Autograd does not see the kernel.
-  TORCH_CHECK_VALUE(!t.requires_grad() || !c10::GradMode::is_enabled(), name, " must not require grad");
+  TORCH_CHECK_VALUE(!t.requires_grad() || !c10::GradMode::is_enabled(), name, kRequiresGrad);
 }
 
 // logits: (rows, classes); u, out: (rows, classes) or (k, rows, classes); weights, if any: (rows,).
@@ -60,7 +60,7 @@ void run(const at::Tensor& logits, const at::Tensor& u, const at::Tensor& out, d
                       ",), got ", weights->sizes());
     TORCH_CHECK_TYPE(weights->is_floating_point(), "weights must be floating point, got ", weights->scalar_type());
     TORCH_CHECK_VALUE(weights->device() == u.device(), "weights must be on ", u.device(), ", got ", weights->device());
-    TORCH_CHECK_VALUE(!weights->requires_grad() || !c10::GradMode::is_enabled(), "weights must not require grad");
+    TORCH_CHECK_VALUE(!weights->requires_grad() || !c10::GradMode::is_enabled(), "weights", kRequiresGrad);
     real = weights->to(data.dtype == DType::f64 ? at::kDouble : at::kFloat).contiguous();
   }
   data.weights = weights ? real.const_data_ptr() : nullptr;

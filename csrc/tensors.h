@@ -23,6 +23,11 @@ std::vector<at::Tensor> views(const at::Tensor& flat, const std::vector<std::vec
 // Rows of vectors, (k, n), as a list of one tensor.
 VectorList rows_of(const at::Tensor& t);
 
+// What is wrong with an argument that requires grad.
+constexpr char kRequiresGrad[] =
+    " must not require grad: ops are not differentiable, hypergrad_ext.functional is; exported graphs of it run under "
+    "torch.no_grad()";
+
 // The tensor that a Python object is, or null.
 const at::Tensor* from_python(_object* object);
 // A new reference.
