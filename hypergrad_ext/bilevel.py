@@ -64,6 +64,8 @@ class Bilevel:
         )
         self.hparams = take_apart("hparams", hparams)
         check_hparams(self.hparams, self.hessian.params)
+        if isinstance(train_loss, Tensor) or (isinstance(val_loss, Tensor) and direct):
+            check_apart(self.hparams, self.hessian.params)
         self.hessian.expect_mixed(self.hparams.tensors)
         self._v, self._direct = self._validation_gradients(val_loss, direct)
 
@@ -233,6 +235,36 @@ def check_hparams(hparams: Leaves, params: Leaves) -> None:
             raise ValueError(f"{name}: expected a hyperparameter that requires grad, got one that does not")
         if id(t) in inner:
             raise ValueError(f"{name}: expected a tensor that is not among params, got {inner[id(t)]}")
+
+
+def check_apart(hparams: Leaves, params: Leaves) -> None:
+    """Refuse weights that were computed from hyperparameters, for losses whose graph leads on through them.
+
+    Raises:
+        ValueError: If a weight depends on one of ``hparams``.
+    """
+    computed = [t for t in params.tensors if not t.is_leaf]
+    if computed and reach(computed, hparams.tensors):
+        raise ValueError(
+            "params: expected weights that do not depend on hparams, got ones that were computed from them, which a "
+            "loss given as a tensor depends on a second time; compute the losses from detached weights, or pass them "
+            "as functions of the parameters"
+        )
+
+
+def reach(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether the graph of one of the tensors leads to one of the ``others``; what is near is looked at first."""
+    with torch.enable_grad():
+        ends = {t.view_as(t).grad_fn.next_functions[0] for t in others}
+    edges = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
+    seen = set()
+    while edges:
+        if not ends.isdisjoint(edges):
+            return True
+        nodes = dict.fromkeys(node for node, _ in edges if node is not None and node not in seen)
+        seen.update(nodes)
+        edges = [edge for node in nodes for edge in node.next_functions]
+    return False
 
 
 def _difference(like: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:

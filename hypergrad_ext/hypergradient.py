@@ -51,7 +51,8 @@ def hypergradient(
     Args:
         val_loss: :math:`L_V`: scalar tensor with its graph, or a function of ``params``.
         train_loss: :math:`L_T`: likewise. Hyperparameters enter it by themselves (a function closes over them).
-        params: The weights w: tensor, list, tuple, dict or ``nn.Module``.
+        params: The weights w: tensor, list, tuple, dict or ``nn.Module``. Beside a loss that is a tensor they must not
+            have been computed from ``hparams``.
         hparams: The hyperparameters :math:`\lambda`: any number of tensors of any shape that require grad.
         solver: ``"auto"`` or a solver.
         damping: d >= 0, or ``"auto"``; see `solve`.

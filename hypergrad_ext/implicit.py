@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypergrad_ext.bilevel import check_hparams
+from hypergrad_ext.bilevel import check_apart, check_hparams
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
@@ -40,7 +40,8 @@ def implicit(
     Args:
         train_loss: :math:`L_T`, a function of the parameters that closes over ``hparams`` and is called
             in the backward pass, or a scalar tensor whose graph is kept until then.
-        params: The weights, at a minimum of the training loss. They must not change before the backward pass.
+        params: The weights, at a minimum of the training loss. They must not change before the backward pass. Beside
+            a tensor they must not have been computed from ``hparams``.
         hparams: The hyperparameters; they must require grad.
         solver: ``"auto"`` or a solver.
         damping: d >= 0, or ``"auto"``; see `solve`.
@@ -74,6 +75,8 @@ def implicit(
     hessian = Hessian(train_loss, params, engine=engine, name="train_loss")
     outer = take_apart("hparams", hparams)
     check_hparams(outer, hessian.params)
+    if isinstance(train_loss, Tensor):
+        check_apart(outer, hessian.params)
 
     def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.

@@ -150,6 +150,33 @@ class TestUnrolling:
         assert errors == sorted(errors, reverse=True) and errors[0] > 0.5 and errors[3] < 1e-3
 
 
+class TestWeightsComputedFromHyperparameters:
+    """The response of the weights is what a hypergradient adds; a graph that goes through them has it already."""
+
+    def test_functions_see_the_weights_alone(self):
+        lam = torch.tensor(1.0, requires_grad=True)
+        w = 3 / (1 + lam)
+        train = lambda w: (w - 3) ** 2 + lam * w**2  # noqa: E731
+        assert float(hg.hypergradient(lambda w: w**2, train, w, lam)) == pytest.approx(-2.25)
+        assert float(hg.hypergradient(w**2, train, w, lam, direct=False)) == pytest.approx(-2.25)
+
+    def test_tensors_are_refused(self):
+        log_lam = torch.tensor(0.0, requires_grad=True)
+        lam = log_lam.exp()  # the hyperparameter, which was computed itself
+        w = 3 / (1 + lam)
+        train, val = lambda w: (w - 3) ** 2 + lam * w**2, lambda w: w**2
+        for losses in ((val(w), train), (val, train(w)), (val(w), train(w))):
+            with pytest.raises(ValueError, match="params: expected weights that do not depend on hparams"):
+                hg.hypergradient(*losses, w, lam)
+        with pytest.raises(ValueError, match="params: expected weights that do not depend on hparams"):
+            hg.implicit(train(w), w, lam)
+
+    def test_weights_computed_from_something_else_are_weights(self):
+        base, lam = torch.tensor(0.5, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+        w = 3 * base
+        assert float(hg.hypergradient(w**2, (w - 3) ** 2 + lam * w**2, w, lam)) == pytest.approx(-2.25)
+
+
 class TestImplicit:
     def test_gradcheck(self):
         """Against numerical differentiation of the true optimum as a function of the hyperparameters."""
