@@ -16,6 +16,7 @@ from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.structure import Tree, held, take_apart
+from hypergrad_ext.surroundings import Surroundings
 
 
 @never_compiled
@@ -39,7 +40,9 @@ def implicit(
 
     Args:
         train_loss: :math:`L_T`, a function of the parameters that closes over ``hparams`` and is called
-            in the backward pass, or a scalar tensor whose graph is kept until then.
+            in the backward pass, in the autocast of this call and, if ``params`` is a module, in the training modes
+            that its parts have now (other modules are to be in the modes of training then), or a scalar tensor
+            whose graph is kept until then.
         params: The weights, at a minimum of the training loss. They must not change before the backward pass. Beside
             a tensor they must not have been computed from ``hparams``.
         hparams: The hyperparameters; they must require grad.
@@ -78,9 +81,13 @@ def implicit(
     if isinstance(train_loss, Tensor):
         check_apart(outer, hessian.params)
 
+    then = Surroundings(hessian.module, hessian.space.device)
+
     def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.
         now = Hessian(train_loss, params, engine=engine, name="train_loss")
+        with then.again():
+            now.gradient  # noqa: B018 (builds it)
         v = now.params.rebuild(grad_w)
         solution = solve_for(
             now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend, state=state

@@ -16,7 +16,8 @@ from hypergrad_ext.engines.forward import raise_explained
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators.hessian import buffers_kept, evaluate
 from hypergrad_ext.solvers.base import check_count, check_number
-from hypergrad_ext.structure import Leaves, Space, Tree, take_apart
+from hypergrad_ext.structure import Leaves, Space, Tree, take_apart, versions
+from hypergrad_ext.surroundings import Surroundings
 
 
 @never_compiled
@@ -63,7 +64,8 @@ def unroll(
         batches: An iterable of what ``train_loss`` takes as second argument; every step takes the next one, from the
             start again after the last.
         checkpoint: Keep the weights of every step only, and run it again in the backward pass, with the same random
-            numbers. Then only ``hparams`` and ``lr`` get gradients, and only once.
+            numbers, autocast and, for an ``nn.Module``, training modes. Then only ``hparams`` and ``lr`` get
+            gradients, and only once.
 
     Returns:
         The trained weights with their graph, in the structure of ``params``; for an ``nn.Module`` the dict for
@@ -73,6 +75,7 @@ def unroll(
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value; the message names it.
         FloatingPointError: If the trained weights are not finite.
+        RuntimeError: In the backward pass, if a step with ``checkpoint`` comes out otherwise when it runs again.
 
     Cost: a training gradient per step; in the backward pass a Hessian-vector product and a product with the mixed
     derivative for every step that is kept, and with ``checkpoint`` one more gradient.
@@ -198,19 +201,25 @@ class _OnBatch:
 
 
 class _Step:
-    """One step of training, from tensors (weights, then the optimiser's state) to tensors."""
+    """One step of training, from tensors (weights, then the optimiser's state) to tensors.
+
+    Attributes:
+        module: Whose parameters are trained, if they are one's.
+        count: How many weights there are.
+    """
 
     def __init__(
         self, loss: Callable[[Tree], Tensor], params: Leaves, rule: _Rule, step: int, module: nn.Module | None
     ) -> None:
-        self._loss, self._params, self._rule, self._step, self._module = loss, params, rule, step, module
+        self._loss, self._params, self._rule, self._step, self.module = loss, params, rule, step, module
+        self.count = len(params.tensors)
 
     def __call__(self, state: Sequence[Tensor], rate: Tensor, *, graph: bool) -> list[Tensor]:
         state = list(state)
-        n = len(self._params.tensors)
+        n = self.count
         with torch.enable_grad():
             w = [t if graph and t.requires_grad else t.detach().requires_grad_() for t in state[:n]]
-            with buffers_kept(self._module):
+            with buffers_kept(self.module):
                 loss = evaluate("train_loss", self._loss, self._params, w)
             try:
                 grads = torch.autograd.grad(loss, w, create_graph=graph, allow_unused=True)
@@ -251,8 +260,13 @@ class _Checkpointed(torch.autograd.Function):
         ctx.advance, ctx.count = advance, count
         ctx.save_for_backward(*tensors)
         ctx.random = _RandomState(tensors[0].device)
+        ctx.then = Surroundings(advance.module, tensors[0].device)
         state, rate = tensors[:count], tensors[count]
-        return tuple(advance(state, rate, graph=False))
+        after = advance(state, rate, graph=False)
+        # Not the weights of Adam: in its steps a gradient of nothing but rounding is as large as any.
+        ctx.after = [t.detach() for t in after[-advance.count :]]
+        ctx.versions = versions(ctx.after)
+        return tuple(after)
 
     @staticmethod
     @once_differentiable
@@ -261,6 +275,27 @@ class _Checkpointed(torch.autograd.Function):
         state = [t.detach().requires_grad_() for t in tensors[: ctx.count]]
         rate = tensors[ctx.count].detach().requires_grad_()
         inputs = [*state, rate, *tensors[ctx.count + 1 :]]
-        with ctx.random.again(), torch.enable_grad():
+        with ctx.random.again(), ctx.then.again(), torch.enable_grad():
             after = ctx.advance(state, rate, graph=True)
-        return None, None, *torch.autograd.grad(after, inputs, grad_state, allow_unused=True)
+        # Who trains on may write into the weights of the last step, which are the caller's.
+        if versions(ctx.after) == ctx.versions:
+            n = ctx.advance.count
+            _check_same(tensors[: ctx.count][-n:], ctx.after, [t.detach() for t in after[-n:]])
+        # The graph is kept: hyperparameters may have been computed, once for all steps.
+        return None, None, *torch.autograd.grad(after, inputs, grad_state, retain_graph=True, allow_unused=True)
+
+
+def _check_same(before: Sequence[Tensor], after: Sequence[Tensor], again: Sequence[Tensor]) -> None:
+    """Refuse a step that comes out otherwise when it runs again, but for the rounding of kernels that vary."""
+
+    def norm(tensors: Sequence[Tensor]) -> float:
+        return float(torch.nn.utils.get_total_norm(list(tensors)))
+
+    far = norm([a - b for a, b in zip(after, before, strict=True)])
+    off = norm([a - b for a, b in zip(again, after, strict=True)])
+    if not off <= 0.01 * far + 16 * max(torch.finfo(t.dtype).eps for t in after) * norm(after):
+        raise RuntimeError(
+            f"train_loss: expected the step of the forward pass again, got one that ends {off / (far or 1):.2g} of its "
+            "length away; the loss is to be the same function in the backward pass, its modules in the same modes (those "
+            "of params are put back), its random numbers torch's"
+        )

@@ -122,6 +122,94 @@ def test_checkpoints_change_nothing_even_with_random_masks_and_batches(rule):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
 
 
+def normed(params_of):
+    """A training loss of a network whose modes matter, its parameters, its hyperparameter and a validation loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    x, y = 3 * torch.randn(20, 4).double() + 1, torch.randn(20, 1).double()
+    lam = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    fit = lambda w: (torch.func.functional_call(net, w, (x,)) - y).square().mean()  # noqa: E731
+    return net, lambda w: fit(w) + lam * sum(t.square().sum() for t in w.values()), params_of(net), lam, fit
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("how", ["implicit", "checkpointed"])
+def test_a_loss_runs_again_in_the_training_modes_of_the_call(how, frozen):
+    def grad(validate_in_eval: bool) -> Tensor:
+        net, train, params, lam, fit = normed(lambda net: net)
+        net[1].train(not frozen)
+        if how == "implicit":
+            w = hg.implicit(train, params, lam, hg.Direct(), damping=1.0)
+        else:
+            w = hg.unroll(train, params, lam, steps=3, lr=0.1, checkpoint=True)
+        if validate_in_eval:
+            net.eval()
+        modes = [part.training for part in net.modules()]
+        sum(t.square().sum() for t in w.values()).backward()
+        assert [part.training for part in net.modules()] == modes
+        return lam.grad
+
+    torch.testing.assert_close(grad(True), grad(False), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=IDS)
+def test_a_checkpointed_step_that_comes_out_otherwise_is_refused(rule):
+    net, train, params, lam, fit = normed(lambda net: dict(net.named_parameters()))
+    w = hg.unroll(train, params, lam, steps=3, lr=0.01, checkpoint=True, **rule)
+    net.eval()
+    with pytest.raises(RuntimeError, match="train_loss: expected the step of the forward pass again"):
+        torch.autograd.grad(fit(w), lam, retain_graph=True)
+    net.train()
+    torch.autograd.grad(fit(w), lam)
+
+
+def test_the_trained_weights_may_be_written_to():
+    def grad(checkpoint: bool) -> Tensor:
+        _, train, params, lam, _ = normed(lambda net: net)
+        w = hg.unroll(train, params, lam, steps=2, lr=0.01, checkpoint=checkpoint)
+        value = sum(t.sum() for t in w.values())
+        with torch.no_grad():
+            for t in w.values():
+                t.zero_()
+        return torch.autograd.grad(value, lam)[0]
+
+    torch.testing.assert_close(grad(True), grad(False), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("how", ["implicit", "checkpointed"])
+@pytest.mark.parametrize("here, there", [(True, False), (False, True)])
+def test_a_loss_runs_again_in_the_autocast_of_the_call(how, here, there):
+    net, lam = nn.Linear(4, 1), torch.tensor(0.1, requires_grad=True)
+    seen = []
+
+    def train(w: dict[str, Tensor]) -> Tensor:
+        out = torch.func.functional_call(net, w, (torch.ones(8, 4),))
+        seen.append(out.dtype)
+        return (out.float() - 1).square().mean() + lam * sum(t.square().sum() for t in w.values())
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=here):
+        w = (
+            hg.implicit(train, net, lam, hg.Identity(0.1))
+            if how == "implicit"
+            else hg.unroll(train, net, lam, steps=2, lr=0.1, checkpoint=True)
+        )
+    with torch.autocast("cpu", torch.bfloat16, enabled=there):
+        sum(t.square().sum() for t in w.values()).backward()
+        assert torch.is_autocast_enabled("cpu") is there
+    assert set(seen) == {torch.bfloat16 if here else torch.float32} and lam.grad.isfinite()
+
+
+def test_checkpoints_share_what_was_computed_outside_of_the_loss():
+    def grad(checkpoint: bool) -> Tensor:
+        w0, log_l2 = torch.tensor([1.0, 2.0]), torch.zeros(2, requires_grad=True)
+        l2 = log_l2.exp()
+        loss = lambda w: ((w - 3) ** 2).sum() + (l2 * w**2).sum()  # noqa: E731
+        w = hg.unroll(loss, w0, log_l2, steps=3, lr=0.1, checkpoint=checkpoint)
+        return torch.autograd.grad((w**2).sum(), log_l2)[0]
+
+    torch.testing.assert_close(grad(True), grad(False))
+
+
 def test_nothing_of_the_module_is_changed_and_buffers_stay():
     net = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
     before = {name: t.clone() for name, t in net.state_dict().items()}
