@@ -286,7 +286,12 @@ class HyperOptimizer:
         if self.scaler is None:
             self.optimizer.step()
         else:
-            self.scaler.step(self.optimizer)
+            try:
+                self.scaler.step(self.optimizer)
+            except BaseException:
+                # The scaler remembers that it has unscaled these gradients, and would leave the next ones as they are.
+                self.scaler.update(scale)
+                raise
             self.scaler.update()
 
     def _check(self, hparams: list[Tensor], scale: float) -> None:

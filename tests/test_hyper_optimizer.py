@@ -68,6 +68,29 @@ def _fresh(make_problem):
     return hg.hypergradient(problem.val, problem.train, problem.params, problem.hparams, hg.Direct())
 
 
+def test_a_scaler_unscales_again_after_a_step_that_was_interrupted():
+    class Flaky(torch.optim.SGD):
+        broken = True
+
+        def step(self, closure=None):
+            if self.broken:
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    w, lam = torch.tensor([1.0, 2.0]), torch.zeros(2, requires_grad=True)
+    optimizer = Flaky([lam], lr=0.1)
+    outer = hg.HyperOptimizer(optimizer, w, hg.Direct(), scaler=torch.amp.GradScaler("cpu"))
+    val = lambda w: ((w - 1) ** 2).sum()  # noqa: E731
+    train = lambda w: ((w - 3) ** 2).sum() + (lam.exp() * w**2).sum()  # noqa: E731
+    expected = hg.hypergradient(val, train, w, lam, hg.Direct())
+    with pytest.raises(KeyboardInterrupt):
+        outer.step(val, train)
+    optimizer.broken = False
+    scale = outer.scaler.get_scale()
+    assert outer.step(val, train).taken and outer.scaler.get_scale() == scale
+    torch.testing.assert_close(lam.detach(), -0.1 * expected)
+
+
 def test_clips_the_norm_of_all_hyperparameters_together():
     problem = mlp()
     before = [t.detach().clone() for t in problem.hparams]
