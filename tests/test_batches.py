@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import hypergrad_ext as hg
 
@@ -71,6 +71,38 @@ def test_every_product_sees_the_same_order_and_masks():
     assert all(torch.equal(first[name], second[name]) for name in v)
     other = hg.Hessian(loss_of(net), net, batches=in_batches(5, shuffle=True, drop_last=True)) @ v
     assert not all(torch.equal(first[name], other[name]) for name in v)
+
+
+def with_generator(kind):
+    """Batches in a random order from a generator of their own, a part of the data, and that generator."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(X, Y)
+    if kind == "loader":
+        return in_batches(5, shuffle=True, drop_last=True, generator=generator), generator
+    sampler = RandomSampler(data, generator=generator)
+    if kind == "sampler":
+        return in_batches(5, sampler=sampler, drop_last=True), generator
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 5, drop_last=True)), generator
+
+
+@pytest.mark.parametrize("kind", ["loader", "sampler", "batch_sampler"])
+def test_every_product_sees_the_same_order_from_a_generator_of_the_loader(kind):
+    net = model()
+    loader, generator = with_generator(kind)
+    operator, v = hg.Hessian(loss_of(net), net, batches=loader), vector(net)
+    first = operator @ v
+    state = generator.get_state()
+    list(loader)  # the caller goes on with it
+    second = operator @ v
+    assert all(torch.equal(first[name], second[name]) for name in v)
+    generator.set_state(state)
+    third = operator @ v
+    assert torch.equal(generator.get_state(), state)
+    assert all(torch.equal(first[name], third[name]) for name in v)
+    other = hg.Hessian(loss_of(net), net, batches=loader) @ v
+    assert not all(torch.equal(first[name], other[name]) for name in v)
+    again = hg.Hessian(loss_of(net), net, batches=with_generator(kind)[0]) @ v
+    assert all(torch.equal(first[name], again[name]) for name in v)
 
 
 def test_the_callers_generator_goes_on_as_if_one_number_had_been_drawn():

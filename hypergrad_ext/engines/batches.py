@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class BatchedGradient:
         self.leaves = list(leaves)
         # Drawn from the caller's generator, so that the next solve sees other masks and another order.
         self._seed = int(torch.randint(2**62, ()))
+        self._seeds: dict[torch.Generator, int] = {}
         if stochastic:
             # What later batches depend on is not known yet.
             self.used = [True] * len(self.leaves)
@@ -56,6 +58,7 @@ class BatchedGradient:
                 f"DataLoader, got an iterator ({type(batches).__name__}); or use stochastic=True"
             )
         else:
+            self._seeds = {g: int(torch.randint(2**62, (), generator=g, device=g.device)) for g in _generators(batches)}
             uses: list[list[bool]] = []
             self._each(lambda gradient: uses.append(gradient.used))
             self.used = [any(of_one) for of_one in zip(*uses, strict=True)]
@@ -101,9 +104,10 @@ class BatchedGradient:
         count = 0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(self._seed)
-            for batch in self._batches:
-                visit(self._build(batch))
-                count += 1
+            with _seeded(self._seeds):
+                for batch in self._batches:
+                    visit(self._build(batch))
+                    count += 1
         if count == 0:
             raise ValueError("batches: expected at least one batch, got none")
         return count
@@ -120,3 +124,24 @@ class BatchedGradient:
                 "batches: expected one more batch for every product, got an iterable that has no more; "
                 "a list or a DataLoader starts again"
             ) from None
+
+
+def _generators(batches: Any) -> set[torch.Generator]:
+    """The generators that a ``DataLoader`` draws its order from, beside torch's own."""
+    samplers = [batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None)]
+    samplers.append(getattr(samplers[-1], "sampler", None))
+    found = (getattr(sampler, "generator", None) for sampler in samplers)
+    return {generator for generator in found if isinstance(generator, torch.Generator)}
+
+
+@contextmanager
+def _seeded(seeds: dict[torch.Generator, int]) -> Iterator[None]:
+    """Let generators draw from these seeds, and go on afterwards from where they are."""
+    states = [(generator, generator.get_state()) for generator in seeds]
+    for generator, seed in seeds.items():
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
