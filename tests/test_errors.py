@@ -291,7 +291,8 @@ class TestApproxInverseHvp:
         ("changes", "error", "message"),
         [
             ({"f": [torch.ones(3)]}, ValueError, "f: expected a gradient with its graph"),
-            ({"f": [2 * W, 2 * W]}, ValueError, "f: expected the shapes of params"),
+            ({"f": [2 * W, 2 * W]}, ValueError, "f: expected 1 tensors, one for each parameter, got 2"),
+            ({"f": [2 * W[:2]]}, ValueError, "f: expected the shapes of params"),
             ({"v": [torch.ones(4)]}, ValueError, r"v\[0\]: expected shape"),
             ({"iterations": -1}, ValueError, "iterations: expected at least 0, got -1"),
             ({"alpha": 0}, ValueError, "alpha: expected a finite number > 0, got 0"),

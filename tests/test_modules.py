@@ -65,6 +65,18 @@ def test_dicts_are_matched_by_name_not_by_order():
         assert_close(y[name], x[name], 1e-12)
 
 
+def test_gradients_are_matched_by_name_not_by_order():
+    params = {name: torch.tensor([1.0, 2.0], requires_grad=True) for name in "ab"}
+    loss = (params["a"] ** 2).sum() + 5 * (params["b"] ** 2).sum()
+    f = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+    v = {name: torch.ones(2) for name in params}
+    x, y = (hg.approx_inverse_hvp(v, of, params, 2, 0.05) for of in (f, dict(reversed(f.items()))))
+    for name in v:
+        assert torch.equal(x[name], y[name])
+    with pytest.raises(ValueError, match=r"f: expected the keys of params, got none for \['b'\]"):
+        hg.approx_inverse_hvp(v, {"a": f["a"], "c": f["b"]}, params, 2, 0.05)
+
+
 def test_batched_vectors_in_a_dict():
     model = net()
     v = {name: torch.randn(4, *p.shape).double() for name, p in trainable(model).items()}

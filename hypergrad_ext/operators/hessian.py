@@ -155,7 +155,7 @@ class Hessian(LinearOperator):
         """The Hessian from a gradient that was built with ``create_graph=True``.
 
         Args:
-            gradient: One tensor per parameter.
+            gradient: One tensor per parameter; a dict is matched by its keys if ``params`` is a dict or a module.
             params: The parameters it was taken by.
 
         Returns:
@@ -163,20 +163,21 @@ class Hessian(LinearOperator):
 
         Raises:
             TypeError: If a parameter is not real floating point.
-            ValueError: If shapes do not match, or no part of the gradient has a graph.
+            ValueError: If number, names or shapes do not match, or no part of the gradient has a graph.
         """
         self = cls.__new__(cls)
         self.params = take_apart("params", params)
         self.space = Space(self.params)
-        grads = take_apart("f", gradient)
-        if [g.shape for g in grads.tensors] != self.space.shapes:
+        leaves = take_apart("f", gradient)
+        grads = [leaves.tensors[i] for i in self.space._order("f", leaves)]
+        if [g.shape for g in grads] != self.space.shapes:
             raise ValueError(
                 f"f: expected the shapes of params, {[tuple(s) for s in self.space.shapes]}, "
-                f"got {[tuple(g.shape) for g in grads.tensors]}"
+                f"got {[tuple(g.shape) for g in grads]}"
             )
-        if not any(g.requires_grad for g in grads.tensors):
+        if not any(g.requires_grad for g in grads):
             raise ValueError("f: expected a gradient with its graph, got one without; use create_graph=True")
-        self._gradient = RetainedGradient(grads.tensors, self.params.tensors)
+        self._gradient = RetainedGradient(grads, self.params.tensors)
         self._products = Products(self._gradient, "eager", None)
         return self
 
