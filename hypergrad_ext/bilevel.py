@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import Hessian, LinearOperator
-from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, evaluate
+from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, check_tracked, evaluate
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart
@@ -105,7 +107,7 @@ class Bilevel:
         """
         x = take_apart("x", solution.value).tensors
         # A small x would underflow beside a scaled loss, whose own derivatives do not.
-        unit = 1.0 if self._scale == 1 or solution.status.failed else _power_of_two_below(x)
+        unit = 1.0 if self._scale == 1 or solution.status.failed else power_of_two_below(x)
         mixed = self._unscaled(self.hessian.mixed([t / unit for t in x] if unit != 1 else x, self.hparams.tensors))
         mixed = [t if t is None or unit == 1 else t * unit for t in mixed]
         self._name_unused(mixed)
@@ -130,10 +132,7 @@ class Bilevel:
         pairs = zip(self.hparams.names, self._direct, mixed, strict=True)
         idle = [name for name, d, m in pairs if d is None and m is None]
         if self._unused == "error" and idle or len(idle) == len(mixed):
-            raise ValueError(
-                "hparams: expected hyperparameters that a loss depends on, got unused "
-                f"{', '.join(idle)}; were they detached or copied on the way to the loss?"
-            )
+            raise unused_error(idle)
         if self._unused == "warn" and idle:
             warnings.warn(
                 f"hparams: no loss depends on {', '.join(idle)}; their hypergradient is zero "
@@ -147,6 +146,7 @@ class Bilevel:
         params = self.hessian.params
         if isinstance(val_loss, Tensor):
             check_loss("val_loss", val_loss)
+            check_tracked(params)
             leaves, loss = params.tensors, val_loss
         elif callable(val_loss):
             leaves = [t.detach().requires_grad_() for t in params.tensors]
@@ -218,7 +218,14 @@ def _scaled(loss: Any, scale: float) -> Any:
         return loss
     if isinstance(loss, Tensor):
         return loss * scale
-    return (lambda *arguments: loss(*arguments) * scale) if callable(loss) else loss
+    if not callable(loss):
+        return loss
+
+    @functools.wraps(loss, updated=())  # with the arguments it says it takes
+    def scaled(*arguments: Any) -> Any:
+        return _scaled(loss(*arguments), scale)
+
+    return scaled
 
 
 def check_hparams(hparams: Leaves, params: Leaves) -> None:
@@ -235,6 +242,14 @@ def check_hparams(hparams: Leaves, params: Leaves) -> None:
             raise ValueError(f"{name}: expected a hyperparameter that requires grad, got one that does not")
         if id(t) in inner:
             raise ValueError(f"{name}: expected a tensor that is not among params, got {inner[id(t)]}")
+
+
+def unused_error(names: Sequence[str]) -> ValueError:
+    """The error for hyperparameters that get no gradient."""
+    return ValueError(
+        f"hparams: expected hyperparameters that a loss depends on, got unused {', '.join(names)}; "
+        "were they detached or copied on the way to the loss?"
+    )
 
 
 def check_apart(hparams: Leaves, params: Leaves) -> None:
@@ -254,21 +269,23 @@ def check_apart(hparams: Leaves, params: Leaves) -> None:
 
 def reach(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     """Whether the graph of one of the tensors leads to one of the ``others``; what is near is looked at first."""
-    with torch.enable_grad():
-        ends = {t.view_as(t).grad_fn.next_functions[0] for t in others}
-    edges = [(t.grad_fn, t.output_nr) for t in tensors if t.grad_fn is not None]
-    seen = set()
+    ends = {(edge.node, edge.output_nr) for edge in map(get_gradient_edge, others)}
+    edges = [(t.grad_fn, t.output_nr) for t in tensors]
+    seen: set[Node] = set()
     while edges:
         if not ends.isdisjoint(edges):
             return True
-        nodes = dict.fromkeys(node for node, _ in edges if node is not None and node not in seen)
-        seen.update(nodes)
+        nodes = {node for node, _ in edges if node is not None} - seen
+        seen |= nodes
         edges = [edge for node in nodes for edge in node.next_functions]
     return False
 
 
 def _difference(like: Tensor, direct: Tensor | None, mixed: Tensor | None) -> Tensor:
-    result = torch.zeros_like(like) if direct is None else direct.detach()
+    if mixed is None and direct is not None:
+        # Autograd hands one tensor to several, or an expanded one: the caller's are to be theirs to write to.
+        return direct.detach().to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+    result = torch.zeros_like(like) if direct is None else direct
     return (result if mixed is None else result - mixed).detach().to(like.dtype)
 
 
@@ -276,7 +293,7 @@ def _at_least_float32(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
-def _power_of_two_below(tensors: Sequence[Tensor]) -> float:
-    """A power of two close to the largest magnitude; 1 if all are zero or one is not finite."""
+def power_of_two_below(tensors: Sequence[Tensor]) -> float:
+    """The power of two next below the largest magnitude; 1 if all are zero or one is not finite."""
     largest = float(torch.nn.utils.get_total_norm(list(tensors), torch.inf))
-    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
+    return 2.0 ** (math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hypergrad_ext.bilevel import check_apart, check_hparams
+from hypergrad_ext.bilevel import check_apart, check_hparams, unused_error
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
@@ -58,7 +58,8 @@ def implicit(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or value; the message names it.
+        ValueError: If an argument has the wrong shape or value, or, in the backward pass, the training loss depends on
+            no hyperparameter; the message names it.
 
     Cost: nothing now; in the backward pass a training gradient, one solve per call of ``backward``, and
     one product with the mixed derivative. It can be differentiated once.
@@ -94,6 +95,8 @@ def implicit(
         )
         report(solution, throw)
         mixed = now.mixed(take_apart("x", solution.value).tensors, outer.tensors)
+        if all(m is None for m in mixed):
+            raise unused_error(outer.names)
         return [None if m is None else -m for m in mixed]
 
     weights = _OptimalWeights.apply(pull_back, hessian.params.tensors, *outer.tensors)

@@ -21,12 +21,7 @@ class Surroundings:
         """
         self._modes = [] if module is None else [(part, part.training) for part in module.modules()]
         self._casts = [
-            {
-                "device_type": kind,
-                "enabled": torch.is_autocast_enabled(kind),
-                "dtype": torch.get_autocast_dtype(kind),
-                "cache_enabled": torch.is_autocast_cache_enabled(),
-            }
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in dict.fromkeys(["cpu", device.type])
             if torch.amp.is_autocast_available(kind)
         ]
@@ -37,7 +32,7 @@ class Surroundings:
         now = [(part, part.training) for part, _ in self._modes]
         with ExitStack() as stack:
             for cast in self._casts:
-                stack.enter_context(torch.autocast(**cast))
+                stack.enter_context(torch.autocast(*cast))
             _set(self._modes)
             try:
                 yield

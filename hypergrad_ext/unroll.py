@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from hypergrad_ext.bilevel import check_hparams
+from hypergrad_ext.bilevel import check_hparams, reach, unused_error
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.engines.forward import raise_explained
 from hypergrad_ext.norms import finite
@@ -73,7 +73,8 @@ def unroll(
 
     Raises:
         TypeError: If an argument has the wrong type or dtype.
-        ValueError: If an argument has the wrong shape or value; the message names it.
+        ValueError: If an argument has the wrong shape or value, or the trained weights depend neither on ``hparams``
+            nor on an ``lr`` that requires grad (which is not looked at with ``checkpoint``); the message names it.
         FloatingPointError: If the trained weights are not finite.
         RuntimeError: In the backward pass, if a step with ``checkpoint`` comes out otherwise when it runs again.
 
@@ -116,6 +117,9 @@ def unroll(
     trained = state[: len(weights.tensors)]
     if not finite(trained):
         raise FloatingPointError(f"training diverged within {steps} steps: lower lr, or look at train_loss")
+    learned = [lr] if isinstance(lr, Tensor) and lr.requires_grad else []
+    if kept and not reach(trained, [*outer.tensors, *learned]):
+        raise unused_error(outer.names)
     return weights.rebuild(trained)
 
 
@@ -296,6 +300,6 @@ def _check_same(before: Sequence[Tensor], after: Sequence[Tensor], again: Sequen
     if not off <= 0.01 * far + 16 * max(torch.finfo(t.dtype).eps for t in after) * norm(after):
         raise RuntimeError(
             f"train_loss: expected the step of the forward pass again, got one that ends {off / (far or 1):.2g} of its "
-            "length away; the loss is to be the same function in the backward pass, its modules in the same modes (those "
-            "of params are put back), its random numbers torch's"
+            "length away; the loss is to be the same function in the backward pass, its modules in the same modes "
+            "(those of params are put back), its random numbers torch's"
         )

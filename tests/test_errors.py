@@ -279,6 +279,24 @@ class TestHypergradient:
             hg.hypergradient(**arguments)
         assert self.lam.grad is None and W.grad is None
 
+    @pytest.mark.parametrize("loss_scale", [1.0, 2.0])
+    def test_a_training_loss_is_looked_at_before_it_runs(self, loss_scale):
+        for loss, message in (
+            (
+                lambda: self.train(W),
+                "train_loss: expected a function of the parameters, got one that does not take one",
+            ),
+            (3, "train_loss: expected a scalar tensor or a function of the parameters, got int"),
+            (lambda w: None, "train_loss: expected a function that returns a scalar tensor, got NoneType"),
+        ):
+            with pytest.raises(TypeError, match=message):
+                hg.hypergradient(quadratic, loss, W, self.lam, loss_scale=loss_scale)
+
+    def test_a_validation_tensor_wants_parameters_that_require_grad(self):
+        w = torch.ones(3)
+        with pytest.raises(ValueError, match="params: expected a parameter that requires grad"):
+            hg.hypergradient((w * self.lam).sum(), lambda w: (w**2 * self.lam).sum(), w, self.lam)
+
     def test_implicit_checks_before_the_backward_pass(self):
         with pytest.raises(ValueError, match="hparams: expected a hyperparameter that requires grad"):
             hg.implicit(self.train, W, torch.zeros(3))

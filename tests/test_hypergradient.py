@@ -150,6 +150,16 @@ class TestUnrolling:
         assert errors == sorted(errors, reverse=True) and errors[0] > 0.5 and errors[3] < 1e-3
 
 
+def test_gradients_can_be_written_to():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    a, b, c = (torch.ones(2, requires_grad=True) for _ in range(3))
+    val = (w**2).sum() + ((a + b) ** 2).sum() + c.sum()
+    grads = hg.hypergradient(val, ((w - a.detach()) ** 2).sum(), w, [a, b, c])
+    for g in grads:
+        g.mul_(0.5)
+    assert [g.tolist() for g in grads] == [[2, 2], [2, 2], [0.5, 0.5]]
+
+
 class TestWeightsComputedFromHyperparameters:
     """The response of the weights is what a hypergradient adds; a graph that goes through them has it already."""
 
@@ -223,6 +233,12 @@ class TestImplicit:
             first.backward()
         with pytest.raises(RuntimeError):
             torch.autograd.grad(first, lam)
+
+    def test_hyperparameters_that_get_no_gradient_are_refused(self):
+        w, lam = torch.tensor([1.5]), torch.tensor(1.0, requires_grad=True)
+        best = hg.implicit(lambda w: ((w - 3) ** 2 + lam.detach() * w**2).sum(), w, lam)
+        with pytest.raises(ValueError, match="hparams: expected hyperparameters that a loss depends on, got unused"):
+            (best**2).sum().backward()
 
     def test_failure_in_the_backward_pass_raises(self):
         w, lam = torch.tensor(1.5), torch.tensor(1.0, requires_grad=True)

@@ -122,6 +122,12 @@ def test_checkpoints_change_nothing_even_with_random_masks_and_batches(rule):
         torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
 
 
+def test_a_learning_rate_may_be_the_only_hyperparameter_that_counts():
+    lr, lam = torch.tensor(0.1, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    hg.unroll(lambda w: (w - 1) ** 2, torch.tensor(0.0), lam, steps=2, lr=lr).backward()
+    assert lr.grad.isfinite() and lam.grad is None
+
+
 def normed(params_of):
     """A training loss of a network whose modes matter, its parameters, its hyperparameter and a validation loss."""
     torch.manual_seed(0)
@@ -244,6 +250,7 @@ def test_a_weight_without_gradient_is_no_nan_under_adam():
         ({"optimizer": "lion"}, ValueError, "optimizer: expected 'sgd' or 'adam', got 'lion'"),
         ({"optimizer": "adam", "momentum": 0.9}, ValueError, "momentum: expected none beside optimizer='adam'"),
         ({"optimizer": "adam", "betas": (0.9, 1.0)}, ValueError, "betas: expected two numbers"),
+        ({"hparams": torch.tensor(1.0, requires_grad=True)}, ValueError, "hparams: expected .* got unused hparams"),
         ({"hparams": torch.tensor(1.0)}, ValueError, "hparams: expected a hyperparameter that requires grad"),
         ({"batches": [], "train_loss": lambda w, b: w}, ValueError, "batches: expected a batch for every step"),
         ({"lr": 1e30}, FloatingPointError, "training diverged within 3 steps: lower lr"),

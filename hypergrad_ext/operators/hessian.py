@@ -126,12 +126,7 @@ class Hessian(LinearOperator):
         self._engine = engine
         if isinstance(loss, Tensor):
             check_loss(name, loss)
-            for param, t in zip(self.params.names, self.params.tensors, strict=True):
-                if not t.requires_grad:
-                    raise ValueError(
-                        f"{param}: expected a parameter that requires grad, got one that does not; "
-                        "leave it out, or pass the loss as a function of the parameters"
-                    )
+            check_tracked(self.params)
         elif not callable(loss):
             raise TypeError(
                 f"{name}: expected a scalar tensor or a function of the parameters, got {type(loss).__name__}"
@@ -366,6 +361,20 @@ def check_loss(argument: str, loss: Tensor) -> None:
             f"{argument}: expected a loss with a graph, got one that does not require grad; "
             "compute it from params with gradients enabled"
         )
+
+
+def check_tracked(params: Leaves) -> None:
+    """Refuse parameters that a loss tensor cannot be differentiated by.
+
+    Raises:
+        ValueError: If one does not require grad.
+    """
+    for name, t in zip(params.names, params.tensors, strict=True):
+        if not t.requires_grad:
+            raise ValueError(
+                f"{name}: expected a parameter that requires grad, got one that does not; "
+                "leave it out, or pass the loss as a function of the parameters"
+            )
 
 
 @contextlib.contextmanager
