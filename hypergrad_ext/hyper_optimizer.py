@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from hypergrad_ext.bilevel import Bilevel, Unused
+from hypergrad_ext.bilevel import Bilevel, Unused, power_of_two_below
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.norms import finite
@@ -209,10 +209,15 @@ class HyperOptimizer:
         if solution.useless:
             return self._not_taken(solution, math.nan, SolveError(solution))
 
-        norm = math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in grads))
+        size, unit = _norm(grads), 1.0
+        if math.isinf(size):
+            # Squares of float64 may overflow where the elements are finite.
+            unit = power_of_two_below(grads)
+            size = _norm([g / unit for g in grads])
+        norm = size * unit
         clipped = self.max_norm is not None and norm > self.max_norm
         if self.max_norm is not None and clipped:
-            grads = [g * (self.max_norm / norm) for g in grads]
+            grads = [g / unit * (self.max_norm / size) for g in grads]
         try:
             with _all_or_nothing(self.optimizer, hparams):
                 scale = self._loss_scale()
@@ -247,7 +252,8 @@ class HyperOptimizer:
         """Go on from where `state_dict` was taken; the hyperparameters are written in place.
 
         Args:
-            state_dict: From `state_dict` of a `HyperOptimizer` with hyperparameters and weights of the same shapes.
+            state_dict: From `state_dict` of a `HyperOptimizer` with hyperparameters and weights of the same shapes, and
+                an optimiser of the same kind.
 
         Raises:
             ValueError: If it does not fit; then nothing is changed.
@@ -263,15 +269,23 @@ class HyperOptimizer:
             raise ValueError(f"state_dict['hparams']: expected tensors of shapes {expected}, got {shapes}")
         if (self.scaler is None) != (state_dict["scaler"] is None):
             raise ValueError("state_dict['scaler']: expected a scaler's state if and only if there is a scaler")
+        scaler = {} if self.scaler is None or not state_dict["scaler"] else self.scaler.state_dict()
+        _expect_keys("state_dict['scaler']", scaler, state_dict["scaler"] or {})
+        _expect_keys("state_dict['optimizer']", self.optimizer.state_dict(), state_dict["optimizer"])
+        for group in state_dict["optimizer"]["param_groups"]:
+            _expect_keys("state_dict['optimizer']['param_groups']", {"params": None}, group)
         state = SolverState()
         state.load_state_dict(pytree.tree_map_only(Tensor, lambda t: t.to(space.device), state_dict["solver"]))
         state.check(space)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
-        if self.scaler is not None and state_dict["scaler"]:
-            self.scaler.load_state_dict(state_dict["scaler"])
-        with torch.no_grad():
+        with _all_or_nothing(self.optimizer, hparams), torch.no_grad():
+            self.optimizer.load_state_dict(state_dict["optimizer"])
+            for group in self.optimizer.param_groups:
+                # Only now: what an older torch did not have yet has got its default.
+                _expect_keys("state_dict['optimizer']['param_groups']", self.optimizer.defaults, group)
             for t, value in zip(hparams, state_dict["hparams"], strict=True):
                 t.copy_(value)
+            if self.scaler is not None and scaler:
+                self.scaler.load_state_dict(state_dict["scaler"])
         self.state, self.steps, self.skipped = state, state_dict["steps"], state_dict["skipped"]
 
     def _loss_scale(self) -> float:
@@ -315,6 +329,16 @@ class HyperOptimizer:
         self.skipped += 1
         warnings.warn(f"outer step skipped: {error}", SolveWarning, stacklevel=3)
         return OuterStep(False, norm, False, solution, str(error))
+
+
+def _norm(grads: list[Tensor]) -> float:
+    return math.hypot(*(float(torch.linalg.vector_norm(g, dtype=torch.float64)) for g in grads))
+
+
+def _expect_keys(name: str, expected: dict[str, Any], got: dict[str, Any]) -> None:
+    missing = expected.keys() - got.keys()
+    if missing:
+        raise ValueError(f"{name}: expected that of one of the same kind, got one without {', '.join(sorted(missing))}")
 
 
 @contextmanager

@@ -101,6 +101,17 @@ def test_clips_the_norm_of_all_hyperparameters_together():
     assert float(moved.detach().norm()) == pytest.approx(1e-3, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e155, 1e307])
+def test_clips_gradients_whose_squares_overflow(scale):
+    w, lam = torch.tensor([1.0, 2.0]).double(), torch.tensor([0.3, 0.2]).double().requires_grad_()
+    outer = hg.HyperOptimizer(torch.optim.SGD([lam], lr=1.0), w, hg.Direct(), max_norm=1.0)
+    train = lambda w: ((w - 3) ** 2).sum() + (lam.exp() * w**2).sum()  # noqa: E731
+    plain = hg.hypergradient(lambda w: (w**2).sum(), train, w, lam, hg.Direct())
+    result = outer.step(lambda w: scale * (w**2).sum(), train)
+    assert result.taken and result.clipped and result.norm == pytest.approx(scale * float(plain.norm()))
+    torch.testing.assert_close(lam.grad, plain / plain.norm())
+
+
 def test_schedulers_take_the_optimiser():
     problem = quadratic()
     outer = make(problem, kind=torch.optim.SGD, lr=1.0)
@@ -263,19 +274,33 @@ class TestMixedPrecision:
         assert scaler.get_scale() == 16.0
 
 
+def of_sgd(state: dict) -> None:
+    (group,) = state["optimizer"]["param_groups"]
+    (other,) = torch.optim.SGD([torch.ones(1)]).state_dict()["param_groups"]
+    state["optimizer"]["param_groups"] = [{**other, "params": group["params"]}]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda s: s.pop("solver"), "expected one of a HyperOptimizer, got one without solver"),
         (lambda s: s.update(hparams=[torch.ones(2)]), r"state_dict\['hparams'\]: expected tensors of shapes"),
-        (lambda s: s.update(scaler={"scale": 1.0}), "scaler's state if and only if there is a scaler"),
+        (lambda s: s.update(scaler=None), "scaler's state if and only if there is a scaler"),
         (lambda s: s["solver"].update(x=torch.ones(3, dtype=torch.float64)), "state: expected one of 125 weights"),
         (lambda s: s["optimizer"]["param_groups"].append({"params": [9]}), "different number of parameter groups"),
+        (lambda s: s["optimizer"]["param_groups"][0].pop("lr"), r"\['param_groups'\]: expected .* got one without lr"),
+        (lambda s: s["optimizer"]["param_groups"][0].pop("params"), "got one without params"),
+        (lambda s: s["optimizer"].pop("state"), r"state_dict\['optimizer'\]: expected .* got one without state"),
+        (of_sgd, "got one without betas, eps"),
+        (
+            lambda s: s["scaler"].pop("growth_factor"),
+            r"state_dict\['scaler'\]: expected .* got one without growth_factor",
+        ),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(change, message):
     problem = mlp()
-    outer = make(problem)
+    outer = make(problem, scaler=torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1))
     outer.step(problem.val, problem.train)
     state, before = snapshot(outer), None
     change(state)
@@ -284,7 +309,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_changed(change, mes
     with pytest.raises(ValueError, match=message):
         outer.load_state_dict(state)
     assert_unchanged(outer, before)
-    assert torch.equal(outer.state.x, x)
+    assert torch.equal(outer.state.x, x) and outer.scaler.state_dict() == before["scaler"]
 
 
 @pytest.mark.parametrize(
