@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
 
 import hypergrad_ext as hg
 from hypergrad_ext import backends, ops, reference
@@ -413,6 +414,21 @@ class TestOperator:
         v = {"bias": torch.randn(3).double(), "weight": torch.randn(3, 5).double()}
         assert_close(operator @ v, hg.Hessian(F.cross_entropy(layer(x), y), layer) @ v, 1e-12)
 
+    def test_refuses_modules_of_which_it_would_be_another_hessian(self):
+        class Scaled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        frozen, pruned, computed = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
+        frozen.bias.requires_grad_(False)
+        prune.l1_unstructured(pruned, "weight", 4)
+        parametrizations.weight_norm(computed)
+        cases = {"all of it trainable, got parameters that do not require grad": frozen}
+        cases |= {"got Scaled with weight, bias": Scaled(5, 3), "got Linear with bias, weight_orig": pruned}
+        for message, layer in (cases | {"got ParametrizedLinear with bias": computed}).items():
+            with pytest.raises(ValueError, match=f"params: expected .*{message}"):
+                hg.GLMHessian(torch.randn(30, 5), layer, "softmax")
+
     def test_hypergradient_with_the_closed_form(self):
         params, operator, loss = problem("softmax", bias=True)
         lam = torch.zeros((), dtype=torch.float64, requires_grad=True)
@@ -448,8 +464,13 @@ class TestOperator:
                 "params: expected a weight, or",
             ),
             (lambda x, w: hg.GLMHessian(x, w.bfloat16(), "logistic"), ValueError, "params: expected a weight, or"),
+            (
+                lambda x, w: hg.GLMHessian(x[:, :1], {"bias": w[:1], "weight": w[None, :1]}, "logistic"),
+                ValueError,
+                "params: expected the weight before the bias",
+            ),
         ],
-        ids=range(11),
+        ids=range(12),
     )
     def test_refuses(self, make, error, message):
         with pytest.raises(error, match=message):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hypergrad_ext import _native, ops, reference
 from hypergrad_ext.operators.base import LinearOperator
@@ -107,7 +107,8 @@ class GLMHessian(LinearOperator):
         inputs: X, ``(n, d)``: float64, float32, or, in half the bytes beside float32 parameters, float16 (on the
             CPU; the solution moves by about 1e-4 at a condition number of 100) or bfloat16 (by about 1e-3).
         params: The weight, ``(d,)`` or ``(1, d)``, ``(classes, d)`` for softmax; or a pair of it and the bias,
-            ``()`` or ``(1,)``, ``(classes,)`` for softmax, as a list, dict, or an ``nn.Linear``.
+            ``()`` or ``(1,)``, ``(classes,)`` for softmax, as a list, a dict in that order, or an ``nn.Linear``,
+            all of it trainable.
         family: ``"logistic"``, ``"softmax"``, ``"squared"`` or ``"poisson"``.
         l2: Penalty ``sum(l2 * w**2)`` in the loss: a number >= 0, or a tensor like the weight. The bias is
             not penalised.
@@ -132,6 +133,7 @@ class GLMHessian(LinearOperator):
     ) -> None:
         if family not in FAMILIES:
             raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+        _check_params(params)
         self.space = Space(take_apart("params", params))
         self.family = family
         weight, bias = self._weight_and_bias()
@@ -327,6 +329,21 @@ class _Gram(DenseMatrix):
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix for all vectors."""
         return self.space.views(self.space.joined(v) @ self.matrix)
+
+
+def _check_params(params: Tree) -> None:
+    if isinstance(params, nn.Module):
+        # Of a subclass, or where the weight is computed (pruning, parametrizations), what multiplies is something else.
+        names = [name for name, _ in params.named_parameters()]
+        if type(params) is not nn.Linear or names not in (["weight"], ["weight", "bias"]):
+            raise ValueError(
+                "params: expected an nn.Linear whose parameters are its weight and bias, "
+                f"got {type(params).__name__} with {', '.join(names) or 'none'}"
+            )
+        if not all(p.requires_grad for p in params.parameters()):
+            raise ValueError("params: expected a module, all of it trainable, got parameters that do not require grad")
+    elif isinstance(params, dict) and list(params) == ["bias", "weight"]:
+        raise ValueError("params: expected the weight before the bias, got a dict of bias and weight in that order")
 
 
 def _rates(inputs: Tensor, columns: int) -> _Rates:
