@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hypergrad_ext import ops, reference_lstm
+from hypergrad_ext.compilation import for_compile
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +51,7 @@ def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     if gates.dtype != c.dtype or not c.is_floating_point():
         raise TypeError(f"gates and c: expected one floating dtype, got {gates.dtype} and {c.dtype}")
     rows = c.shape[:-1].numel()
-    # torch.compile refuses a function with a jvp.
-    function = _Cell if torch.compiler.is_compiling() else _CellInAllModes
+    function = for_compile(_Cell, _CellInAllModes)
     h, c_next, _ = function.apply(gates.reshape(rows, gates.shape[-1]), c.reshape(rows, c.shape[-1]))
     return h.view(c.shape), c_next.view(c.shape)
 
@@ -108,7 +108,7 @@ class _Cell(Function):
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
         activations, c, c_next = ctx.saved_tensors
         grads = _or_zeros(grad_h, c), _or_zeros(grad_c, c), grad_activations
-        function = _CellBackward if torch.compiler.is_compiling() else _CellBackwardInAllModes
+        function = for_compile(_CellBackward, _CellBackwardInAllModes)
         return function.apply(activations, c, c_next, *grads)
 
 

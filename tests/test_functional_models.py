@@ -226,6 +226,33 @@ class TestMLPProduct:
         assert_close(gradient, {name: 2 * product[name] for name in gradient}, 1e-14)
 
 
+def linear_or_smooth(name):
+    """A function, and where to differentiate it."""
+    x, weights, v, _ = glm(intercept=False)
+    operator = hg.MLPHessian(x, [torch.ones(1, 3, dtype=torch.float64)], x[:, :1], loss="squared")
+    rows = torch.randn(2, 4, dtype=torch.float64)
+    return {
+        "glm_hvp": (lambda v: functional.glm_hvp(x, weights, v), v),
+        "softmax_hessian": (lambda u: functional.softmax_hessian(rows, u), rows + 1),
+        "mlp_hvp": (lambda v: functional.mlp_hvp(operator, [v])[0], v[None]),
+        "lstm_cell": (lambda gates: functional.lstm_cell(gates, rows[:, :1])[0], rows),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["glm_hvp", "softmax_hessian", "mlp_hvp", "lstm_cell"])
+def test_forward_mode_breaks_a_compiled_graph(name):
+    f, v = linear_or_smooth(name)
+
+    def f_t(v):
+        return torch.func.jvp(f, (v,), (v,))[1]
+
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="no forward mode under torch.compile"):
+        torch.compile(f_t, backend="eager", fullgraph=True)(v)
+    torch._dynamo.reset()
+    assert_close(torch.compile(f_t, backend="eager")(v), f_t(v), 1e-14)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

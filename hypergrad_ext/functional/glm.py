@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.compilation import for_compile
 from hypergrad_ext.functional.batching import one_by_one, refuse_grad, refuse_tangents
 
 
@@ -27,7 +28,7 @@ def glm_hvp(
 
     Linear and symmetric in ``v``, and differentiable in it any number of times, in reverse and forward mode and under
     ``torch.func.vmap``: a batch of ``v`` is more vectors of one call, a batch of anything else a loop. Under
-    ``torch.compile``, in reverse mode only.
+    ``torch.compile``, in reverse mode; forward mode breaks the graph.
 
     Cost: one product with every vector; so does each derivative.
 
@@ -94,9 +95,7 @@ def check_model(name: str, x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | N
 
 def product(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
     """`glm_hvp` for ``v`` of shape ``(k, m)``, unchecked."""
-    # torch.compile refuses a function with a jvp.
-    function = _Reverse if torch.compiler.is_compiling() else _Product
-    return function.apply(x, weights, v, l2, scale, intercept)
+    return for_compile(_Reverse, _Product).apply(x, weights, v, l2, scale, intercept)
 
 
 class _Reverse(torch.autograd.Function):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hypergrad_ext.compilation import for_compile
 from hypergrad_ext.operators import MLPHessian
 from hypergrad_ext.structure import Tree
 
@@ -49,9 +50,7 @@ def mlp_hvp(operator: MLPHessian, v: Tree) -> Tree:
 
 
 def _product(operator: MLPHessian, v: Tensor) -> Tensor:
-    # torch.compile refuses a function with a jvp.
-    function = _Reverse if torch.compiler.is_compiling() else _Product
-    return function.apply(operator, v)
+    return for_compile(_Reverse, _Product).apply(operator, v)
 
 
 class _Reverse(torch.autograd.Function):

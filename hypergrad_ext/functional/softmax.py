@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.compilation import for_compile
 from hypergrad_ext.functional.batching import batched, refuse_grad, refuse_tangents
 
 
@@ -20,7 +21,8 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
     result. `hypergrad_ext.ops.softmax_hessian_` overwrites ``u``, so that not even the result is a second buffer.
 
     Linear and symmetric in ``u``, and differentiable in it any number of times, in reverse and forward mode and
-    under ``torch.func.vmap``; not with ``is_grads_batched=True``, and under ``torch.compile`` in reverse mode only.
+    under ``torch.func.vmap``; not with ``is_grads_batched=True``. Under ``torch.compile``, in reverse mode;
+    forward mode breaks the graph.
 
     Args:
         logits: ``(..., classes)``: float64, float32, bfloat16 or float16 (the last two computed in float32). A
@@ -58,9 +60,7 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
 
 
 def _product(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None) -> Tensor:
-    # torch.compile refuses a function with a jvp.
-    function = _Reverse if torch.compiler.is_compiling() else _SoftmaxHessian
-    return function.apply(logits, u, scale, weights)
+    return for_compile(_Reverse, _SoftmaxHessian).apply(logits, u, scale, weights)
 
 
 class _Reverse(torch.autograd.Function):
