@@ -16,8 +16,9 @@ constexpr int64_t kLeastRows = 256;
 }  // namespace
 
 void two_products(const GlmProblem& problem, const at::Tensor& v, const at::Tensor& out, int64_t bytes) {
-  // X may belong to a graph, which has no business here.
-  const c10::impl::ExcludeDispatchKeyGuard below_autograd(c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  // X may belong to a graph, and autocast may be on, neither of which has any business here.
+  const c10::impl::ExcludeDispatchKeyGuard below_autograd(c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                                          c10::autocast_dispatch_keyset);
   const GlmData& data = problem.data;
   const int64_t k = v.size(0), columns = k * data.classes;
   const at::Tensor v_weights = v.narrow(1, 0, data.classes * data.d).reshape({columns, data.d});

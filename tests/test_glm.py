@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -428,6 +430,43 @@ class TestOperator:
         for message, layer in (cases | {"got ParametrizedLinear with bias": computed}).items():
             with pytest.raises(ValueError, match=f"params: expected .*{message}"):
                 hg.GLMHessian(torch.randn(30, 5), layer, "softmax")
+
+    def test_refuses_inputs_that_changed(self):
+        x, w = torch.randn(30, 5), torch.zeros(5)
+        x.mul_(2)  # before: does not count
+        operator, v = hg.GLMHessian(x, w, "logistic"), torch.randn(5)
+        copy_of_it, product = copy.deepcopy(operator), operator @ v
+        operator.dense()  # keeps the Gram matrix
+        x.mul_(2)
+        for call in (lambda: operator @ v, operator.dense, lambda: hg.solve(operator, v), lambda: copy.copy(operator)):
+            with pytest.raises(RuntimeError, match="inputs: changed in place .* make a new one"):
+                call()
+        assert_close(copy_of_it @ v, product, 0.0)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_autocast_changes_nothing(self, family):
+        params, _, _ = problem(family, True, torch.float32)
+        x, b = torch.randn(80, 7), [torch.randn_like(p) for p in params]
+
+        def results():
+            operator = hg.GLMHessian(x, params, family, l2=0.1)
+            gram = hg.GLMHessian(x, params, family, l2=0.1).prepare(10**9, 1)
+            solution = hg.solve(operator, b, hg.CG(tol=1e-6), damping=0.1).value
+            return [operator @ b, gram @ b, operator.dense(), solution]
+
+        expected = results()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = results()
+        assert_close(value, expected, 0.0)
+
+    @needs_cpp
+    def test_autocast_leaves_products_by_torch_alone(self):
+        # So many columns that the kernel makes two matrix products of torch.
+        x, v = torch.randn(20, 7000), torch.randn(40, 7000)
+        operator = hg.GLMHessian(x, torch.zeros(7000), "logistic")
+        expected = operator @ v
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert_close(operator @ v, expected, 0.0)
 
     def test_hypergradient_with_the_closed_form(self):
         params, operator, loss = problem("softmax", bias=True)

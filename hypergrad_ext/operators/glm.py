@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hypergrad_ext import _native, ops, reference
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.dense import DenseMatrix
-from hypergrad_ext.structure import Space, Tree, take_apart
+from hypergrad_ext.precision import without_autocast
+from hypergrad_ext.structure import Space, Tree, take_apart, versions
 
 Family = Literal["logistic", "softmax", "squared", "poisson"]
 FAMILIES = ("logistic", "softmax", "squared", "poisson")
@@ -105,7 +106,8 @@ class GLMHessian(LinearOperator):
 
     Args:
         inputs: X, ``(n, d)``: float64, float32, or, in half the bytes beside float32 parameters, float16 (on the
-            CPU; the solution moves by about 1e-4 at a condition number of 100) or bfloat16 (by about 1e-3).
+            CPU; the solution moves by about 1e-4 at a condition number of 100) or bfloat16 (by about 1e-3). Not
+            copied (unless its columns are not next to each other in memory), and not to be changed afterwards.
         params: The weight, ``(d,)`` or ``(1, d)``, ``(classes, d)`` for softmax; or a pair of it and the bias,
             ``()`` or ``(1,)``, ``(classes,)`` for softmax, as a list, a dict in that order, or an ``nn.Linear``,
             all of it trainable.
@@ -116,6 +118,7 @@ class GLMHessian(LinearOperator):
     Raises:
         TypeError: If a tensor is not real floating point, or dtypes do not go together.
         ValueError: If shapes, devices or the family are wrong, or ``l2`` is negative.
+        RuntimeError: In products and solves, if ``inputs`` were changed in place since.
 
     Example:
         >>> x, w = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2)
@@ -141,7 +144,9 @@ class GLMHessian(LinearOperator):
         n, d = self.inputs.shape
         self.intercept = bias is not None
         self.scale = 1.0 / n
-        with torch.no_grad():
+        # X itself, for it may be most of the memory there is.
+        self._versions = versions([self.inputs])
+        with torch.no_grad(), without_autocast(weight.device):
             eta = self.inputs.to(weight.dtype) @ weight.reshape(-1, d).T
             eta = eta if bias is None else eta + bias.reshape(1, -1)
             self.weights = _curvature(family, eta).contiguous()
@@ -163,8 +168,10 @@ class GLMHessian(LinearOperator):
         return self._formed().clone()
 
     def _formed(self) -> Tensor:
+        self._check_unchanged()
         if self._gram is None:
-            self._gram = self._form_gram()
+            with without_autocast(self.space.device):
+                self._gram = self._form_gram()
         return self._gram
 
     def plan(self, products: int, rows: int) -> tuple[Literal["gram", "products"], str]:
@@ -220,7 +227,24 @@ class GLMHessian(LinearOperator):
         return kernel(*self._model(b), damping, steps, state)
 
     def _model(self, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool]:
+        self._check_unchanged()
         return self.inputs, self.weights, v, self.l2, self.scale, self.intercept
+
+    def __getstate__(self) -> dict:
+        self._check_unchanged()
+        return self.__dict__
+
+    def __setstate__(self, state: dict) -> None:
+        # A copy's inputs count from zero.
+        self.__dict__.update(state)
+        self._versions = versions([self.inputs])
+
+    def _check_unchanged(self) -> None:
+        if versions([self.inputs]) != self._versions:
+            raise RuntimeError(
+                "inputs: changed in place since this operator was made, which keeps them and what it computed from "
+                "them; make a new one"
+            )
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         tensors = self.space.leaves.tensors
@@ -324,11 +348,13 @@ class _Gram(DenseMatrix):
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix."""
-        return self.space.views(self.matrix @ self.space.joined(v))
+        with without_autocast(self.space.device):
+            return self.space.views(self.matrix @ self.space.joined(v))
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """One product with the matrix for all vectors."""
-        return self.space.views(self.space.joined(v) @ self.matrix)
+        with without_autocast(self.space.device):
+            return self.space.views(self.space.joined(v) @ self.matrix)
 
 
 def _check_params(params: Tree) -> None:
