@@ -155,6 +155,50 @@ def test_solve_is_left_out_of_a_compiled_graph():
     assert_close(value, truth, 1e-12)
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_solve_with_data_in_bfloat16(classes):
+    x, weights, b, _ = (t.float() for t in glm(classes))
+    x, damping = x.bfloat16(), torch.tensor(0.5)
+
+    def f(x, weights, damping):
+        return functional.glm_solve(x, weights, b, damping=damping, intercept=True)
+
+    for of, at in ((lambda t: f(x, t, damping), weights), (lambda t: f(x, weights, t), damping)):
+        truth = torch.func.jacrev(lambda t, of=of: of(t))(at)
+        assert truth.isfinite().all() and truth.abs().max() > 0
+        assert_close(torch.func.jacfwd(of)(at), truth, 1e-4)
+    exact = torch.func.jacrev(lambda t: f(x.float(), t, damping))(weights)
+    assert_close(torch.func.jacrev(lambda t: f(x, t, damping))(weights), exact, 1e-4)
+
+
+@pytest.mark.parametrize("like", [torch.zeros(1, 1, 1, dtype=torch.float64), torch.zeros(1)], ids=["(1, 1, 1)", "f32"])
+@pytest.mark.parametrize("k", [None, 2])
+def test_damping_is_one_number_in_any_shape_and_dtype(like, k):
+    x, weights, b, l2 = glm(k=k)
+
+    def f(damping):
+        return functional.glm_solve(x, weights, b, l2=l2, damping=damping, intercept=True, solver=EXACT)
+
+    truth = torch.func.jvp(f, (torch.tensor(0.5, dtype=torch.float64),), (torch.tensor(2.0, dtype=torch.float64),))[1]
+    assert_close(torch.func.jvp(f, (like + 0.5,), (like + 2,))[1], truth, 1e-12)
+
+
+def test_solve_and_its_derivatives_under_autocast():
+    x, weights, b, l2 = (t.float().requires_grad_() for t in glm(3))
+
+    def results():
+        u = functional.glm_solve(x, weights, b, l2=l2, intercept=True)
+        forward = torch.func.jvp(
+            lambda x: functional.glm_solve(x, weights, b, l2=l2, intercept=True), (x.detach(),), (x.detach(),)
+        )[1]
+        return [u.detach(), forward.detach(), *torch.autograd.grad(u.sum(), (x, weights, b, l2))]
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = results()
+    assert_close(value, expected, 0.0)
+
+
 def test_failed_solves_are_loud():
     x, weights, b, l2 = glm(intercept=False)
     with pytest.raises(hg.SolveError, match="right-hand side"):

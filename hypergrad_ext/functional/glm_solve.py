@@ -13,6 +13,7 @@ from hypergrad_ext.functional.batching import one_by_one
 from hypergrad_ext.functional.glm import check_model, scale_of
 from hypergrad_ext.linear_solve import report, solve_for
 from hypergrad_ext.operators import LinearOperator
+from hypergrad_ext.precision import without_autocast
 from hypergrad_ext.solvers import CG, Solver
 from hypergrad_ext.structure import Space, take_apart
 
@@ -127,9 +128,9 @@ def _derivative(
     """``d(H + dI) u``, the directional derivative of the matrix along tangents of x, weights, l2 and damping."""
     x_t, weights_t, l2_t, damping_t = tangents
     result = torch.zeros_like(u)
-    z, p = _outputs(x, weights, u, intercept), weights.reshape(len(x), -1)
+    z, p = _outputs(x, weights, u, intercept), _columns(weights)
     if weights_t is not None:
-        q = weights_t.reshape(len(x), -1)
+        q = _columns(weights_t)
         result = result + scale * _inputs(x, _curved(q, z, p), intercept)
     if x_t is not None:
         z_t = _outputs(x_t, weights, u, False)
@@ -138,19 +139,26 @@ def _derivative(
         result = result + scale * torch.nn.functional.pad(at_weights, (0, u.shape[1] - at_weights.shape[1]))
     if l2_t is not None:
         result = result + l2_t * u
-    return result if damping_t is None else result + damping_t * u
+    # One number in whatever shape and dtype the damping came.
+    return result if damping_t is None else result + damping_t.reshape(()).to(u.dtype) * u
+
+
+def _columns(weights: Tensor) -> Tensor:
+    """``(n, classes)``."""
+    return weights if weights.dim() == 2 else weights.unsqueeze(1)
 
 
 def _outputs(x: Tensor, weights: Tensor, u: Tensor, intercept: bool) -> Tensor:
     """``X u``, ``(k, n, classes)``."""
-    classes, d = weights.reshape(len(x), -1).shape[1], x.shape[1]
-    z = x @ u[:, : classes * d].reshape(len(u), classes, d).mT
+    classes, d = _columns(weights).shape[1], x.shape[1]
+    # In the precision of u, as in the kernels.
+    z = x.to(u.dtype) @ u[:, : classes * d].reshape(len(u), classes, d).mT
     return z + u[:, None, classes * d :] if intercept else z
 
 
 def _inputs(x: Tensor, z: Tensor, intercept: bool) -> Tensor:
     """``X^T z``, ``(k, m)``."""
-    flat = (z.mT @ x).flatten(1)
+    flat = (z.mT @ x.to(z.dtype)).flatten(1)
     return torch.cat([flat, z.sum(1)], 1) if intercept else flat
 
 
@@ -161,6 +169,25 @@ def _curved(p: Tensor, z: Tensor, at: Tensor | None = None) -> Tensor:
     if at is None:
         return p * (z - (p * z).sum(-1, keepdim=True))
     return p * (z - (at * z).sum(-1, keepdim=True)) - at * (p * z).sum(-1, keepdim=True)
+
+
+def _by_model(ctx: Any, x: Tensor, weights: Tensor, u: Tensor, adjoint: Tensor) -> list[Tensor | None]:
+    """Gradients of ``-<adjoint, scale X^T D X u>`` by its two factors X and by D, those that are wanted."""
+    by_x, by_weights, *_ = ctx.needs_input_grad
+    grads: list[Tensor | None] = [None, None]
+    p, d = _columns(weights), x.shape[1]
+    z, z_adjoint = (_outputs(x, weights, t, ctx.intercept) for t in (u, adjoint))
+    if by_x:
+        rows = [t[:, : p.shape[1] * d].reshape(len(t) * p.shape[1], d) for t in (u, adjoint)]
+        curved = [_curved(p, t).transpose(0, 1).flatten(1) for t in (z_adjoint, z)]
+        grads[0] = -ctx.scale * (curved[0] @ rows[0] + curved[1] @ rows[1])
+    if by_weights:
+        terms = z * z_adjoint
+        if p.shape[1] > 1:
+            means = [(p * t).sum(-1, keepdim=True) for t in (z, z_adjoint)]
+            terms = terms - z_adjoint * means[0] - z * means[1]
+        grads[1] = -ctx.scale * terms.sum(0).view(weights.shape)
+    return grads
 
 
 class _Solve(torch.autograd.Function):
@@ -179,7 +206,8 @@ class _Solve(torch.autograd.Function):
     ) -> Tensor:
         l2 = None if l2 is None else l2.detach()
         operator = _Model(x.detach(), weights.detach(), l2, scale, intercept, b.new_empty(b.shape[1]))
-        solution = solve_for(operator, b, "b", solver, damping=float(damping), x0=None, residual=True, backend=None)
+        with without_autocast(b.device):
+            solution = solve_for(operator, b, "b", solver, damping=float(damping), x0=None, residual=True, backend=None)
         report(solution, throw=True)
         return solution.value
 
@@ -200,19 +228,8 @@ class _Solve(torch.autograd.Function):
         by_x, by_weights, _, by_l2, by_damping, *_ = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 4
         if by_x or by_weights:
-            # <adjoint, scale X^T D X u> by its two factors X and by D.
-            p, d = weights.reshape(len(x), -1), x.shape[1]
-            z, z_adjoint = (_outputs(x, weights, t, ctx.intercept) for t in (u, adjoint))
-            if by_x:
-                rows = [t[:, : p.shape[1] * d].reshape(-1, d) for t in (u, adjoint)]
-                curved = [_curved(p, t).transpose(0, 1).reshape(len(x), -1) for t in (z_adjoint, z)]
-                grads[0] = -ctx.scale * (curved[0] @ rows[0] + curved[1] @ rows[1])
-            if by_weights:
-                terms = z * z_adjoint
-                if p.shape[1] > 1:
-                    means = [(p * t).sum(-1, keepdim=True) for t in (z, z_adjoint)]
-                    terms = terms - z_adjoint * means[0] - z * means[1]
-                grads[1] = -ctx.scale * terms.sum(0).view(weights.shape)
+            with without_autocast(u.device):
+                grads[:2] = _by_model(ctx, x, weights, u, adjoint)
         if by_l2:
             grads[2] = -(adjoint * u).sum(0)
         if by_damping:
@@ -231,7 +248,8 @@ class _Solve(torch.autograd.Function):
     ) -> Tensor:
         x, weights, l2, damping, u = ctx.saved_tensors
         damping = damping if ctx.damping is None else ctx.damping
-        change = _derivative(x, weights, u, (x_t, weights_t, l2_t, damping_t), ctx.scale, ctx.intercept)
+        with without_autocast(u.device):
+            change = _derivative(x, weights, u, (x_t, weights_t, l2_t, damping_t), ctx.scale, ctx.intercept)
         rhs = -change if b_t is None else b_t - change
         return _Solve.apply(x, weights, rhs, l2, damping, ctx.scale, ctx.intercept, ctx.solver)
 
