@@ -126,6 +126,7 @@ at::Tensor Bound::product(at::TensorList v, std::optional<int64_t> rows) {
   const at::TensorOptions options = at::TensorOptions().dtype(plan_->dtype());
   const int64_t n = plan_->output_numel();
   at::Tensor out = rows ? empty({k, n}, options) : empty({n}, options);
+  const std::lock_guard<std::mutex> lock(mutex_);
   run(parts, k, static_cast<char*>(out.data_ptr()));
   return out;
 }
@@ -172,6 +173,7 @@ std::tuple<at::Tensor, at::Tensor> Bound::neumann_series(const at::Tensor& b, do
                                                          int64_t steps, const at::Tensor& stop) {
   check_vectors("b", b);
   check_stop(b, steps, stop);
+  const std::lock_guard<std::mutex> lock(mutex_);
   return hg::neumann_series(b, alpha, damping, steps, stop, product_with(b.size(0)));
 }
 
@@ -179,6 +181,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> Bound::conjugate_gradients(const 
                                                                           int64_t steps, const at::Tensor& state) {
   check_vectors("b", b);
   check_state(b, state);
+  const std::lock_guard<std::mutex> lock(mutex_);
   return hg::conjugate_gradients(b, damping, steps, state, product_with(b.size(0)));
 }
 

@@ -6,6 +6,7 @@
 #include <ATen/core/ivalue.h>
 
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <variant>
@@ -111,6 +112,7 @@ class Bound {
   std::shared_ptr<const Plan> plan_;
   std::vector<at::Tensor> constants_;
   std::vector<double> numbers_;
+  std::mutex mutex_;                          // of the lanes, whose memory several callers would share
   std::vector<std::unique_ptr<Lane>> lanes_;  // of every thread that makes whole products; the first is there at once
 };
 

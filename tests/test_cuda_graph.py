@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -151,6 +152,24 @@ def test_two_operators_in_turn(where):
         for a, b in zip(ours, theirs, strict=True):
             assert_close(a @ v, b @ v, 1e-12)
     assert traced.counts.captured == 1
+
+
+def test_threads_share_an_operator(where):
+    """And with it the memory of its graphs."""
+    model, loss = problem("mlp_tanh", where, 3000)
+    operator = hg.Hessian(loss, model, engine="cuda_graph")
+
+    def work(v):
+        return operator @ v, *(hg.solve(operator, v, s).value for s in (hg.Neumann(5, alpha=0.1), hg.CG(max_steps=3)))
+
+    vectors = [random_like(model) for _ in range(8)]
+    work(vectors[0])
+    alone = list(map(work, vectors))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, vectors))
+    for ours, theirs in zip(together, alone, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b, 1e-10)
 
 
 def test_parameters_changed_within_a_solve_raise_as_they_do_in_torch(where):

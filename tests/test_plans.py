@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -202,3 +204,25 @@ def test_whole_products_are_shared_among_threads(threads, strided):
             assert_close(solved[n], solution[n], 1e-10)
             for again in shared:
                 assert_close(again[n], value, 1e-10)
+
+
+@pytest.mark.skipif(_native._C is None, reason="native plans are C++")
+def test_threads_of_the_caller_share_an_operator():
+    """Products and whole solves at the same time, without Python's lock, on one memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 3)).double()
+    operator = hg.Hessian(
+        loss_of(model, torch.randn(300, 40).double(), torch.randint(3, (300,))), model, engine="native"
+    )
+
+    def work(v):
+        return operator @ v, hg.solve(operator, v, hg.CG(max_steps=20), damping=1.0).value
+
+    vectors = [{n: torch.randn_like(p) for n, p in model.named_parameters()} for _ in range(12)]
+    work(vectors[0])  # the first product is a backward pass
+    alone = list(map(work, vectors))
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, vectors))
+    assert operator.engine == "native"
+    for ours, theirs in zip(together, alone, strict=True):
+        assert all(torch.equal(a[n], b[n]) for a, b in zip(ours, theirs, strict=True) for n in a)

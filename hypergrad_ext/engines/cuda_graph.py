@@ -7,10 +7,11 @@ It pays for small models, whose kernels are over before the host has launched th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -108,6 +109,7 @@ class Graphs:
         damping: Damping.
         stats: What `ops.neumann_step_` leaves.
         state: What `ops.cg_step_` keeps.
+        lock: Held by whoever uses all this: several threads may share an operator.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class Graphs:
         self._scalars = list(scalars)
         self._numbers = self._numbers_in(constants, scalars)
         self._owner: object = None
+        self.lock = threading.Lock()
         n = sum(t.numel() for t in v)
         self.v, self.p, self.x, self.r = torch.zeros(4, n, dtype=dtype, device=self._device).unbind()
         self._parts = [part.view(t.shape) for part, t in zip(self.v.split([t.numel() for t in v]), v, strict=True)]
@@ -223,55 +226,59 @@ class Bound:
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` in new tensors."""
-        self._graphs.load(self._token, self._constants)
-        return views(self._graphs.product(v).clone(), self._shapes)
+        with self._graphs.lock:
+            self._graphs.load(self._token, self._constants)
+            return views(self._graphs.product(v).clone(), self._shapes)
 
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor
     ) -> tuple[Tensor, Tensor] | None:
         """See `LinearOperator.neumann_series`; None for several right-hand sides."""
-        graphs = self._ready("neumann step", b)
-        if graphs is None:
-            return None
-        graphs.v.copy_(b[0])
-        graphs.p.copy_(b[0])
-        graphs.alpha.fill_(alpha)
-        graphs.damping.fill_(damping)
-        history = stop.new_full((steps, 1, 2), -1.0)
-        limit = float(stop)
-        for step in range(steps):
-            graphs.replay("neumann step")
-            history[step, 0].copy_(graphs.stats)
-            # Without a tolerance all steps are taken, and what went wrong is seen after them.
-            if limit >= 0 and (step + 1) % _LOOK_EVERY == 0 and not float(graphs.stats[0]) > limit:
-                break
-        return (graphs.p * graphs.alpha)[None], history
+        with self._ready("neumann step", b) as graphs:
+            if graphs is None:
+                return None
+            graphs.v.copy_(b[0])
+            graphs.p.copy_(b[0])
+            graphs.alpha.fill_(alpha)
+            graphs.damping.fill_(damping)
+            history = stop.new_full((steps, 1, 2), -1.0)
+            limit = float(stop)
+            for step in range(steps):
+                graphs.replay("neumann step")
+                history[step, 0].copy_(graphs.stats)
+                # Without a tolerance all steps are taken, and what went wrong is seen after them.
+                if limit >= 0 and (step + 1) % _LOOK_EVERY == 0 and not float(graphs.stats[0]) > limit:
+                    break
+            return (graphs.p * graphs.alpha)[None], history
 
     def conjugate_gradients(
         self, b: Tensor, damping: float, steps: int, state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """See `LinearOperator.conjugate_gradients`; None for several right-hand sides."""
-        graphs = self._ready("cg step", b)
-        if graphs is None:
-            return None
-        graphs.x.zero_()
-        graphs.r.copy_(b[0])
-        graphs.v.copy_(b[0])
-        graphs.state.copy_(state[0])
-        graphs.damping.fill_(damping)
-        taken = 0
-        while taken < steps and float(graphs.state[3]) == 0:
-            for _ in range(min(_LOOK_EVERY, steps - taken)):
-                graphs.replay("cg step")
-                taken += 1
-        return graphs.x.clone()[None], graphs.state.clone()[None], torch.tensor(taken)
+        with self._ready("cg step", b) as graphs:
+            if graphs is None:
+                return None
+            graphs.x.zero_()
+            graphs.r.copy_(b[0])
+            graphs.v.copy_(b[0])
+            graphs.state.copy_(state[0])
+            graphs.damping.fill_(damping)
+            taken = 0
+            while taken < steps and float(graphs.state[3]) == 0:
+                for _ in range(min(_LOOK_EVERY, steps - taken)):
+                    graphs.replay("cg step")
+                    taken += 1
+            return graphs.x.clone()[None], graphs.state.clone()[None], torch.tensor(taken)
 
-    def _ready(self, name: str, b: Tensor) -> Graphs | None:
-        """The graphs with this solve's constants and the one asked for, if there is one."""
+    @contextlib.contextmanager
+    def _ready(self, name: str, b: Tensor) -> Iterator[Graphs | None]:
+        """The graphs, for this alone, with this solve's constants and the one asked for, if there is one."""
         if len(b) != 1:
-            return None
-        self._graphs.load(self._token, self._constants)
-        return self._graphs if self._graphs.capture(name) else None
+            yield None
+            return
+        with self._graphs.lock:
+            self._graphs.load(self._token, self._constants)
+            yield self._graphs if self._graphs.capture(name) else None
 
 
 def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
