@@ -160,7 +160,8 @@ class Bilevel:
         loss = _scaled(loss, self._scale)
         # The graph is kept: it is the caller's, and may be shared with the training loss.
         try:
-            grads = torch.autograd.grad(loss, [*leaves, *others], retain_graph=True, allow_unused=True)
+            with buffers_kept(self.hessian.module):  # a checkpoint runs a part of the model again
+                grads = torch.autograd.grad(loss, [*leaves, *others], retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             if "second time" not in str(error):
                 raise

@@ -90,7 +90,7 @@ def mixed_norms(gradient: RetainedGradient, hparams: Sequence[Tensor]) -> list[T
     outputs = gradient.outputs
     norms = [torch.zeros(t.numel(), dtype=torch.float64, device=t.device) for t in hparams]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), gradient.around():
             u = [torch.zeros_like(t, requires_grad=True) for t in outputs]
             pulled = torch.autograd.grad(outputs, hparams, u, create_graph=True, allow_unused=True) if outputs else []
             for part, norm in zip(pulled, norms, strict=False):

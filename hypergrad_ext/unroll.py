@@ -226,7 +226,8 @@ class _Step:
             with buffers_kept(self.module):
                 loss = evaluate("train_loss", self._loss, self._params, w)
             try:
-                grads = torch.autograd.grad(loss, w, create_graph=graph, allow_unused=True)
+                with buffers_kept(self._module):  # a checkpoint runs a part of the model again
+                    grads = torch.autograd.grad(loss, w, create_graph=graph, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)
             if all(g is None for g in grads):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -146,6 +149,115 @@ class TestBatchNorm:
         val = lambda p: F.cross_entropy(functional_call(model, p, (X + 0.1,)), Y)  # noqa: E731
         assert hg.hypergradient(val, train, model, lam).isfinite()
         assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+    def test_the_users_own_tensors_are_put_back_too(self):
+        model = self.model()
+        own, v = dict(model.named_buffers()), random_like(trainable(model))
+        before = {name: b.clone() for name, b in own.items()}
+        loss = lambda p: F.cross_entropy(functional_call(model, (p, own), (X,)), Y)  # noqa: E731
+        plain = lambda p: F.cross_entropy(functional_call(model, p, (X,)), Y)  # noqa: E731
+        assert_close(hg.Hessian(loss, model) @ v, hg.Hessian(plain, model) @ v, 1e-12)
+        assert all(torch.equal(b, before[name]) for name, b in own.items())
+
+    @pytest.mark.parametrize("engine", ["eager", "traced", "native"])
+    def test_a_checkpoint_that_runs_again_leaves_them_too(self, engine):
+        model, plain = Checkpointed(self.model()), self.model()
+        plain.load_state_dict(model.inner.state_dict())
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        v = random_like(trainable(plain))
+        prefixed = {f"inner.{name}": t for name, t in v.items()}
+        operator = hg.Hessian(loss_of(model), model, engine=engine)
+        for _ in range(3):
+            product = operator @ prefixed
+        truth = hg.Hessian(loss_of(plain), plain, engine="eager") @ v
+        assert_close(product, {f"inner.{name}": t for name, t in truth.items()}, 1e-9)
+        lam = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+        train = lambda p: loss_of(model)(p) + lam.exp() * sum((t**2).sum() for t in p.values())  # noqa: E731
+        assert hg.hypergradient(loss_of(model), train, model, lam, hg.Neumann(5), engine=engine).isfinite()
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+class RunningScale(nn.Module):
+    """Divides by a mean that it first updates, as an observer of a quantised network does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.register_buffer("scale", torch.full((5,), 10.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.linear(x)
+        with torch.no_grad():
+            self.scale.mul_(0.1).add_(0.9 * h.abs().mean(0))
+        return self.last((h / self.scale).tanh())
+
+
+class TestBuffersThatAreUpdatedAndUsed:
+    def setup_method(self) -> None:
+        torch.manual_seed(0)
+        self.model = RunningScale().double()
+        self.before = self.model.scale.clone()
+        self.v = random_like(trainable(self.model))
+
+    def truth(self) -> dict:
+        model = copy.deepcopy(self.model)
+        w = trainable(model)
+        grads = torch.autograd.grad(loss_tensor(model), list(w.values()), create_graph=True)
+        return dict(zip(w, torch.autograd.grad(grads, list(w.values()), list(self.v.values())), strict=True))
+
+    @pytest.mark.parametrize("checkpoint", [False, True])
+    @pytest.mark.parametrize("engine", ["auto", "eager", "traced", "native"])
+    def test_products_see_the_updated_ones(self, engine, checkpoint):
+        truth, model, scale = self.truth(), self.model, self.model.scale
+        v = self.v
+        if checkpoint:
+            model = Checkpointed(model)
+            truth, v = ({f"inner.{name}": t for name, t in tree.items()} for tree in (truth, v))
+        operator = hg.Hessian(loss_of(model), model, engine=engine)
+        for _ in range(3):
+            assert_close(operator @ v, truth, 1e-10)
+        assert self.model.scale is scale and torch.equal(scale, self.before)
+
+    def test_own_tensors_that_the_loss_hands_in_are_no_silent_error(self):
+        scale = self.model.scale
+
+        def loss(p):
+            return F.cross_entropy(functional_call(self.model, {**p, "scale": scale}, (X,)), Y)
+
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            hg.Hessian(loss, self.model) @ self.v
+        assert torch.equal(scale, self.before)
+
+    @pytest.mark.parametrize("kind", ["sparse", "sparse_csr", "meta"])
+    def test_buffers_of_any_kind(self, kind):
+        eye = torch.eye(5, dtype=torch.double)
+        odd = eye.to("meta") if kind == "meta" else eye.to_sparse() if kind == "sparse" else eye.to_sparse_csr()
+        truth = hg.Hessian(loss_of(self.model), self.model) @ self.v
+        self.model.register_buffer("odd", odd)
+        assert_close(hg.Hessian(loss_of(self.model), self.model) @ self.v, truth, 1e-12)
+        assert self.model.odd is odd
+
+    def test_a_hyperparameter_may_be_a_buffer(self):
+        del self.model.scale
+        self.model.register_buffer("scale", self.before.clone().requires_grad_())
+        scale = self.model.scale
+
+        def loss(p):
+            h = F.linear(X, p["linear.weight"], p["linear.bias"])
+            return (h / self.model.scale).square().mean() + 0 * sum(t.sum() for t in p.values())
+
+        grads = [hg.hypergradient(loss, loss, m, scale, CG, damping=1.0) for m in (self.model, trainable(self.model))]
+        assert_close(*grads, 1e-12)
+        assert self.model.scale is scale and float(grads[0].norm()) > 0
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager", "traced", "native"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ class RetainedGradient:
         self.graph: Any | None = None
         # Whether a batch of vectors goes at once; None as long as that was not measured.
         self.batches: bool | None = None
+        # What passes run in, if they run code of the user's.
+        self.around: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     @functools.cached_property
     def _grads(self) -> Sequence[Tensor | None]:
@@ -102,12 +106,14 @@ class RetainedGradient:
     def fresh(self, seed: Tensor | None = None) -> RetainedGradient:
         """The gradient of the same loss, built anew."""
         assert self.loss is not None
-        with torch.enable_grad():
+        with torch.enable_grad(), self.around():
             try:
                 grads = torch.autograd.grad(self.loss, self.leaves, seed, create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)
-        return RetainedGradient(grads, self.leaves, self.loss, self.others)
+        gradient = RetainedGradient(grads, self.leaves, self.loss, self.others)
+        gradient.around = self.around
+        return gradient
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v``, one tensor per leaf. Cost: one backward pass through the gradient's graph."""
@@ -149,9 +155,10 @@ class RetainedGradient:
 
     def _at_once(self, v: Sequence[Tensor]) -> list[Tensor]:
         vectors = [v[i] for i in self._curved]
-        parts = torch.autograd.grad(
-            self.outputs, self.leaves, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
-        )
+        with self.around():
+            parts = torch.autograd.grad(
+                self.outputs, self.leaves, vectors, retain_graph=True, allow_unused=True, is_grads_batched=True
+            )
         k = v[0].shape[0]
         zeros = (self._zero(i).expand(k, *t.shape) for i, t in enumerate(self.leaves))
         return [zero if part is None else dense(part) for part, zero in zip(parts, zeros, strict=True)]
@@ -184,7 +191,8 @@ class RetainedGradient:
     def _pull(self, inputs: Sequence[Tensor], v: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         vectors = [v[i] for i in self._curved]
         try:
-            parts = self._backward(inputs, vectors)
+            with self.around():
+                parts = self._backward(inputs, vectors)
         except RuntimeError as error:
             raise_explained(error)
         return tuple(part if part is None else dense(part) for part in parts)

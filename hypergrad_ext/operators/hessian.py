@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from types import FunctionType, MethodType
@@ -262,18 +263,24 @@ class Hessian(LinearOperator):
         """Take note, before the first product, that `mixed` by these will follow: they are recorded together."""
         self._hparams = list(hparams)
 
-    def _gradient_of(self, loss: Tensor, leaves: Sequence[Tensor]) -> RetainedGradient:
+    def _gradient_of(self, loss: Tensor, leaves: Sequence[Tensor], buffers: Buffers) -> RetainedGradient:
         """The gradient with its graph; not built yet if replayed products are expected to need none."""
         if self._batches is None and expects_replay(self._key(), self._engine):
             gradient = RetainedGradient(None, leaves, loss, self._hparams)
             if recall(gradient):
                 return gradient
-        return RetainedGradient.of(loss, leaves, self._hparams)
+        gradient = RetainedGradient.of(loss, leaves, self._hparams)
+        if buffers.changed():
+            # A checkpoint ran a part of the model again, and will in every pass.
+            buffers.put_back()
+            gradient.around = functools.partial(buffers_kept, self.module)
+            gradient = gradient.fresh()
+        return gradient
 
     def _differentiate(self) -> Gradient:
         if isinstance(self._loss, Tensor):
             try:
-                return self._gradient_of(self._loss, self.params.tensors)
+                return self._gradient_of(self._loss, self.params.tensors, Buffers(self.module))
             except RuntimeError as error:
                 if "second time" in str(error):
                     raise ValueError(
@@ -284,9 +291,9 @@ class Hessian(LinearOperator):
         leaves = [t.detach().requires_grad_() for t in self.params.tensors]
 
         def build(loss: Callable[[Tree], Tensor]) -> RetainedGradient:
-            with torch.enable_grad(), buffers_kept(self.module):
+            with torch.enable_grad(), buffers_kept(self.module) as buffers:
                 value = evaluate(self._name, loss, self.params, leaves)
-            return self._gradient_of(value, leaves)
+            return self._gradient_of(value, leaves, buffers)
 
         if self._batches is None:
             return build(self._loss)
@@ -377,19 +384,58 @@ def check_tracked(params: Leaves) -> None:
             )
 
 
+class Buffers:
+    """A module's buffers, with what they hold at this time."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        """Take note of them."""
+        self._places = [
+            (part._buffers, name, buffer)
+            for part in ([] if module is None else module.modules())
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+        # A buffer may be in several places.
+        self._kept = {id(t): (t, t.detach().clone(), _version(t)) for _, _, t in self._places}
+
+    def changed(self) -> bool:
+        """Whether there are others now, or they hold something else."""
+        others = any(name not in buffers or buffers[name] is not t for buffers, name, t in self._places)
+        return others or any(_differ(t, value) for t, value, _ in self._kept.values())
+
+    def lend_copies(self) -> None:
+        """Have the module work on copies, which a graph may save as they are left."""
+        copies = {key: t.clone() for key, (t, _, _) in self._kept.items()}
+        for buffers, name, t in self._places:
+            buffers[name] = copies[id(t)]
+
+    def put_back(self) -> None:
+        """Make everything as it was."""
+        for buffers, name, t in self._places:
+            buffers[name] = t
+        # A function may have handed the user's own tensors to functional_call. If it wrote there in the open, a graph
+        # that has saved them is to say so; batch norm, which writes unseen, makes no use of what it has saved.
+        for t, value, version in self._kept.values():
+            (t.data if _version(t) == version else t.detach()).copy_(value)
+
+
 @contextlib.contextmanager
-def buffers_kept(module: nn.Module | None) -> Iterator[None]:
-    """Put a module's buffers back after a forward pass that is not part of the user's training."""
-    saved = [
-        (part._buffers, name, buffer, buffer.clone())
-        for part in ([] if module is None else module.modules())
-        for name, buffer in part._buffers.items()
-        if buffer is not None
-    ]
+def buffers_kept(module: nn.Module | None) -> Iterator[Buffers]:
+    """Put a module's buffers back after a pass that is not part of the user's training, and works on copies."""
+    buffers = Buffers(module)
+    buffers.lend_copies()
     try:
-        yield
+        yield buffers
     finally:
-        for buffers, name, buffer, value in saved:
-            # Through .data: the graph may have saved the buffer, and only its old values are put back.
-            buffer.data.copy_(value)
-            buffers[name] = buffer
+        buffers.put_back()
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    try:
+        return not torch.equal(a, b)
+    except RuntimeError:
+        return False  # sparse, nested, meta: nothing that a layer counts or averages in place
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
