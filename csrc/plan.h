@@ -21,8 +21,8 @@ struct View {
   std::vector<int64_t> sizes, strides;
 };
 
-// out = a op b, with number `scalar` where the op takes one; muladd is a b + c.
-enum class Code : int { copy, fill, add, sub, mul, div, axpy, scale, muladd };
+// out = a op b, with number `scalar` where the op takes one; muladd is a b + c, select is a where b is not 0, else 0.
+enum class Code : int { copy, fill, add, sub, mul, div, axpy, scale, muladd, select };
 
 struct Op {
   Code code;

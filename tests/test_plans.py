@@ -226,3 +226,49 @@ def test_threads_of_the_caller_share_an_operator():
     assert operator.engine == "native"
     for ours, theirs in zip(together, alone, strict=True):
         assert all(torch.equal(a[n], b[n]) for a, b in zip(ours, theirs, strict=True) for n in a)
+
+
+@pytest.mark.parametrize("engine", engines)
+@pytest.mark.parametrize("activation", [F.relu, F.relu6, F.threshold], ids=lambda f: f.__name__)
+def test_an_inactive_unit_is_zero_whatever_comes_back_to_it(activation, engine):
+    """The norm of a row of zeros has infinite derivatives, which torch hides and a factor of zero does not."""
+    arguments = (0.0, 0.0) if activation is F.threshold else ()
+    w, v = torch.eye(3, 2, dtype=torch.float64), torch.ones(3, 2, dtype=torch.float64)
+    alive = torch.tensor([[1, 2, 3], [2, 1, -1], [3, 1, 0]], dtype=torch.float64)
+    dying = torch.cat([alive[:2], -alive[2:]])
+
+    def loss(x):
+        return lambda w: activation(x @ w, *arguments).norm(dim=1).sum() + w.square().sum()
+
+    def results(engine, x):
+        operator = hg.Hessian(loss(x), w, engine=engine)
+        product, solution = operator @ v, hg.solve(operator, v, hg.Neumann(20, alpha=0.1)).value
+        assert operator.engine == engine
+        return product, solution
+
+    results(engine, alive)
+    for ours, theirs in zip(results(engine, dying), results("eager", dying), strict=True):
+        assert torch.isfinite(theirs).all()
+        assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("engine", engines)
+def test_nothing_and_a_single_number(engine):
+    """Differences along a sequence of length one; softmax of a number; plans hold no tensors without elements."""
+    x = torch.randn(2, 1, 4, dtype=torch.float64)
+
+    def smooth(w):
+        y = (x * w).tanh()
+        return (y[:, 1:] - y[:, :-1]).sin().square().sum() + y.square().sum()
+
+    losses = {
+        "empty": smooth,
+        "empty, by an op of torch": lambda w: (x @ w)[:, 1:].sin().prod() + (x @ w).square().sum(),
+        "logarithm": lambda w: w.sum().sin().log_softmax(0) + (w**3).sum(),
+        "softmax": lambda w: (w.prod().softmax(0) * w).pow(3).sum(),
+        "sum": lambda w: (w.prod().sin().sum(()) * w).pow(3).sum(),
+    }
+    w, v = torch.rand(4, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    for loss in losses.values():
+        ours, theirs = (hg.Hessian(loss, w, engine=e) @ v for e in (engine, "eager"))
+        assert_close(ours, theirs, 1e-12)

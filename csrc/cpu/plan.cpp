@@ -120,6 +120,8 @@ struct PointwiseBody {
         return unary(out, stride, a, n, [=](Real x) HG_LAMBDA_INLINE { return x * number; });
       case Code::muladd:
         return muladd(out, stride, a, b, c, n);
+      case Code::select:
+        return binary(out, stride, a, b, n, [](Real x, Real y) HG_LAMBDA_INLINE { return y != 0 ? x : Real(0); });
     }
   }
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from hypergrad_ext.engines.layout import ADD, AXPY, COPY, DIV, FILL, MUL, MULADD, SCALE, SUB, Instruction
+from hypergrad_ext.engines.layout import ADD, AXPY, COPY, DIV, FILL, MUL, MULADD, SCALE, SELECT, SUB, Instruction
 from hypergrad_ext.engines.views import Root, View
 
 _EXPRESSIONS = {
@@ -26,6 +26,7 @@ _EXPRESSIONS = {
     AXPY: "{a} + {n} * {b}",
     SCALE: "{a} * {n}",
     MULADD: "{a} * {b} + {c}",
+    SELECT: "{b} != 0 ? {a} : 0",
 }
 # Inductor writes vectors itself, and switches the compiler's off.
 _FLAGS = ("-march=native", "-ftree-loop-vectorize", "-ffp-contract=fast")

@@ -13,8 +13,8 @@ from hypergrad_ext.engines.views import Root, View
 _ALIGNMENT = 16
 # As in csrc/plan.h.
 MAX_OPERANDS = 64
-# Codes of pointwise ops, likewise: out = a op b, or with a number; the last one is a b + c.
-COPY, FILL, ADD, SUB, MUL, DIV, AXPY, SCALE, MULADD = range(9)
+# Codes of pointwise ops, likewise: out = a op b, or with a number; MULADD is a b + c, SELECT is a where b is not 0.
+COPY, FILL, ADD, SUB, MUL, DIV, AXPY, SCALE, MULADD, SELECT = range(10)
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hypergrad_ext.engines.layout import ADD, AXPY, COPY, DIV, FILL, MUL, SCALE, SUB, Instruction, coalesced
+from hypergrad_ext.engines.layout import ADD, AXPY, COPY, DIV, FILL, MUL, SCALE, SELECT, SUB, Instruction, coalesced
 from hypergrad_ext.engines.lower_matrix import accumulate
 from hypergrad_ext.engines.program import names_in
 from hypergrad_ext.engines.record import Call, Text
@@ -32,6 +32,8 @@ _DIAGONAL = {
     aten.leaky_relu_backward.default,
     aten.hardtanh_backward.default,
 }
+# By zero or one, and zero is zero whatever the vector's part: what an inactive unit hides may be infinite.
+_SELECTIVE = {aten.threshold_backward.default, aten.hardtanh_backward.default}
 
 
 def _binary(plan: Lowering, call: Call, code: int) -> bool:
@@ -90,7 +92,8 @@ def _diagonal(plan: Lowering, call: Call) -> bool:
     if any(plan.views[n].sizes != shape for n in constants):
         return False
     name = plan.derive((op, repr((rest, kwargs))), slope)
-    return plan.emit(call, [(MUL, plan.operand(call.args[0]), plan.views[name])])
+    code = SELECT if op in _SELECTIVE else MUL
+    return plan.emit(call, [(code, plan.operand(call.args[0]), plan.views[name])])
 
 
 def _copy(plan: Lowering, call: Call) -> bool:
@@ -149,7 +152,7 @@ def _sum(plan: Lowering, call: Call) -> bool:
         return False
     rank = len(x.sizes)
     dims = call.args[1] if len(call.args) > 1 else None
-    reduced = {d % rank for d in dims} if dims else set(range(rank))
+    reduced = {d % rank for d in dims} if dims and rank else set(range(rank))
     summed(plan, x, plan.result(call), reduced, keep=bool(call.args[2]) if len(call.args) > 2 else False)
     return True
 
@@ -177,7 +180,7 @@ def summed(plan: Lowering, x: View, out: View, reduced: set[int], keep: bool = F
 def _softmax(plan: Lowering, call: Call) -> bool:
     grad, output, dim = call.args[:3]
     t = plan.tensors[grad]
-    if output[0] != "c" or dim % t.dim() != t.dim() - 1:
+    if output[0] != "c" or t.dim() == 0 or dim % t.dim() != t.dim() - 1:
         return False
     log = call.op is aten._log_softmax_backward_data.default
     if log:

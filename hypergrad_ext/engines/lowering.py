@@ -107,6 +107,8 @@ class Lowering:
                 outputs.append(None)
                 continue
             t = self.tensors[name]
+            if not t.numel():
+                raise Unsupported(f"{call.op} gives a tensor without elements")
             if t.dtype != self.dtype:
                 raise Unsupported(f"{call.op} gives {t.dtype} where parameters are {self.dtype}")
             root = Root("dynamic", self.dynamic, extent(t.shape, t.stride()))
@@ -140,7 +142,11 @@ class Lowering:
 
     def _as_argument(self, name: Name) -> Any:
         """Constants go to ATen as they are, whatever their dtype."""
-        return ("constant", int(name[1:])) if name[0] == "c" else self.views[name]
+        if name[0] == "c":
+            return ("constant", int(name[1:]))
+        if not math.prod(self.views[name].sizes):
+            raise Unsupported("an op takes a tensor without elements")
+        return self.views[name]
 
     def result(self, call: Call) -> View:
         """Memory for the result of a call."""
