@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -206,6 +208,32 @@ def test_nothing_is_left_switched_over():
         hg.Hessian(lambda params: 1 / 0, model) @ {key: t.float() for key, t in vector(model).items()}
     assert before == (torch.backends.cudnn.enabled, torch.backends.cuda.flash_sdp_enabled())
     assert torch.utils.checkpoint.CheckpointFunction is checkpoint_function
+
+
+def test_threads_that_overlap_leave_nothing_switched_over():
+    """The first one in is the first one out."""
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.utils.checkpoint.CheckpointFunction
+    inside, outside = threading.Event(), threading.Event()
+    w = torch.ones(3, dtype=torch.float64)
+    seen = []
+
+    def first(p):
+        assert inside.wait(60)
+        return (p**3).sum()
+
+    def second(p):
+        inside.set()
+        assert outside.wait(60)
+        seen.append(torch.backends.cuda.flash_sdp_enabled())
+        return (p**3).sum()
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(lambda: hg.Hessian(first, w) @ w)
+        one.add_done_callback(lambda _: outside.set())
+        two = pool.submit(lambda: hg.Hessian(second, w) @ w)
+        assert torch.equal(one.result(), two.result())
+    assert seen == [False]
+    assert before == (torch.backends.cuda.flash_sdp_enabled(), torch.utils.checkpoint.CheckpointFunction)
 
 
 def test_a_loss_that_was_computed_by_a_kernel_without_second_derivative_is_explained():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 from unittest import mock
 
@@ -17,13 +19,44 @@ from torch.overrides import TorchFunctionMode
 _RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 
+class _Shared:
+    """A change of the whole process: the first thread that comes in makes it, the last one that goes undoes it.
+
+    Each on its own would put back what another one had changed, and leave it so.
+    """
+
+    def __init__(self, *changes: Callable[[], AbstractContextManager]) -> None:
+        self._changes = changes
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                with contextlib.ExitStack() as made:
+                    for change in self._changes:
+                        made.enter_context(change())
+                    self._undo = made.pop_all()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._undo.close()
+
+
+_WITHOUT_CUDNN = _Shared(lambda: torch.backends.cudnn.flags(enabled=False))
+
+
 class _PlainRecurrence(TorchFunctionMode):
     """Recurrent layers without cuDNN, whose kernels have no second derivative; everything else with it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _RECURRENT:
             return func(*args, **(kwargs or {}))
-        with torch.backends.cudnn.flags(enabled=False):
+        with _WITHOUT_CUDNN:
             return func(*args, **(kwargs or {}))
 
 
@@ -37,6 +70,13 @@ class _Checkpoint:
         )
 
 
+_PLAIN_KERNELS = _Shared(
+    lambda: sdpa_kernel(SDPBackend.MATH),
+    lambda: mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpoint),
+)
+_UNCOMPILED = _Shared(lambda: torch.compiler.set_stance("force_eager"))
+
+
 @contextlib.contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Route what a model calls to kernels that have a second derivative, without a change to the model.
@@ -47,11 +87,10 @@ def twice_differentiable() -> Iterator[None]:
     # Importing the compiler takes as long as importing torch; where nobody did, nothing is compiled.
     compiler = "torch._dynamo" in sys.modules
     with (
-        sdpa_kernel(SDPBackend.MATH),
+        _PLAIN_KERNELS,
         # It looks at every call of torch, and there is no cuDNN without CUDA.
         _PlainRecurrence() if torch.backends.cuda.is_built() else contextlib.nullcontext(),
-        torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext(),
-        mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Checkpoint),
+        _UNCOMPILED if compiler else contextlib.nullcontext(),
     ):
         yield
 
