@@ -103,7 +103,8 @@ class Bilevel:
             The gradients, and ``solution``, with the status of a failure if a gradient is not finite.
 
         Raises:
-            ValueError: If hyperparameters are unused, and that was to be an error, or all are.
+            ValueError: If hyperparameters are unused, or all of them in the training loss, and that was to be an error,
+                or all are in both.
         """
         x = take_apart("x", solution.value).tensors
         # A small x would underflow beside a scaled loss, whose own derivatives do not.
@@ -133,6 +134,14 @@ class Bilevel:
         idle = [name for name, d, m in pairs if d is None and m is None]
         if self._unused == "error" and idle or len(idle) == len(mixed):
             raise unused_error(idle)
+        if self._unused != "zeros" and all(m is None for m in mixed):
+            message = (
+                "train_loss: expected a loss whose gradient by params depends on hparams, as val_loss does, got one "
+                "that depends on none of them; are val_loss and train_loss exchanged?"
+            )
+            if self._unused == "error":
+                raise ValueError(message)
+            warnings.warn(f"{message} (unused='zeros' says nothing)", UserWarning, stacklevel=4)
         if self._unused == "warn" and idle:
             warnings.warn(
                 f"hparams: no loss depends on {', '.join(idle)}; their hypergradient is zero "
@@ -195,6 +204,7 @@ class _Plain(LinearOperator):
         self.space = scaled.space
         self._scaled = scaled
         self._scale = scale
+        self.stochastic = scaled.stochastic
 
     @property
     def engine(self) -> str:
@@ -249,7 +259,7 @@ def unused_error(names: Sequence[str]) -> ValueError:
     """The error for hyperparameters that get no gradient."""
     return ValueError(
         f"hparams: expected hyperparameters that a loss depends on, got unused {', '.join(names)}; "
-        "were they detached or copied on the way to the loss?"
+        "were they detached or copied on the way to the loss? (a learning rate: hg.unroll)"
     )
 
 

@@ -69,7 +69,8 @@ class HyperOptimizer:
             as it was. Either way the next solve starts afresh.
         scaler: A ``torch.amp.GradScaler``, for losses in float16: both losses are scaled by it, and a step that
             overflows is skipped and lowers the scale. It is updated here, once per step. (bfloat16 needs none.)
-        unused: What hyperparameters get that no loss depends on: ``"warn"``, ``"zeros"`` or ``"error"``.
+        unused: What hyperparameters get that no loss depends on: ``"warn"``, ``"zeros"`` or ``"error"``; see
+            `hypergradient`.
         engine: How products are run (`Hessian`). The default is ``"eager"``, not ``"auto"``, which lets a clock
             decide, and with it about rounding: then no two runs are the same to the bit.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
@@ -167,8 +168,10 @@ class HyperOptimizer:
         Args:
             val_loss: Scalar tensor with its graph, or a function of ``params``.
             train_loss: Likewise; hyperparameters enter it by themselves.
-            batches: What ``train_loss`` takes as second argument: its derivatives are then those of the mean.
-            stochastic: Take the next of the ``batches`` for every product.
+            batches: What ``train_loss`` takes as second argument: its derivatives are then those of the mean,
+                in which a smaller last batch counts as much as the others (a warning says so); see `Hessian`.
+            stochastic: Take the next of the ``batches`` for every product, and one for the mixed derivative: an
+                estimate, for `LiSSA`, which ``"auto"`` is then, `Neumann` and `Identity`; other solvers refuse it.
             operator: Solve with this instead of the Hessian of ``train_loss``.
 
         Returns:

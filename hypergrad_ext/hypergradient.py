@@ -63,14 +63,17 @@ def hypergradient(
             `Solution.hypergradient_bound` what of it gets into every element of the hypergradient.
         direct: Whether the direct gradient, :math:`\partial L_V / \partial \lambda`, counts.
         batches: An iterable of what ``train_loss``, then a function, takes as second argument (a list or a
-            ``DataLoader``): both of its derivatives are those of the mean over them, see `Hessian`. For several
-            validation batches let ``val_loss`` return the mean.
-        stochastic: Take the next of the ``batches`` for every product, and one for the mixed derivative.
+            ``DataLoader``): both of its derivatives are those of the mean over them, in which a smaller last batch
+            counts as much as the others (a warning says so), see `Hessian`. For several validation batches let
+            ``val_loss`` return the mean.
+        stochastic: Take the next of the ``batches`` for every product, and one for the mixed derivative: an estimate,
+            for ``LiSSA``, which ``"auto"`` is then, ``Neumann`` and ``Identity``; other solvers refuse it.
         loss_scale: Both losses are multiplied by this before they are differentiated, and what comes of it divided:
             for losses in float16, whose small gradients would vanish. The result stays that of the losses given.
         throw: Raise `SolveError` if the solve failed or the result is not finite. Otherwise failures only warn.
         unused: What hyperparameters get that no loss depends on: ``"warn"``, zeros and a warning that names them;
-            ``"zeros"``; ``"error"``, also for such parameters.
+            ``"zeros"``; ``"error"``, also for such parameters. A warning or error, too, where only ``val_loss`` depends
+            on any hyperparameter, as if the two losses were exchanged.
         engine: How products are run; `Hessian` lists the engines.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
         operator: Solve with this instead of the Hessian of ``train_loss``: a faster form of it, such as

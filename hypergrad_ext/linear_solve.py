@@ -16,7 +16,7 @@ from hypergrad_ext.error_bound import check_lower, solution_bound
 from hypergrad_ext.norms import finite_rows, norms, powers_of_two
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
-from hypergrad_ext.solvers import Auto, Outcome, Solver, SolverState, System
+from hypergrad_ext.solvers import Auto, LiSSA, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.solvers.lanczos import lanczos
 from hypergrad_ext.solvers.watch import times
@@ -67,7 +67,8 @@ def solve(
         throw: Raise `SolveError` on failure instead of returning it as a status.
         history: Keep the residual's norm at every step in `Solution.history`.
         residual: Spend one more product per right-hand side on the true residual. Below float64 that is done in any
-            case after 20 steps to a tolerance, where rounding may have hidden what the recurrence knows.
+            case after 20 steps to a tolerance, where rounding may have hidden what the recurrence knows; of an operator
+            with ``stochastic`` never.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
 
     Returns:
@@ -76,7 +77,8 @@ def solve(
     Raises:
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape, device or value, the solver needs a symmetric operator and this
-            one is not (or, where a solve went wrong, was found not to be), or an eigenvalue is below ``lower``.
+            one is not (or, where a solve went wrong, was found not to be), or one and the same matrix and this is
+            ``stochastic``, or an eigenvalue is below ``lower``.
         SolveError: If the solve failed and ``throw``.
 
     Cost: the solver's products, one for ``residual``, one for ``x0`` and 20 for ``damping="auto"``. After a solve that
@@ -111,20 +113,25 @@ def solve(
 
 
 def choose(solver: SolverChoice, operator: LinearOperator) -> Solver:
-    """The solver to run for ``"auto"``, or the one given.
+    """The solver to run for ``"auto"``, which is `LiSSA` where the operator is stochastic, or the one given.
 
     Returns:
         The solver.
 
     Raises:
         TypeError: If ``solver`` is neither.
-        ValueError: If it needs a symmetric operator and this one is not.
+        ValueError: If it needs a symmetric operator or one and the same matrix, and this one is not.
     """
     if isinstance(solver, str) and solver == "auto":
-        solver = Auto()
+        solver = LiSSA() if operator.stochastic else Auto()
     if not isinstance(solver, Solver):
         raise TypeError(f"solver: expected 'auto' or a solver such as Neumann(steps=20), got {solver!r}")
     refuse_declared(operator, solver)
+    if operator.stochastic and solver.needs_one_matrix:
+        raise ValueError(
+            "solver: expected LiSSA, Neumann or Identity beside stochastic=True, where every product is with another "
+            f"batch's matrix, got {type(solver).__name__}; or leave out stochastic"
+        )
     return solver
 
 
@@ -157,6 +164,7 @@ def solve_for(
     elif not isinstance(state, SolverState):
         raise TypeError(f"state: expected a SolverState, got {type(state).__name__}")
     state.check(operator.space)
+    residual = residual and not operator.stochastic  # that of one batch means nothing
     with torch.no_grad():
         if isinstance(damping, str):
             return _solve_damped(operator, backend, state, packed, start, solver, residual, history, lower)
@@ -226,7 +234,7 @@ def _solve_packed(
 
     if x0 is not None:
         rhs = b - system.apply(x0)
-    elif solver.gains_from_start:
+    elif solver.gains_from_start and not operator.stochastic:
         x0, rhs = warm(system, b, b_norm, getattr(solver, "tol", None))
     else:
         rhs = b
@@ -239,6 +247,7 @@ def _solve_packed(
     relative, bound, tol = None, None, getattr(solver, "tol", None)
     # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
     doubtful = tol is not None and b.dtype is not torch.float64 and not isinstance(solver, Auto)
+    doubtful = doubtful and not operator.stochastic
     # In place where the right-hand side is not needed again: new memory costs more than the multiplication.
     scaled = rhs * per_row if residual or doubtful else rhs.mul_(per_row)
     outcome = solver.run(system, scaled, b_norm * scale)

@@ -94,7 +94,7 @@ class Solution:
         hvps: Hessian-vector products spent, those for the step size and the residual included; a
             product with a batch of k vectors counts k.
         residual_norm: True relative residual ``|b - (H + d I) x| / |b|``: a float, or a ``(k,)`` tensor
-            for a batch; None if it was not measured.
+            for a batch; None if it was not measured, as where every product takes another batch.
         error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where ``lower``
             is known (given, or by the operator) and the residual was asked for: a float or a ``(k,)`` tensor.
         hypergradient_bound: For every element of the hyperparameters, what a hypergradient may be off by because of

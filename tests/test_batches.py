@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 
 import pytest
@@ -186,6 +187,71 @@ def test_the_stochastic_series_comes_near_the_solution():
     truth = torch.linalg.solve(x.T @ x / len(x), b)
     runs = [hg.solve(operator, b, hg.Neumann(100, alpha=0.1), residual=False).value for _ in range(20)]
     assert (torch.stack(runs).mean(0) - truth).norm() < 0.1 * truth.norm()
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [hg.CG(), hg.BlockCG(), hg.MINRES(), hg.Chebyshev(), hg.Nystrom(3), hg.Direct(), hg.Auto()],
+    ids=lambda s: type(s).__name__,
+)
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_solvers_that_need_one_matrix_refuse_stochastic_products(solver, scale):
+    w, lam = torch.ones(4, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+    train = lambda w, batch: ((batch[0] @ w) ** 2).mean() + lam * (w**2).sum()  # noqa: E731
+    options = {"batches": in_batches(3), "stochastic": True, "loss_scale": scale}
+    with pytest.raises(ValueError, match=f"expected LiSSA, Neumann or Identity .* got {type(solver).__name__}"):
+        hg.hypergradient(lambda w: w.sum(), train, w, lam, solver, **options)
+
+
+def test_auto_is_the_stochastic_series_where_products_are_stochastic():
+    torch.manual_seed(0)
+    x = torch.randn(512, 5, dtype=torch.float64)
+    w, lam = torch.ones(5, dtype=torch.float64), torch.ones((), dtype=torch.float64, requires_grad=True)
+    train = lambda w, rows: ((rows @ w) ** 2).mean() + lam * (w**2).sum()  # noqa: E731
+    truth = hg.hypergradient(lambda w: w.sum(), lambda w: train(w, x), w, lam, hg.Direct())
+    options = {"batches": list(x.split(64)), "stochastic": True}
+    for engine in ("auto", "eager"):
+        result, solution = hg.hypergradient(
+            lambda w: w.sum(), train, w, lam, return_solution=True, engine=engine, **options
+        )
+        assert isinstance(solution.solver, hg.LiSSA) and solution.residual_norm is None
+        torch.testing.assert_close(result, truth, rtol=0.05, atol=0)
+    lam.grad = None
+    step = hg.HyperOptimizer(torch.optim.SGD([lam], lr=0.0), w, residual=True).step(lambda w: w.sum(), train, **options)
+    assert isinstance(step.solution.solver, hg.LiSSA)
+    torch.testing.assert_close(lam.grad, truth, rtol=0.05, atol=0)
+
+
+def test_neumann_does_not_start_from_the_residual_of_one_batch():
+    x, w, b = torch.randn(8, 3).double(), torch.ones(3).double(), torch.ones(3).double()
+    loss, state = lambda w, rows: ((rows @ w) ** 2).mean() / 2, hg.SolverState()  # noqa: E731
+    values = []
+    for _ in range(2):
+        operator = hg.Hessian(loss, w, batches=list(x.split(2)), stochastic=True)
+        values.append(hg.solve(operator, b, hg.Neumann(4, alpha=0.05), state=state).value)
+    assert torch.equal(*values)
+
+
+def test_batches_of_different_lengths_bring_one_warning():
+    net = model()
+    with pytest.warns(UserWarning, match="batches: expected batches of one length, got 2 to 5 rows.*drop_last") as seen:
+        operator = hg.Hessian(loss_of(net), net, batches=in_batches(5))
+        for _ in range(2):
+            operator @ vector(net)
+    assert len(seen) == 1
+    # What the message says is what makes them the mean over the data.
+    weighted = lambda params, batch: loss_of(net)(params, batch) * len(batch[0]) * 3 / 12  # noqa: E731
+    with pytest.warns(UserWarning, match="batches"):
+        ours = hg.Hessian(weighted, net, batches=in_batches(5)).dense()
+    torch.testing.assert_close(ours, hg.Hessian(F.mse_loss(net(X), Y), net).dense())
+
+
+@pytest.mark.parametrize("options", [{"drop_last": True}, {"stochastic": True}], ids=str)
+def test_no_warning_where_lengths_are_equal_or_every_batch_is_drawn(options):
+    net, stochastic = model(), options.pop("stochastic", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hg.Hessian(loss_of(net), net, batches=in_batches(5, **options), stochastic=stochastic) @ vector(net)
 
 
 def test_a_parameter_of_some_batches_only_is_used():

@@ -178,6 +178,18 @@ def test_options(changes, error, message):
         (lambda: hg.Chebyshev(bounds=1.0), TypeError, r"bounds: expected a pair \(lower, upper\), got 1.0"),
         (lambda: hg.MINRES(tol=-1.0), ValueError, "tol: expected a finite number > 0, got -1.0"),
         (lambda: hg.MINRES(max_steps=0), ValueError, "max_steps: expected at least 1, got 0"),
+        *(
+            (lambda make=make: make(20), ValueError, "tol: expected a number below 1, .* got 20; steps are max_steps=")
+            for make in (hg.CG, hg.MINRES, hg.BlockCG, hg.Auto)
+        ),
+        *(
+            (
+                lambda make=make: make(tol=1.0),
+                ValueError,
+                "tol: expected a number below 1, .* got 1.0; steps are steps=",
+            )
+            for make in (hg.Neumann, hg.Chebyshev)
+        ),
         (lambda: hg.Identity(alpha=-1.0), ValueError, "alpha: expected a finite number > 0"),
         (lambda: hg.Direct(max_size=0), ValueError, "max_size: expected at least 1, got 0"),
     ],

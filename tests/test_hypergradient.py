@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -102,6 +104,21 @@ class TestStructure:
             hg.hypergradient(val, train, w, [lam, idle], unused="error")
         with pytest.raises(ValueError, match=r"unused hparams"):
             hg.hypergradient(val, train, w, [idle])
+
+    def test_exchanged_losses_are_noticed(self):
+        w, lam, direct = (torch.tensor(x, requires_grad=True) for x in (1.5, 1.0, 2.0))
+        train, val = (w - 3) ** 2 + lam * w**2, w**2
+        for losses in ((train, val), (lambda w: (w - 3) ** 2 + lam * w**2, lambda w: w**2)):
+            with pytest.warns(UserWarning, match="are val_loss and train_loss exchanged"):
+                hg.hypergradient(*losses, w, lam)
+            with pytest.raises(ValueError, match="are val_loss and train_loss exchanged"):
+                hg.hypergradient(*losses, w, lam, unused="error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            hg.hypergradient(train, val, w, lam, unused="zeros")
+            hg.hypergradient(val * direct, train, w, [lam, direct], unused="error")
+        with pytest.warns(UserWarning, match="are val_loss and train_loss exchanged"):
+            hg.HyperOptimizer(torch.optim.SGD([lam], lr=0.0), w).step(train, val)
 
     def test_warm_start_through_the_solution(self):
         problem = mlp()

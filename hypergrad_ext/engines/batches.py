@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hypergrad_ext.engines.eager import RetainedGradient
 
@@ -29,7 +31,7 @@ class BatchedGradient:
         *,
         stochastic: bool,
     ) -> None:
-        """Look at the batches, once.
+        """Look at the batches, once, and warn where their lengths differ.
 
         Args:
             build: From a batch to the gradient of its loss, with its graph.
@@ -60,7 +62,16 @@ class BatchedGradient:
         else:
             self._seeds = {g: int(torch.randint(2**62, (), generator=g, device=g.device)) for g in _generators(batches)}
             uses: list[list[bool]] = []
-            self._each(lambda gradient: uses.append(gradient.used))
+            lengths: set[int] = set()
+            self._each(lambda gradient: uses.append(gradient.used), lambda batch: lengths.update(_length(batch)))
+            if len(lengths) > 1:
+                warnings.warn(
+                    f"batches: expected batches of one length, got {min(lengths)} to {max(lengths)} rows, and every "
+                    "batch counts the same; use drop_last=True, or a train_loss that returns the batch's sum * len(loader) / "
+                    "len(dataset) (and filter this warning)",
+                    UserWarning,
+                    stacklevel=2,
+                )
             self.used = [any(of_one) for of_one in zip(*uses, strict=True)]
 
     def hvp(self, v: Sequence[Tensor]) -> list[Tensor]:
@@ -98,7 +109,7 @@ class BatchedGradient:
         count = self._each(add)
         return [None if part is None else part.div_(count) for part in sums]
 
-    def _each(self, visit: Callable[[RetainedGradient], object]) -> int:
+    def _each(self, visit: Callable[[RetainedGradient], object], look: Callable[[Any], object] | None = None) -> int:
         """Visit the gradient of every batch, the same in every pass; the number of batches."""
         device = self.leaves[0].device
         count = 0
@@ -106,6 +117,8 @@ class BatchedGradient:
             torch.manual_seed(self._seed)
             with _seeded(self._seeds):
                 for batch in self._batches:
+                    if look:
+                        look(batch)
                     visit(self._build(batch))
                     count += 1
         if count == 0:
@@ -145,3 +158,8 @@ def _seeded(seeds: dict[torch.Generator, int]) -> Iterator[None]:
     finally:
         for generator, state in states:
             generator.set_state(state)
+
+
+def _length(batch: Any) -> list[int]:
+    """Rows of the first tensor of a batch, if it has any."""
+    return [len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()][:1]

@@ -23,6 +23,7 @@ class LinearOperator(ABC):
         symmetric: Whether ``H = H^T``; solvers that need it refuse the operator otherwise.
         surely_symmetric: Whether that follows from what the operator is. If not, a solve that goes wrong spends two
             products on finding out, and a hypergradient one on the true residual.
+        stochastic: Whether every product is with another ``H``: solvers that need one and the same refuse the operator.
         used: For every parameter, whether ``H`` depends on it at all.
         lower: A number that no eigenvalue of ``H`` is below, if one is known; set it where you know one.
         spectrum: What Lanczos steps of a solver saw, kept for later solves.
@@ -31,6 +32,7 @@ class LinearOperator(ABC):
     space: Space
     symmetric: bool = True
     surely_symmetric: bool = False
+    stochastic: bool = False
     lower: float | None = None
     spectrum: tuple | None = None
 

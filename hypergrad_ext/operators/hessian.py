@@ -69,8 +69,8 @@ class Hessian(LinearOperator):
     With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
     a product then costs a gradient and a backward pass for every batch, and all products of an operator see the same
     order and the same random masks. With ``stochastic`` every product takes the next batch instead: an unbiased
-    estimate, for `Neumann` (the stochastic series of Agarwal, Bullins and Hazan, 2017, LiSSA); conjugate gradients
-    and MINRES want one and the same matrix in every step.
+    estimate, for `LiSSA` (what ``"auto"`` is then), `Neumann` and `Identity`. All other solvers want one and the same
+    matrix in every step, and refuse it; there is no residual, which would be one batch's.
 
     Args:
         loss: Scalar tensor that still has its graph, or a function of the parameters (and of a batch, if there
@@ -81,7 +81,8 @@ class Hessian(LinearOperator):
             modules run as they were before.
         params: Tensor, list, tuple, dict or ``nn.Module`` (its parameters that require grad).
         batches: An iterable of what ``loss`` takes as second argument; a list or a ``DataLoader``. Every batch counts
-            the same.
+            the same, and batches of different lengths bring a warning: use ``drop_last=True``, or a loss that returns
+            the batch's sum times ``len(loader) / len(dataset)``.
         stochastic: Use one batch for every product, the next, not all of them.
         unused: What to do with parameters that the loss does not depend on: ``"zeros"`` gives them
             zero rows, ``"error"`` raises and names them.
@@ -144,7 +145,7 @@ class Hessian(LinearOperator):
         self._loss = loss
         self._name = name
         self._batches = batches
-        self._stochastic = stochastic
+        self.stochastic = stochastic
 
     @classmethod
     def of_gradient(cls, gradient: Tree, params: Tree) -> Hessian:
@@ -302,7 +303,7 @@ class Hessian(LinearOperator):
             lambda batch: build(lambda params: of_batch(params, batch)),
             self._batches,
             leaves,
-            stochastic=self._stochastic,
+            stochastic=self.stochastic,
         )
 
 

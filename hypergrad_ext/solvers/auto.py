@@ -11,7 +11,7 @@ from torch import Tensor
 from hypergrad_ext.norms import norms, power_of_two_scale
 from hypergrad_ext.operators import DenseMatrix
 from hypergrad_ext.solution import Status
-from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
+from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_tolerance
 from hypergrad_ext.solvers.cg import CG
 from hypergrad_ext.solvers.direct import Direct
 from hypergrad_ext.solvers.minres import MINRES
@@ -69,7 +69,7 @@ class Auto(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_number("tol", self.tol, positive=True)
+        check_tolerance(self.tol)
         check_count("max_steps", self.max_steps, 1)
         check_count("rank", self.rank, 0)
         check_count("long", self.long, 0)

@@ -15,6 +15,7 @@ from hypergrad_ext.ops import Op
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.checks import check_count as check_count
 from hypergrad_ext.solvers.checks import check_number as check_number
+from hypergrad_ext.solvers.checks import check_tolerance as check_tolerance
 from hypergrad_ext.solvers.state import SolverState
 
 # Steps between two looks at the device's flags where a look costs a synchronisation.
@@ -146,10 +147,12 @@ class Solver(ABC):
 
     Attributes:
         needs_symmetry: Whether it refuses an operator that is not symmetric.
+        needs_one_matrix: Whether it refuses an operator whose every product is with another matrix.
         gains_from_start: Whether the last solution in a `SolverState` makes it better or faster.
     """
 
     needs_symmetry = True
+    needs_one_matrix = True
     gains_from_start = True
 
     @abstractmethod

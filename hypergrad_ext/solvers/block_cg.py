@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
-from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
+from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_tolerance
 
 # Of the tolerance: directions that all residuals together have less of are dropped.
 _DEFLATION = 0.1
@@ -62,7 +62,7 @@ class BlockCG(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        check_number("tol", self.tol, positive=True)
+        check_tolerance(self.tol)
         check_count("max_steps", self.max_steps, 1)
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:

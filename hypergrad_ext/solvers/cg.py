@@ -11,7 +11,7 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
-from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
+from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_tolerance
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.structure import held
 
@@ -62,7 +62,7 @@ class CG(Solver):
     def __post_init__(self) -> None:
         """Check the settings."""
         object.__setattr__(self, "preconditioner", held(self.preconditioner))
-        check_number("tol", self.tol, positive=True)
+        check_tolerance(self.tol)
         check_count("max_steps", self.max_steps, 1)
 
     def run(self, system: System, b: Tensor, b_norm: Tensor) -> Outcome:

@@ -12,7 +12,7 @@ from torch import Tensor
 from hypergrad_ext import ops
 from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
-from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
+from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number, check_tolerance
 from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
@@ -77,7 +77,7 @@ class Chebyshev(Solver):
         object.__setattr__(self, "preconditioner", held(self.preconditioner))
         check_count("steps", self.steps, 0)
         if self.tol is not None:
-            check_number("tol", self.tol, positive=True)
+            check_tolerance(self.tol, "steps")
         if self.bounds is not None:
             if not isinstance(self.bounds, tuple) or len(self.bounds) != 2:
                 raise TypeError(f"bounds: expected a pair (lower, upper), got {self.bounds!r}")

@@ -36,6 +36,7 @@ class Identity(Solver):
     alpha: float = 1.0
 
     needs_symmetry = False
+    needs_one_matrix = False
     gains_from_start = False
 
     def __post_init__(self) -> None:

@@ -60,6 +60,7 @@ class LiSSA(Solver):
     repeats: int = 8
     alpha: float | None = None
 
+    needs_one_matrix = False
     gains_from_start = False  # but from the residual of a single batch it would take over that batch's error
 
     def __post_init__(self) -> None:

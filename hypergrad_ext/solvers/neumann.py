@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hypergrad_ext import ops
 from hypergrad_ext.solution import Status
-from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number
+from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number, check_tolerance
 from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
 from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
 from hypergrad_ext.solvers.watch import Watch
@@ -86,6 +86,8 @@ class Neumann(Solver):
     adaptive: bool = False
     form: Literal["series", "richardson"] | None = None
 
+    needs_one_matrix = False
+
     def __post_init__(self) -> None:
         """Check the settings."""
         object.__setattr__(self, "preconditioner", held(self.preconditioner))
@@ -93,7 +95,7 @@ class Neumann(Solver):
         if self.alpha is not None:
             check_number("alpha", self.alpha, positive=True)
         if self.tol is not None:
-            check_number("tol", self.tol, positive=True)
+            check_tolerance(self.tol, "steps")
         if self.form not in (None, "series", "richardson"):
             raise ValueError(f"form: expected 'series', 'richardson' or None, got {self.form!r}")
         if self.form == "series" and self.preconditioner is not None:
