@@ -78,8 +78,9 @@ def inverse_hvp(
 
 @never_compiled
 def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alpha: float = 1.0) -> Tree:
-    r"""The paper's Algorithm 3, to the letter: :math:`\alpha \sum_{j=0}^{K} (I - \alpha H)^j v`.
+    r"""The paper's Algorithm 3 as its code has it: :math:`\alpha \sum_{j=0}^{K} (I - \alpha H)^j v`.
 
+    That is with the factor :math:`\alpha` that the printed form leaves out.
     For code written against the paper or Betty. No step size is chosen and nothing is checked for
     divergence; `inverse_hvp` does both.
 
@@ -102,7 +103,7 @@ def approx_inverse_hvp(v: Tree, f: Tree, params: Tree, iterations: int = 3, alph
 
     References:
         Lorraine, Vicol, Duvenaud, "Optimizing Millions of Hyperparameters by Implicit
-        Differentiation", AISTATS 2020, Algorithm 3 (with the factor alpha that its printed form leaves out).
+        Differentiation", AISTATS 2020, Algorithm 3.
 
     Example:
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)

@@ -67,8 +67,8 @@ class BatchedGradient:
             if len(lengths) > 1:
                 warnings.warn(
                     f"batches: expected batches of one length, got {min(lengths)} to {max(lengths)} rows, and every "
-                    "batch counts the same; use drop_last=True, or a train_loss that returns the batch's sum * len(loader) / "
-                    "len(dataset) (and filter this warning)",
+                    "batch counts the same; use drop_last=True, or a train_loss that returns the batch's sum "
+                    "* len(loader) / len(dataset) (and filter this warning)",
                     UserWarning,
                     stacklevel=2,
                 )
