@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument(
         "--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the figures (default: out)"
     )
-    demo.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the data split (default: 0)")
+    demo.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the data split (default: 0)")
     demo.add_argument("--quick", action="store_true", help="smaller settings, for tests")
     options = parser.parse_args(arguments)
     if options.command == "info":
@@ -47,10 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _seed(value: str) -> int:
+    if not value.isdecimal() or int(value) >= 2**64:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2^64 - 1, got {value}")
+    return int(value)
+
+
 def _missing_extras() -> str:
     """Why the demo cannot start; empty if it can."""
     missing = [name for module, name in _EXTRAS.items() if importlib.util.find_spec(module) is None]
-    return f"{', '.join(missing)} not installed: pip install 'hypergrad_ext[demo]'" if missing else ""
+    return f"{', '.join(missing)} not installed: pip install '.[demo]' in a checkout" if missing else ""
 
 
 def _unwritable(folder: Path) -> str:

@@ -35,7 +35,7 @@ def unavailable(backend: str, device_type: str) -> str:
 
 def asked_for(requested: str | None) -> str:
     """The backend that a call, else the environment, asks for."""
-    return requested or os.environ.get(ENVIRONMENT, "auto")
+    return requested or os.environ.get(ENVIRONMENT) or "auto"
 
 
 def select(kernels: Mapping[str, Callable], device_type: str, requested: str | None = None) -> tuple[str, str]:
@@ -52,13 +52,13 @@ def select(kernels: Mapping[str, Callable], device_type: str, requested: str | N
         ValueError: If the name is unknown.
         RuntimeError: If the backend asked for cannot run, with the reason.
     """
-    asked = asked_for(requested)
+    asked, source = asked_for(requested), "backend" if requested else ENVIRONMENT
     if asked not in NAMES:
-        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {asked!r}")
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {asked!r}")
     if asked != "auto":
         reason = _unavailable(asked, kernels, device_type)
         if reason:
-            raise RuntimeError(f"backend {asked!r} was asked for and cannot run: {reason}")
+            raise RuntimeError(f"{source} {asked!r} was asked for and cannot run: {reason}")
         return asked, "asked for"
     rejected: list[str] = []
     for name in ("cpp",) if device_type == "cpu" else ("cuda", "triton"):

@@ -17,7 +17,15 @@ from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import Hessian, LinearOperator
-from hypergrad_ext.operators.hessian import Engine, Loss, buffers_kept, check_loss, check_tracked, evaluate
+from hypergrad_ext.operators.hessian import (
+    Engine,
+    Loss,
+    buffers_kept,
+    check_loss,
+    check_tracked,
+    evaluate,
+    stale_graphs_named,
+)
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart
@@ -168,16 +176,8 @@ class Bilevel:
         others = self.hparams.tensors if direct else []
         loss = _scaled(loss, self._scale)
         # The graph is kept: it is the caller's, and may be shared with the training loss.
-        try:
-            with buffers_kept(self.hessian.module):  # a checkpoint runs a part of the model again
-                grads = torch.autograd.grad(loss, [*leaves, *others], retain_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            if "second time" not in str(error):
-                raise
-            raise ValueError(
-                "val_loss: expected a loss that still has its graph, got one whose graph was freed; "
-                "call backward(retain_graph=True), or pass a function of the parameters"
-            ) from error
+        with stale_graphs_named("val_loss"), buffers_kept(self.hessian.module):  # a checkpoint runs a part of it again
+            grads = torch.autograd.grad(loss, [*leaves, *others], retain_graph=True, allow_unused=True)
         inner, outer = grads[: len(leaves)], grads[len(leaves) :]
         if all(g is None for g in inner):
             raise ValueError("val_loss: expected a loss that depends on params, got one that depends on none of them")

@@ -27,7 +27,7 @@ def describe() -> str:
         ("threads", f"{torch.get_num_threads()} for torch, {os.cpu_count()} CPUs"),
         ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"),
         ("engine 'auto'", _engine()),
-        (backends.ENVIRONMENT, os.environ.get(backends.ENVIRONMENT, "not set")),
+        (backends.ENVIRONMENT, os.environ.get(backends.ENVIRONMENT) or "not set"),
     ]
     width = max(len(name) for name, _ in facts)
     lines = [f"{name.ljust(width)}  {value}" for name, value in facts]

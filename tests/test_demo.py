@@ -135,8 +135,15 @@ def test_demo_names_what_to_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(cli, "_EXTRAS", {"no_such_module": "scikit-learn"})
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
-        "hypergrad_ext demo: scikit-learn not installed: pip install 'hypergrad_ext[demo]'\n"
+        "hypergrad_ext demo: scikit-learn not installed: pip install '.[demo]' in a checkout\n"
     )
+
+
+@pytest.mark.parametrize("seed", [str(2**64), "-1", "one"])
+def test_demo_refuses_seeds_that_torch_does_not_take(capsys, seed):
+    with pytest.raises(SystemExit):
+        cli.main(["demo", f"--seed={seed}"])
+    assert f"--seed: expected an integer from 0 to 2^64 - 1, got {seed}" in capsys.readouterr().err
 
 
 def _demo(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -243,6 +243,40 @@ def test_freed_graph():
         hg.inverse_hvp(loss, W, V)
 
 
+@pytest.mark.parametrize("engine", ["auto", "eager", "native"])
+def test_losses_from_before_an_optimisers_step(engine):
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    lam = torch.ones((), requires_grad=True)
+    step = torch.optim.SGD(net.parameters(), lr=0.1).step
+    losses = lambda: (quadratic(net(torch.ones(2, 3))), quadratic(net(V)) + lam * quadratic(net[0].weight))  # noqa: E731
+    message = "expected a loss of what params and hparams are now, .* before one of its tensors was changed"
+    for _ in range(4):  # a graph of a known kind is not differentiated
+        hg.hypergradient(*losses(), net, lam, damping=1.0, engine=engine)
+    val, train = losses()
+    train.backward(retain_graph=True)
+    step()
+    with pytest.raises(ValueError, match=f"val_loss: {message}"):
+        hg.hypergradient(val, losses()[1], net, lam, damping=1.0, engine=engine)
+    with pytest.raises(ValueError, match=f"train_loss: {message}"):
+        hg.hypergradient(losses()[0], train, net, lam, damping=1.0, engine=engine)
+    with pytest.raises(ValueError, match=f"^loss: {message}"):
+        hg.inverse_hvp(train, net, {name: torch.ones_like(p) for name, p in net.named_parameters()}, engine=engine)
+
+
+def test_losses_of_batches():
+    lam = torch.ones((), requires_grad=True)
+    of_two = lambda w, batch: lam * quadratic(w)  # noqa: E731
+    with pytest.raises(
+        TypeError, match="train_loss: .* does not take one; one of the parameters and a batch needs bat"
+    ):
+        hg.hypergradient(quadratic, of_two, W, lam)
+    with pytest.raises(TypeError, match="val_loss: .* does not take one$"):
+        hg.hypergradient(of_two, of_two, W, lam)
+    for loss in (lambda w: lam * quadratic(w), lambda w, x, y: lam * quadratic(w)):
+        with pytest.raises(TypeError, match="train_loss: expected a function of the parameters and a batch"):
+            hg.hypergradient(quadratic, loss, W, lam, batches=[1, 2])
+
+
 def test_solve_wants_an_operator():
     with pytest.raises(TypeError, match="operator: expected a LinearOperator"):
         hg.solve(torch.eye(3), V)

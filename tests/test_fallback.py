@@ -49,7 +49,8 @@ def test_environment_variable_overrides():
     code = "from hypergrad_ext import backends, ops; print(backends.select(ops.neumann_step_.kernels, 'cpu'))"
     assert "('torch', 'asked for')" in run(code, HYPERGRAD_EXT_BACKEND="torch").stdout
     wrong = run(code, HYPERGRAD_EXT_BACKEND="fpga")
-    assert "backend must be one of" in wrong.stderr and "'fpga'" in wrong.stderr
+    assert "HYPERGRAD_EXT_BACKEND must be one of" in wrong.stderr and "'fpga'" in wrong.stderr
+    assert "('cpp', 'first choice')" in run(code, HYPERGRAD_EXT_BACKEND="").stdout
 
 
 def test_explicit_argument_beats_the_environment(monkeypatch):
@@ -57,7 +58,7 @@ def test_explicit_argument_beats_the_environment(monkeypatch):
     w = torch.ones(2, requires_grad=True)
     hg.inverse_hvp((w**2).sum(), w, torch.ones(2), backend="torch")
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match="backend 'cuda' was asked for and cannot run"):
+        with pytest.raises(RuntimeError, match="HYPERGRAD_EXT_BACKEND 'cuda' was asked for and cannot run"):
             hg.inverse_hvp((w**2).sum(), w, torch.ones(2))
 
 

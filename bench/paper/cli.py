@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None, only: Experiment | None = None)
     """
     missing = [name for module, name in _EXTRAS.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return _refuse(f"{', '.join(missing)} not installed: pip install 'hypergrad_ext[demo]'")
+        return _refuse(f"{', '.join(missing)} not installed: pip install '.[demo]'")
     known = {only.name: only} if only else experiments()
     options = _parser(known, only).parse_args(arguments)
     chosen = list(known.values()) if only or options.name == "all" else [known[options.name]]

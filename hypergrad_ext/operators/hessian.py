@@ -280,15 +280,8 @@ class Hessian(LinearOperator):
 
     def _differentiate(self) -> Gradient:
         if isinstance(self._loss, Tensor):
-            try:
+            with stale_graphs_named(self._name):
                 return self._gradient_of(self._loss, self.params.tensors, Buffers(self.module))
-            except RuntimeError as error:
-                if "second time" in str(error):
-                    raise ValueError(
-                        f"{self._name}: expected a loss that still has its graph, got one whose graph was freed; "
-                        "call backward(retain_graph=True), or pass a function of the parameters"
-                    ) from error
-                raise
         leaves = [t.detach().requires_grad_() for t in self.params.tensors]
 
         def build(loss: Callable[[Tree], Tensor]) -> RetainedGradient:
@@ -299,6 +292,11 @@ class Hessian(LinearOperator):
         if self._batches is None:
             return build(self._loss)
         of_batch: Callable[[Tree, Any], Tensor] = self._loss
+        if not _takes(2, of_batch):
+            raise TypeError(
+                f"{self._name}: expected a function of the parameters and a batch beside batches=, got one that does "
+                "not take these two; what a loader yields comes as it is, as one argument"
+            )
         return BatchedGradient(
             lambda batch: build(lambda params: of_batch(params, batch)),
             self._batches,
@@ -326,8 +324,9 @@ def evaluate(
         TypeError: If it takes no argument, or does not return a real floating point tensor.
         ValueError: If what it returns is not a scalar, or has no graph.
     """
-    if not _takes_one_argument(loss):
-        raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one")
+    if not _takes(1, loss):
+        way_out = "; one of the parameters and a batch needs batches=" if twice and _takes(2, loss) else ""
+        raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one{way_out}")
     with twice_differentiable() if twice else contextlib.nullcontext():
         value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
@@ -336,21 +335,45 @@ def evaluate(
     return value
 
 
-def _takes_one_argument(function: Callable) -> bool:
+def _takes(arguments: int, function: Callable) -> bool:
+    """Whether a function can be called with so many arguments."""
     plain = function.__func__ if isinstance(function, MethodType) else function
     if isinstance(plain, FunctionType):
         # To build a signature takes longer than a small loss.
         code, defaults = plain.__code__, len(plain.__defaults__ or ())
         count = code.co_argcount - (plain is not function)
-        if count - defaults <= 1 <= count and not code.co_kwonlyargcount:
+        if count - defaults <= arguments <= count and not code.co_kwonlyargcount:
             return True
     try:
-        inspect.signature(function).bind(None)
+        inspect.signature(function).bind(*[None] * arguments)
     except TypeError:
         return False
     except ValueError:
         pass  # a builtin without a signature
     return True
+
+
+@contextlib.contextmanager
+def stale_graphs_named(argument: str) -> Iterator[None]:
+    """Explain what autograd says of a loss whose graph was freed, or is of values that are no more.
+
+    Raises:
+        ValueError: The explanation.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "second time" in str(error):
+            raise ValueError(
+                f"{argument}: expected a loss that still has its graph, got one whose graph was freed; "
+                "call backward(retain_graph=True), or pass a function of the parameters"
+            ) from error
+        if "modified by an inplace operation" in str(error):
+            raise ValueError(
+                f"{argument}: expected a loss of what params and hparams are now, got one that was computed before one "
+                "of its tensors was changed, as by optimizer.step(); compute it anew, or pass a function of params"
+            ) from error
+        raise
 
 
 def check_loss(argument: str, loss: Tensor) -> None:
