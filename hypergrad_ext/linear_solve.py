@@ -81,8 +81,9 @@ def solve(
             ``stochastic``, or an eigenvalue is below ``lower``.
         SolveError: If the solve failed and ``throw``.
 
-    Cost: the solver's products, one for ``residual``, one for ``x0`` and 20 for ``damping="auto"``. After a solve that
-    went wrong, two on whether a `Callable` or an operator of your own is symmetric, once for each.
+    Cost: the solver's products, one for ``residual``, one for ``x0``, and for ``damping="auto"`` 20 and up to three
+    failed solves, which `Solution.detail` names and `Solution.hvps` counts. After a solve that went wrong, two on
+    whether a `Callable` or an operator of your own is symmetric, once for each.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, -4.0]], dtype=torch.float64)
@@ -190,6 +191,7 @@ def _solve_damped(
     if math.isfinite(found.size):
         operator.spectrum = found
     spent, damping = system.hvps, 0.0
+    said: list[str] = []
     if found.low < -_NEGATIVE * found.size:
         damping = 1.25 * (found.low_error - found.low)
     for attempt in range(4):
@@ -200,9 +202,11 @@ def _solve_damped(
         negative = solution.indefinite or solution.status in (Status.NEGATIVE_CURVATURE, Status.DIVERGED)
         if not negative or not math.isfinite(found.size) or attempt == 3:
             break
+        how = "indefinite" if solution.indefinite else solution.status
+        said.append(f"with damping {damping:.3g} {how}, {system.hvps - spent} products")
         spent = system.hvps
         damping = max(10 * damping, _DAMPING_LEAST * found.size)
-    return solution
+    return replace(solution, detail="; ".join([*said, *([solution.detail] if solution.detail else [])]))
 
 
 def _solve_packed(

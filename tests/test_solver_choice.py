@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 
 import pytest
@@ -251,6 +252,13 @@ class TestAutomaticDamping:
         b[0] = 1.0
         solution = hg.solve(products(a), b, hg.CG(), damping="auto")
         assert solution.converged and solution.damping > 1e-4
+
+    def test_says_what_was_tried_before(self):
+        a = torch.diag(torch.cat([torch.tensor([-1e-4], dtype=F64), torch.logspace(-3, 0, 400, dtype=F64)]))
+        solution = hg.solve(products(a), torch.ones(401, dtype=F64), hg.CG(), damping="auto", residual=False)
+        assert solution.converged and solution.damping > 1e-4
+        spent = re.fullmatch(r"with damping 0 negative_curvature, (\d+) products", solution.detail)
+        assert solution.hvps == 20 + int(spent[1]) + solution.steps
 
     def test_other_words_are_refused(self):
         with pytest.raises(ValueError, match="damping: expected a number or 'auto', got 'much'"):
