@@ -335,7 +335,9 @@ def report(results: Results) -> Report:
                 three.mean() >= identity.mean() + 0.05,
             ),
         )
-    return Report(rows, claims, {"accuracy": _accuracy_figure(results), "pictures": _pictures_figure(results)})
+    shown = {"accuracy": _accuracy_figure(results), "pictures": _pictures_figure(results)}
+    legend = "Accuracies, means of the seeds. Series cut short: hypergradients of a run whose solve warned, mean."
+    return Report(rows, claims, shown, legend)
 
 
 def _smaller(ours: float, other: float) -> bool | None:

@@ -274,7 +274,11 @@ def report(results: Results) -> Report:
             ),
         )
     )
-    return Report(rows, claims, {"losses": loss_figure(results, methods)})
+    legend = (
+        "Means of the seeds. Hyperparameters: how many are tuned. Validation loss after so many inner steps, or so "
+        "much time; the test accuracy after it is of the same moment."
+    )
+    return Report(rows, claims, {"losses": loss_figure(results, methods)}, legend)
 
 
 def _against_search(results: Results, searches: list[str], key: str) -> Claim:

@@ -165,6 +165,8 @@ def run(experiment: Experiment, settings: Settings, *, fresh: bool = False, save
     results = store.results()
     report = experiment.report(results)
     print(f"\n{measure.table(report.rows)}\n")
+    if report.legend:
+        print(textwrap.fill(report.legend, 120) + "\n")
     for claim in report.claims:
         print(f"   [{_word(claim.reproduced)}] {claim.paper}: {claim.ours}")
     written = [store.path, *_write(store, report)]
@@ -215,6 +217,7 @@ def _write(store: Store, report: Report) -> list[Path]:
     lines = [f"# {store.experiment.name}, {store.content['data']}", "", store.experiment.about, ""]
     lines += [f"{store.settings.seeds} seed{'s' if store.settings.seeds > 1 else ''}. {'; '.join(environments)}.", ""]
     lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
+    lines += ["", report.legend] if report.legend else []
     lines += ["", "| claim | ours | reproduced |", "|---|---|---|"]
     lines += [f"| {c.paper} | {c.ours} | {_word(c.reproduced)} |" for c in report.claims]
     lines += [line for path in written for line in ("", f"![{path.stem}]({path.name})")]

@@ -170,11 +170,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Report:
-    """What is shown of an experiment: a table, figures by name, and claims."""
+    """What is shown of an experiment: a table, figures by name, claims, and what the table's columns are."""
 
     rows: list[dict[str, object]]
     claims: list[Claim]
     figures: dict[str, Figure] = field(default_factory=dict)
+    legend: str = ""
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ def report(results: Results) -> Report:
                 "seconds": f"{results.last(arm, 'seconds'):.1f}",
             }
         )
-    return Report(rows, _claims(results), {"error": _figure(results)})
+    legend = "AUC right/wrong: how well the learnt weights tell right labels from wrong ones; 1 is perfectly, 0.5 not."
+    return Report(rows, _claims(results), {"error": _figure(results)}, legend)
 
 
 def _claims(results: Results) -> list[Claim]:

@@ -45,7 +45,11 @@ def report(results: Results) -> Report:
     if "logistic regression" in results.arms:
         shown["penalties"] = penalty_figure(results)
     convex = convex_claims(results) if "logistic regression" in results.arms else []
-    return Report(rows, [*convex, *indefinite_claims(results)], shown)
+    legend = (
+        "K: terms, steps or rank. Cosine and relative L2 distance of the hypergradient to the exact one, residual "
+        "relative to the right-hand side, status of the solve. The first seed."
+    )
+    return Report(rows, [*convex, *indefinite_claims(results)], shown, legend)
 
 
 def convex_claims(results: Results) -> list[Claim]:

@@ -135,7 +135,11 @@ def report(results: Results) -> Report:
         ),
         *(ranks(results, [arm]) for arm in NETS),
     ]
-    return Report(rows, claims, {"error": _figure(results)})
+    legend = (
+        "AUC right/wrong: how well the learnt weights tell right labels from wrong ones; 1 is perfectly, 0.5 not. "
+        "Hyperparameters: weights of the net."
+    )
+    return Report(rows, claims, {"error": _figure(results)}, legend)
 
 
 def _figure(results: Results) -> object:

@@ -57,8 +57,9 @@ def _run(job: Job) -> Record:
 def _report(results: Results) -> Report:
     """The first seed's table and figures."""
     records = {arm: {key: report.plain(value) for key, value in results.of(arm)[0].items()} for arm in results.arms}
+    verdicts = {"yes": True, "NO": False}
     claims = [
-        Claim(f"{line['claim']} (paper: {line['paper']})", str(line["here"]), line["reproduced"] == "yes")
+        Claim(f"{line['claim']} (paper: {line['paper']})", str(line["here"]), verdicts.get(str(line["reproduced"])))
         for line in report.claims(records)
     ]
     return Report(report.rows(records), claims, report.figures(records))
