@@ -47,9 +47,15 @@ def gap(a: Ratio, b: Ratio) -> float:
 
 def main() -> None:
     """Print how many agree, and those that do not, the worst first."""
-    parser = argparse.ArgumentParser(prog="bench agree", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="the other run")
-    parser.add_argument("files", nargs="*", help="names of results to compare (default: all that are in both)")
+    parser = argparse.ArgumentParser(prog="python -m bench agree", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where the results of the other run are")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="names of results to compare (default: all that are in both)",
+    )
     options = parser.parse_args()
     there = sorted(path.name for path in options.folder.glob("*.json"))
     names = options.files or [name for name in there if (RESULTS / name).exists()]

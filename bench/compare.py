@@ -131,7 +131,7 @@ def checkout(revision: str, where: Path) -> Path:
 
 def main() -> None:
     """Build the base, run both in turn, print verdicts."""
-    parser = argparse.ArgumentParser(prog="bench compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__.splitlines()[0])
     parser.add_argument("--base", metavar="REV", help="what to compare the working tree with")
     parser.add_argument("--quick", action="store_true", help="three small problems, three rounds")
     parser.add_argument("--problem", action="append")

@@ -182,7 +182,7 @@ def plot(rows: Iterable[Row], path: Path) -> None:
 
 def main() -> None:
     """Measure, print slopes and save."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="smaller, and not saved")
     parser.add_argument("--sweep", action="append", choices=list(sweeps(True)), help="default: all")
     parser.add_argument("--most", type=int, default=7, help="weights up to 10^MOST (default: 7; 8 takes 10 GB)")

@@ -219,7 +219,7 @@ def _row(name: str, times: dict[str, list[float]], slow: str, fast: str) -> dict
 
 def main() -> None:
     """Measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.solvers", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=["products", "seconds"])
     options = parser.parse_args()

@@ -175,9 +175,8 @@ def toy(run, steps: int = 3) -> Experiment:
         value = results.mean("b", "value")
         figure = figures.figure(1, "What to see.")
         figures.band(figure.subplots(), range(3), results.values("b", "curve"), "b")
-        return Report(
-            [{"arm": "b", "value": value}], [Claim("it adds up", f"{value}", value == 1.5)], {"curve": figure}
-        )
+        claims = [Claim("it adds up", f"{value}", value == 1.5)]
+        return Report([{"arm": "b", "value": value}], claims, {"curve": figure}, "Value: of the seeds, mean.")
 
     return Experiment("toy", "A toy.", lambda settings: Numbers(steps), lambda numbers: ["a", "b"], run, report)
 
@@ -202,6 +201,7 @@ def test_every_finished_run_is_kept_and_not_run_again(tmp_path):
     report = cli.run(toy(run), settings)
     assert calls == [("a", 0), ("b", 0), ("a", 1), ("a", 1), ("b", 1)]
     assert report.claims[0].reproduced
+    assert "\n\nValue: of the seeds, mean.\n\n| claim |" in (tmp_path / "toy_digits.md").read_text()
     # A run that was interrupted before gives what it would have given at once.
     whole = store.Store(toy(add), settings).results()
     cli.run(toy(add), Settings(seeds=2, out=tmp_path / "again"))

@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 
-from bench.paper.lstm import protocol, stn, text
+from bench.paper.lstm import protocol, report, stn, text
 from bench.paper.lstm.__main__ import main
 from bench.paper.lstm.model import NAMES, PENALTIES, LanguageModel, Regularisation, count
 from bench.paper.lstm.training import Run
@@ -281,6 +281,11 @@ class TestCommandLine:
         for name in ("md", "_perplexity.png", "_hyperparameters.png"):
             assert (tmp_path / "parts" / f"lstm_small_help{'.' if name == 'md' else ''}{name}").exists()
         assert "ours, 7 beats random search" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(("ours", "verdict"), [(97.0, "yes"), (98.5, "level"), (101.5, "level"), (103.0, "NO")])
+    def test_perplexities_of_one_seed_that_are_close_are_level(self, ours, verdict):
+        (claim,) = report.claims({"seven": {"best_valid": ours}, "fixed": {"best_valid": 100.0}})
+        assert claim["reproduced"] == verdict
 
     def test_goes_on_after_it_was_killed(self, tmp_path):
         """Killed after step 9, kept after step 5: the same record as without."""

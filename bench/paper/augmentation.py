@@ -414,7 +414,7 @@ EXPERIMENT = Experiment(
     report=report,
     seeds=5,
     quick_seeds=5,
-    not_yet_run="--data cifar10 without --quick, for a GPU: --device cuda --time-limit 570, again until done",
+    not_yet_run="CIFAR-10 at full size on a GPU (--data cifar10 --device cuda --time-limit 570, again until done)",
 )
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ EXPERIMENT = Experiment(
     report=inverse_report.report,
     seeds=3,
     quick_seeds=1,
-    not_yet_run="--data mnist --device cuda without --quick (an exact inverse of 25,450 x 25,450)",
+    not_yet_run="an exact inverse of 25,450 x 25,450 on a GPU (--data mnist --device cuda, without --quick)",
 )
 
 if __name__ == "__main__":

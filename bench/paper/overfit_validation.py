@@ -266,7 +266,7 @@ EXPERIMENT = Experiment(
     report=report,
     seeds=4,
     quick_seeds=4,
-    not_yet_run="--data cifar10 or mnist, --device cuda --time-limit 570, again until done (AlexNet, 20 million)",
+    not_yet_run="AlexNet (20 million) on a GPU (--data cifar10 --device cuda --time-limit 570, again until done)",
 )
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ def main() -> None:
     """Measure, print and save."""
     from bench.peers import COMPILED, PEERS
 
-    parser = argparse.ArgumentParser(prog="bench.peers", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two tasks, three rounds, nothing that compiles torch")
     parser.add_argument("--problem", action="append", help="default: all")
     parser.add_argument("--task", action="append", help="default: all")
-    parser.add_argument("--peer", action="append", choices=list(PEERS), help="default: all")
+    of = "; ".join(PEERS)
+    parser.add_argument("--peer", action="append", choices=list(PEERS), metavar="PEER", help=f"default: all of {of}")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all processors")
     parser.add_argument("--processes", type=int, help="default: 2 (--quick: 1)")
     parser.add_argument("--rounds", type=int, help="default: 7")

@@ -1,4 +1,4 @@
-"""Regularise a language model by hypergradients, against no tuning, searches and self-tuning networks.
+r"""Regularise a language model by hypergradients, against no tuning, searches and self-tuning networks.
 
     python -m bench.paper.lstm                                            Python's help pages, minutes on a CPU
     python -m bench.paper.lstm --protocol medium --data-dir ptb           a real text on a CPU, ten minutes a method
