@@ -14,11 +14,25 @@ from hypergrad_ext.solvers.lanczos import Spectrum
 _FAR = 5.0
 
 
+def used_part(system: System, flat: Tensor) -> Tensor:
+    """``flat`` with zeros for parameters that the loss does not depend on, where there is no damping; else itself."""
+    operator = system.operator
+    if system.damping or all(operator.used):
+        return flat
+    flat = flat.clone()
+    for part, used in zip(flat.split(operator.space.sizes, dim=-1), operator.used, strict=True):
+        if not used:
+            part.zero_()
+    return flat
+
+
 def warm(system: System, b: Tensor, b_norm: Tensor, tol: float | None) -> tuple[Tensor | None, Tensor]:
     """The last solution and its residual, or none and ``b``, for every row to which it is worse than zero."""
     x, change = system.state.x, system.state.change
     if x is None or x.shape != b.shape:
         return None, b
+    # The loss, or the damping, may have had a part in them when they were found.
+    x, change = used_part(system, x), None if change is None else used_part(system, change)
     rhs = b - system.apply(x)
     norm = norms(rhs)
     if change is not None and tol is not None and bool((norm > _FAR * tol * b_norm).any()):

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hypergrad_ext.carry_over import begin, finish, warm
+from hypergrad_ext.carry_over import begin, finish, used_part, warm
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.error_bound import check_lower, solution_bound
 from hypergrad_ext.norms import finite_rows, norms, powers_of_two
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
-from hypergrad_ext.solvers import Auto, LiSSA, Outcome, Solver, SolverState, System
+from hypergrad_ext.solvers import MINRES, Auto, LiSSA, Outcome, Solver, SolverState, System
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.solvers.lanczos import lanczos
 from hypergrad_ext.solvers.watch import times
@@ -213,12 +213,7 @@ def _solve_packed(
     system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool, lower: float | None
 ) -> Solution:
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
-    b, operator = packed.flat, system.operator
-    if not system.damping and not all(operator.used):
-        for flat in (b,) if x0 is None else (b, x0):
-            for part, used in zip(flat.split(operator.space.sizes, dim=-1), operator.used, strict=True):
-                if not used:
-                    part.zero_()
+    b, x0 = used_part(system, packed.flat), None if x0 is None else used_part(system, x0)
 
     # Numbers on the host where there is one per row: a dozen operations of torch take longer than a small solve.
     b_norm = norms(b)
@@ -249,8 +244,8 @@ def _solve_packed(
     scale = scales[0] if len(scales) == 1 else torch.tensor(scales, dtype=b.dtype, device=b.device)
     per_row = scale[..., None] if isinstance(scale, Tensor) else scale
     relative, bound, tol = None, None, getattr(solver, "tol", None)
-    # In low precision the residual of a long recurrence is not taken on trust; `Auto` looks for itself.
-    doubtful = tol is not None and b.dtype is not torch.float64 and not isinstance(solver, Auto)
+    # In low precision the residual of a long recurrence is not taken on trust; `Auto` and `MINRES` look for themselves.
+    doubtful = tol is not None and b.dtype is not torch.float64 and not isinstance(solver, (Auto, MINRES))
     doubtful = doubtful and not operator.stochastic
     # In place where the right-hand side is not needed again: new memory costs more than the multiplication.
     scaled = rhs * per_row if residual or doubtful else rhs.mul_(per_row)
@@ -296,7 +291,8 @@ def _solve_packed(
 
 def _drop_worse_than_start(outcome: Outcome, starts: list[float]) -> None:
     """Set failed rows to zero, the start, unless their residual is known to be below it."""
-    failed = [row for row, s in enumerate(outcome.statuses) if s.failed or s is Status.NEGATIVE_CURVATURE]
+    doubtful = (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
+    failed = [row for row, s in enumerate(outcome.statuses) if s.failed or s in doubtful]
     if not failed:
         return
     x = outcome.x if outcome.x.dim() == 2 else outcome.x[None]
@@ -329,8 +325,9 @@ def _solution(
         )
     if outcome.residuals is not None and sizes is not None:
         # On an indefinite operator the iterate before the bad direction can be worse than zero.
+        doubtful = (Status.NEGATIVE_CURVATURE, Status.STAGNATED)
         useless |= any(
-            s is Status.NEGATIVE_CURVATURE and residual >= size
+            s in doubtful and not residual < size
             for s, residual, size in zip(outcome.statuses, outcome.residuals, sizes, strict=True)
         )
     batch = packed.rows is not None

@@ -289,6 +289,18 @@ class TestDirect:
         solution = hg.solve(hg.DenseMatrix(torch.zeros(2, 2)), torch.ones(2), hg.Direct())
         assert solution.status == "singular" and "Add damping" in solution.message
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_pivots_that_are_rounding_are_singular_for_the_rows_that_see_them(self, dtype):
+        for seed in range(10):
+            torch.manual_seed(seed)
+            x = torch.randn(6, 12, dtype=dtype)
+            v, w = torch.randn(12, dtype=dtype), torch.zeros(12, dtype=dtype, requires_grad=True)
+            with pytest.raises(hg.SolveError, match="Direct: singular"):
+                hg.inverse_hvp(lambda w, x=x: (x @ w).square().sum() / 2, w, v, hg.Direct())
+        a = torch.diag(torch.tensor([1.0, 1e-30], dtype=dtype))
+        both = hg.solve(hg.DenseMatrix(a), torch.tensor([[1.0, 1e-32], [1.0, 1.0]], dtype=dtype), hg.Direct())
+        assert both.converged  # as exact as it is with a diagonal
+
     def test_leaves_the_matrix_alone(self):
         a = torch.eye(3)
         hg.solve(hg.DenseMatrix(a), torch.ones(3), hg.Direct(), damping=2.0)

@@ -334,6 +334,14 @@ class TestState:
             assert solution.converged and solution.steps == (2 if b[1] == 1 else 1)
             assert_close(solution.value, b.double() / a.diagonal(), 1e-8)
 
+    @pytest.mark.parametrize("solver", ["auto", hg.CG(), hg.MINRES(), hg.BlockCG(), hg.Neumann(30)], ids=str)
+    def test_nothing_is_left_of_parameters_that_the_loss_has_lost(self, solver):
+        w, u = (torch.ones(2, dtype=F64, requires_grad=True) for _ in range(2))
+        v, state = [torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([3.0, 4.0], dtype=F64)], hg.SolverState()
+        for damping in (0.4, 0.5):
+            hg.inverse_hvp(lambda p: p[0].square().sum(), [w, u], v, solver, damping=damping, state=state)
+        assert not bool(hg.inverse_hvp(lambda p: p[0].square().sum(), [w, u], v, solver, state=state)[1].any())
+
     def test_goes_on_bit_for_bit_from_a_state_dict(self):
         state = hg.SolverState(refresh=3)
         for step in range(4):

@@ -127,6 +127,14 @@ class TestReport:
             assert bool((norms >= last).all() and (norms <= 2 * last).all())
 
 
+    @pytest.mark.parametrize("rows", [[0, 1], [1, 0, 0]])
+    def test_history_of_rows_that_go_on_with_minres(self, rows):
+        a, b = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=F64)), torch.tensor([[1.0, 1, 0], [0, 0, 1]], dtype=F64)
+        solution = hg.solve(products(a), b[rows], history=True)
+        assert solution.converged and solution.indefinite
+        assert {len(norms) for norms in solution.history} == {len(rows)} and max(solution.history[-1]) < 1e-6
+
+
 class TestScales:
     SOLVERS = {
         "CG": hg.CG(tol=1e-6),

@@ -359,6 +359,20 @@ class TestMINRES:
         assert_close(inside.value, torch.tensor([1.0, -1.0, 0.0]), 1e-12)
         assert solve(torch.zeros(2, 2), torch.ones(2), hg.MINRES(), backend=backend).status == "singular"
 
+    @pytest.mark.parametrize("dtype", [F64, torch.float32])
+    @pytest.mark.parametrize("solver", ["auto", hg.MINRES(tol=1e-2), hg.MINRES(tol=1e-6)], ids=str)
+    def test_singular_operator_that_rounding_hides_is_a_status_too(self, solver, dtype):
+        """Lost orthogonality lets x grow along the null space, while the recurrence's residual shrinks to the end."""
+        for seed in range(10):
+            torch.manual_seed(seed)
+            x, b = torch.randn(10, 30, dtype=dtype), torch.randn(30, dtype=dtype)
+            operator = hg.Callable(lambda v, x=x: x.T @ (x @ v), b)
+            solution = hg.solve(operator, b, solver, residual=False)
+            assert solution.status == "singular" or solution.status == "stagnated" and solution.useless
+            assert float(torch.linalg.vector_norm(b - operator @ solution.value)) <= 1.01 * torch.linalg.vector_norm(b)
+            both = hg.solve(operator, torch.stack([b, operator @ b]), solver, residual=False)
+            assert both.useless and both.statuses[1] in ("converged", "max_steps")
+
     def test_all_steps_taken(self):
         solution = solve(indefinite(60, 1e3), torch.randn(60, dtype=F64), hg.MINRES(tol=1e-10, max_steps=5))
         assert solution.status == "max_steps" and solution.steps == 5 and solution.residual_norm < 1

@@ -145,12 +145,19 @@ class Auto(Solver):
         if b.dim() == 1:
             outcome = solver.run(system, b, b_norm)
         else:
+            assert before.residuals is not None
+            history, system.history = system.history or [], None if system.history is None else []
             outcome = solver.run(system, b[rows], b_norm[rows])
+            assert outcome.residuals is not None
+            for some in system.history or []:  # the rows that are over keep their last residual
+                history.append(list(history[-1]))
+                for row, norm in zip(rows, some, strict=True):
+                    history[-1][row] = norm
+            system.history = None if system.history is None else history
             before.x[rows] = outcome.x
-            for row, status in zip(rows, outcome.statuses, strict=True):
-                before.statuses[row] = status
-            outcome.x, outcome.statuses = before.x, before.statuses
-            outcome.residuals = None
+            for row, status, residual in zip(rows, outcome.statuses, outcome.residuals, strict=True):
+                before.statuses[row], before.residuals[row] = status, residual
+            outcome.x, outcome.statuses, outcome.residuals = before.x, before.statuses, before.residuals
         outcome.solver, outcome.indefinite = solver, True
         return outcome
 

@@ -19,6 +19,8 @@ _STATUS = {
     reference_minres.BROKEN: Status.NON_FINITE_OPERATOR,
     reference_minres.SINGULAR: Status.SINGULAR,
 }
+# A true residual this far above the tolerance means that rounding, not the stopping test, decided.
+_STAGNATION = 2.0
 _FLAG, _STEP = (reference_minres.COLUMNS.index(name) for name in ("flag", "step"))
 
 
@@ -29,12 +31,13 @@ class MINRES(Solver):
     After k steps x has the smallest residual in the space of :math:`b, A b, \dots, A^{k-1} b`,
     :math:`A = H + d I`, so that the residual never grows. On a definite operator it needs about as many steps as CG,
     on an indefinite one about twice as many for the same ratio of eigenvalues. Each right-hand side of a batch
-    stops by itself. An operator that is singular for ``b`` is found out and reported.
+    stops by itself. An operator that is singular for ``b`` is found out and reported, at the latest by the true
+    residual.
 
     Mind that on an indefinite Hessian :math:`H^{-1} b` belongs to a saddle point of the training loss: it is what
     was asked for, but no response of a minimum.
 
-    Cost: one Hessian-vector product per step.
+    Cost: one Hessian-vector product per step, and one for the true residual.
 
     Args:
         tol: Stop once ``|b - (H + d I) x| <= tol |b|``.
@@ -72,7 +75,7 @@ class MINRES(Solver):
         if bool((norm <= stop).all()):
             return Outcome(x, [Status.CONVERGED] * rows, 0, residuals=norm.reshape(-1).tolist())
         system.prepare(self.max_steps, b)
-        new, old = [(t, system.views(t)) for t in (b, torch.zeros_like(b))]
+        new, old = [(t, system.views(t)) for t in (b.clone(), torch.zeros_like(b))]
         w, w_old = torch.zeros_like(b), torch.zeros_like(b)
         products = [system.product(new[1])]
         state = reference_minres.start(norm, stop, _magnitude(products[0], rows).view_as(norm) + system.damping)
@@ -96,7 +99,20 @@ class MINRES(Solver):
         last = state[..., _STEP, None]
         x = torch.where(last != 0, x + last.to(x.dtype) * w, x)
         statuses = [_STATUS[flag] for flag in flags.reshape(-1).tolist()]
-        return Outcome(x, statuses, step, residuals=state[..., 0].reshape(-1).tolist())
+        residuals: list[float] = state[..., 0].reshape(-1).tolist()
+        # Rounding hides from the recurrence what it is blind to, an operator that is singular: x grows without bound
+        # along its null space, while the residual that the recurrence knows goes on shrinking.
+        truth = norms(b - system.apply(x)).reshape(-1).tolist()
+        starts, limits = norm.reshape(-1).tolist(), (_STAGNATION * stop).reshape(-1).tolist()
+        for row, size in enumerate(truth):
+            if statuses[row] is Status.NON_FINITE_OPERATOR:
+                continue
+            residuals[row] = size
+            if statuses[row] is Status.CONVERGED and not size <= limits[row]:
+                statuses[row] = Status.STAGNATED
+            elif statuses[row] is Status.MAX_STEPS and not size <= starts[row]:
+                statuses[row] = Status.SINGULAR
+        return Outcome(x, statuses, step, residuals=residuals)
 
 
 def _magnitude(product: Sequence[Tensor], rows: int) -> Tensor:
