@@ -50,15 +50,15 @@ def take_apart(argument: str, tree: Tree) -> Leaves:
         tree = list(tree)  # model.parameters()
     tensors: list[Tensor] = []
     keys: list[str] = []
-    _walk(argument, tree, "", tensors, keys)
+    keyed = _walk(argument, tree, "", tensors, keys)
     if not tensors:
         raise ValueError(f"{argument}: expected at least one tensor, got an empty {type(tree).__name__}")
     return Leaves(
         tensors,
         [argument + key for key in keys],
         keys,
-        keyed=isinstance(tree, dict),
-        rebuild=lambda leaves: _rebuild(tree, iter(leaves)),
+        keyed,
+        lambda leaves: _rebuild(tree, iter(leaves)),
     )
 
 
@@ -67,7 +67,9 @@ def held(tree: Tree) -> Tree:
     return list(tree) if isinstance(tree, Iterator) else tree
 
 
-def _walk(argument: str, tree: Tree, key: str, tensors: list[Tensor], keys: list[str]) -> None:
+def _walk(argument: str, tree: Tree, key: str, tensors: list[Tensor], keys: list[str]) -> bool:
+    """Collect tensors and keys; whether there is a dict among what holds them."""
+    keyed = isinstance(tree, dict)
     if isinstance(tree, Tensor):
         tensors.append(tree)
         keys.append(key)
@@ -76,10 +78,11 @@ def _walk(argument: str, tree: Tree, key: str, tensors: list[Tensor], keys: list
             _walk(argument, part, f"{key}[{name!r}]", tensors, keys)
     elif isinstance(tree, (list, tuple)):
         for i, part in enumerate(tree):
-            _walk(argument, part, f"{key}[{i}]", tensors, keys)
+            keyed |= _walk(argument, part, f"{key}[{i}]", tensors, keys)
     else:
         expected = "a tensor" if key else "a tensor, list, tuple, dict or nn.Module"
         raise TypeError(f"{argument}{key}: expected {expected}, got {type(tree).__name__}")
+    return keyed
 
 
 def _rebuild(tree: Tree, leaves: Iterator[Any]) -> Tree:
@@ -217,7 +220,7 @@ class Space:
             ValueError: If number, names, shapes or device do not match the parameters.
         """
         leaves = take_apart(argument, tree)
-        order = self._order(argument, leaves)
+        order = self.order(argument, leaves)
         tensors = [dense(leaves.tensors[i]) for i in order]
         batch = self._batch(argument, leaves, order) if rows is None else rows or None
         for i, t, shape, dtype in zip(order, tensors, self.shapes, self.dtypes, strict=True):
@@ -264,12 +267,16 @@ class Space:
                 return buffer
         return torch.cat([part.reshape(*lead, -1) for part in parts], dim=-1)
 
-    def _order(self, argument: str, leaves: Leaves) -> list[int]:
-        """Position in ``leaves`` of every parameter: by key between dicts (or a module), else by place."""
+    def order(self, argument: str, leaves: Leaves) -> list[int]:
+        """Position in ``leaves`` of every parameter: by key where both have dicts (or are a module), else by place.
+
+        Raises:
+            ValueError: If number or keys do not match the parameters.
+        """
         mine, theirs = self.leaves.keys, leaves.keys
         if len(theirs) != len(mine):
             raise ValueError(f"{argument}: expected {len(mine)} tensors, one for each parameter, got {len(theirs)}")
-        if not (self.leaves.keyed and leaves.keyed):
+        if mine == theirs or not (self.leaves.keyed and leaves.keyed):
             return list(range(len(mine)))
         position = {key: i for i, key in enumerate(theirs)}
         for key in mine:

@@ -319,6 +319,65 @@ class TestOperators:
         operator = hg.Callable(lambda v: v, torch.zeros(5))
         assert_close(hg.solve(operator, torch.ones(5), hg.Neumann(50, alpha=0.5)).value, torch.ones(5), 1e-6)
 
+    @pytest.mark.parametrize("tol", [None, 1e-12])
+    def test_callable_that_returns_parts_of_its_argument_elsewhere(self, tol):
+        b = [torch.randn(3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)]
+        solver = hg.Neumann(200, alpha=0.3, tol=tol)
+        views, copies = (
+            hg.solve(hg.Callable(matvec, b), b, solver, damping=2.0).value
+            for matvec in (lambda v: [v[1], v[0]], lambda v: [v[1].clone(), v[0].clone()])
+        )
+        assert_close(views, copies, 1e-15)
+        square = torch.randn(4, 4, dtype=torch.float64)
+        turned = hg.solve(hg.Callable(lambda v: v.T, square), square, solver, damping=2.0).value
+        assert_close(turned, (2 * square - square.T) / 3, 1e-9)
+
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_keys_in_another_order(self, nested):
+        def packed(a, b, turned=False):
+            tree = {"b": b, "a": a} if turned else {"a": a, "b": b}
+            return [tree] if nested else tree
+
+        def matvec(v, turned=True):
+            v = v[0] if nested else v
+            return packed(2 * v["a"] + v["b"], v["a"] + 10 * v["b"], turned)
+
+        a, b = torch.randn(2, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
+        truth = torch.linalg.solve(torch.tensor([[2.0, 1.0], [1.0, 10.0]], dtype=a.dtype), torch.stack([a, b]))
+        operator = hg.Callable(matvec, packed(a, b))
+        inverse = hg.Callable(lambda v: packed(v["a"] / 2, v["b"] / 10, True), {"a": a, "b": b})
+        for solver in (hg.Direct(), hg.CG(tol=1e-12)):
+            for turned in (False, True):
+                x = hg.solve(operator, packed(a, b, turned), solver).value
+                x = x[0] if nested else x
+                assert list(x) == (["b", "a"] if turned else ["a", "b"])
+                assert_close(torch.stack([x["a"], x["b"]]), truth, 1e-11)
+        if not nested:
+            m = hg.CG(tol=1e-12, preconditioner=lambda v: {"b": v["b"] / 10, "a": v["a"] / 2})
+            assert hg.solve(inverse, {"a": a, "b": b}, m).converged
+            once = hg.CG(max_steps=1, preconditioner=lambda v: {"b": v["b"] / 10, "a": v["a"] / 2})
+            diagonal = hg.Callable(lambda v: {"a": 2 * v["a"], "b": 10 * v["b"]}, {"a": a, "b": b})
+            assert hg.solve(diagonal, {"a": a, "b": b}, once).converged
+
+    def test_other_keys_are_refused(self):
+        like = [{"a": torch.ones(2)}]
+        with pytest.raises(ValueError, match=r"matvec\(v\): expected the keys of params, got none for \[0\]\['a'\]"):
+            hg.solve(hg.Callable(lambda v: [{"c": v[0]["a"]}], like), like, hg.CG())
+
+    def test_products_in_one_buffer(self):
+        a, out = spd(3, 3.0), torch.empty(3, dtype=torch.float64)
+        operator, b = hg.Callable(lambda v: torch.mv(a, v, out=out), out), torch.eye(3, dtype=torch.float64)[:2]
+        assert torch.equal(operator @ b, hg.Callable(lambda v: a @ v, out) @ b)
+        assert_close(hg.solve(operator, b, hg.CG(tol=1e-12)).value, torch.linalg.inv(a)[:2], 1e-11)
+
+    @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+    def test_dtypes_of_products(self, low):
+        like = [torch.ones(2), torch.ones(2)]
+        mixed = hg.Callable(lambda v: [2 * v[0], (2 * v[1]).to(low)], like)
+        assert_close(hg.solve(mixed, like, hg.CG()).value, [torch.full((2,), 0.5)] * 2, 1e-6)
+        with pytest.raises(TypeError, match=rf"matvec\(v\): expected torch.float64, got {low}"):
+            hg.solve(hg.Callable(lambda v: v.to(low), like[0].double()), like[0].double(), hg.CG())
+
     def test_callable_that_changes_shape_is_refused(self):
         with pytest.raises(ValueError, match=r"matvec\(v\): expected the shapes of v"):
             hg.solve(hg.Callable(lambda v: v[:2], torch.zeros(5)), torch.ones(5), hg.CG())

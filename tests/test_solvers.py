@@ -258,6 +258,11 @@ class TestPerWeightPenalties:
             x = hg.inverse_hvp(loss, w, v, solver)
             assert_close([x["a"], x["b"]], [1 / scales["a"], 1 / scales["b"]], 0.02)
 
+    def test_operator_of_another_precision(self):
+        a, b = torch.diag(torch.arange(1.0, 7, dtype=F64)), torch.ones(6, dtype=F64)
+        solution = solve(a, b, hg.CG(tol=1e-12, preconditioner=hg.DenseMatrix(torch.diag(1 / a.diagonal()).float())))
+        assert solution.converged and solution.steps <= 3
+
     def test_exact_preconditioner_is_exact_at_once(self, backend):
         scales = torch.logspace(-3, 6, 30, dtype=F64)
         a, b = torch.diag(scales), torch.randn(30, dtype=F64)

@@ -48,12 +48,21 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """``H v``: tensors of the parameters' shapes in, the same out. May return its input unchanged."""
+        """``H v``: tensors of the parameters' shapes in, the same out.
+
+        May return its input unchanged, and write every product into the same buffer. It must not write into its input,
+        nor return parts of it in other places than their own, which a step overwrites before it has read them.
+        """
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``H v`` for a batch: every tensor has a leading dimension k."""
-        products = [self.matvec([t[j] for t in v]) for j in range(v[0].shape[0])]
-        return [torch.stack(parts) for parts in zip(*products, strict=True)]
+        first = self.matvec([t[0] for t in v])
+        batch = [t.new_empty(len(v[0]), *t.shape) for t in first]
+        for j in range(len(v[0])):
+            # Copied at once: an operator may write all its products into one buffer.
+            for rows, part in zip(batch, self.matvec([t[j] for t in v]) if j else first, strict=True):
+                rows[j] = part
+        return batch
 
     def prepare(self, products: int, rows: int) -> LinearOperator:
         """An equal operator that is faster for about this many products with ``rows`` vectors, or itself."""

@@ -157,7 +157,8 @@ class Preconditioner:
         return square.sqrt()
 
     def _times_one(self, r: Tensor) -> Tensor:
-        v = [t.to(dtype) for t, dtype in zip(self._space.views(r), self._space.dtypes, strict=True)]
+        dtypes = (self._space if self._operator is None else self._operator.space).dtypes
+        v = [t.to(dtype) for t, dtype in zip(self._space.views(r), dtypes, strict=True)]
         product = self._call(v) if self._operator is None else self._operator.matvec(v)
         return torch.cat([t.detach().reshape(-1).to(r.dtype) for t in product])
 
@@ -169,7 +170,7 @@ class Preconditioner:
             raise ValueError(
                 "preconditioner: expected a function that leaves its argument alone, got one that writes into it"
             )
-        product = leaves.tensors
+        product = [leaves.tensors[i] for i in self._space.order("preconditioner(v)", leaves)]
         if [t.shape for t in product] != self._space.shapes:
             expected, got = ([tuple(s) for s in shapes] for shapes in (self._space.shapes, [t.shape for t in product]))
             raise ValueError(f"preconditioner(v): expected the shapes of v, {expected}, got {got}")
