@@ -220,6 +220,45 @@ class TestBestIterate:
         assert float(both.residual_norm[0]) == pytest.approx(alone.residual_norm, rel=1e-6)
 
 
+class TestTheIterateThatConverged:
+    """A step knows the residual of the iterate before it, and its own may be any worse."""
+
+    @pytest.mark.parametrize("rows", [None, 3])
+    @pytest.mark.parametrize(
+        "solver",
+        [
+            hg.Chebyshev(200, bounds=(0.01, 1.0), tol=1e-3),
+            hg.Neumann(999, alpha=1.0, tol=1e-3, form="series"),
+            hg.Neumann(999, alpha=1.0, tol=1e-3, form="richardson"),
+        ],
+        ids=str,
+    )
+    def test_is_handed_back(self, solver, rows):
+        a = torch.linspace(0.01, 1, 50, dtype=F64)
+        for i in range(0, 50, 7):
+            b = torch.eye(50, dtype=F64)[i] if rows is None else torch.eye(50, dtype=F64)[[i, 20, 49 - i]]
+            solution = hg.solve(hg.Callable(lambda v: a * v, a), b, solver, residual=False)
+            assert solution.converged
+            assert float(torch.linalg.vector_norm(b - a * solution.value, dim=-1).max()) <= 1.0001e-3
+
+    @pytest.mark.parametrize("form", ["series", "richardson"])
+    @pytest.mark.parametrize("bystander", [False, True])
+    def test_a_step_size_out_of_range_is_no_success(self, form, bystander):
+        operator, b = diagonal(1, 1e6), torch.tensor([1.0, 1e-9], dtype=F64)
+        rows = torch.stack([b, torch.tensor([1.0, 0.0], dtype=F64)]) if bystander else b
+        solution = hg.solve(operator, rows, hg.Neumann(50, alpha=1.0, tol=1e-2, form=form), residual=False)
+        x = solution.value[0] if bystander else solution.value
+        assert solution.converged or solution.status == "diverged" and not bool(x.any())
+        assert float(torch.linalg.vector_norm(b - operator @ x)) <= (1e-2 if solution.converged else 1.0001)
+
+    def test_in_one_call_that_goes_on_for_another_row(self):
+        b = torch.tensor([[1.0, 1e-9], [1.0, 1.0]], dtype=F64)
+        a = torch.diag(torch.tensor([1.0, 3.0], dtype=F64))
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.Neumann(100, alpha=1.0, tol=1e-3), residual=False)
+        assert solution.statuses == ("converged", "diverged")
+        assert float(torch.linalg.vector_norm(b[0] - a @ solution.value[0])) <= 1e-3
+
+
 @pytest.mark.parametrize("solver", [hg.Neumann(50, alpha=3.0), hg.CG(), hg.Chebyshev(50, bounds=(0.1, 0.2))], ids=str)
 def test_failure_gives_back_x0(solver):
     start = torch.tensor([0.9, 0.4], dtype=F64)
@@ -235,6 +274,12 @@ def test_rounding_that_left_nothing_is_found_out_unasked():
     assert solution.status == "stagnated" and solution.useless and not bool(solution.value.any())
     again = stagnated(hg.MINRES(tol=1e-6, max_steps=5000), x0=torch.full((40,), 1e-3))
     assert again.status == "stagnated" and bool((again.value == 1e-3).all())
+
+
+def test_terms_that_grow_from_zero_are_no_crash():
+    b = torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match="operator: expected a symmetric operator for Neumann"):
+        hg.solve(hg.Callable(lambda v: 2 * v + 1, b[0]), b, hg.Neumann())
 
 
 def test_only_failed_rows_are_given_up():

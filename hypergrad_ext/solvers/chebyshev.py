@@ -47,7 +47,8 @@ class Chebyshev(Solver):
             above the largest Ritz value by its error and a tenth, below the smallest likewise, by a factor of 5 at
             most. Without ``tol`` the lower one is lower still where K steps can divide residuals by a million there,
             and it is never below the damping or what K steps can resolve.
-        tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
+        tol: Stop early with the first iterate of which ``|b - (H + d I) x| <= tol |b|`` is known, which is the last but
+            one; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
             parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
             multiplies by M.
@@ -168,4 +169,9 @@ def _iterate(
         return watch.over(rows, step, lambda row: before[row].clone())
 
     step = system.iterate(steps, advance, over)
+    done = watch.converged()
+    if len(done) == len(stats.view(-1, 3)):
+        new = old
+    elif done:
+        new[0][done] = old[0][done]
     return watch.best(new[0]), step

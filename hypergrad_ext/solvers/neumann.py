@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_number, check_tolerance
 from hypergrad_ext.solvers.lanczos import Spectrum, spectrum_of
@@ -51,7 +52,8 @@ class Neumann(Solver):
         steps: K, the number of updates; K + 1 terms are summed. K = 0 gives ``alpha * b``.
         alpha: Step size. None takes the one that leaves the least error after K steps in the spectrum that 10 Lanczos
             steps see, below ``1.9 / (largest eigenvalue + d)``.
-        tol: Stop early once ``|b - (H + d I) x| <= tol |b|``; None always takes all steps.
+        tol: Stop early with the first sum or iterate of which ``|b - (H + d I) x| <= tol |b|`` is known, which is the
+            last but one; None always takes all steps.
         preconditioner: P close to ``H + d I``, of which M is the inverse: its diagonal in the structure of the
             parameters (positive; applied by the fused step); `Jacobi` or `Nystrom`; or a function or operator that
             multiplies by M.
@@ -201,6 +203,11 @@ def series(
         return over
 
     step = _iterate(system, steps, advance, over, watch)
+    done = watch.converged() if watch else []
+    if len(done) == len(terms):
+        p.sub_(v)
+    elif done:
+        sums[done] -= terms[done]
     p.mul_(alpha)
     return p if watch is None else watch.best(p), step, alpha
 
@@ -216,8 +223,11 @@ def richardson(
     argument = [] if m is None else m.argument
     stats = torch.zeros(*b.shape[:-1], 3, dtype=torch.float64, device=b.device)
     iterates = x.view(-1, x.shape[-1])
+    before: Tensor | None = None
 
     def advance() -> None:
+        nonlocal before
+        before = iterates.clone() if watch.near() else None
         step_([x], system.product(views), [b], argument, stats, alpha, system.damping)
 
     def over(step: int) -> bool:
@@ -234,6 +244,13 @@ def richardson(
         return over
 
     step = _iterate(system, steps, advance, over, watch)
+    done = watch.converged()
+    if done and before is not None:
+        iterates[done] = before[done]
+    elif done:  # sooner than could be foreseen: the iterate that it was is gone, the last may be any worse
+        truth, starts = (norms(t).reshape(-1).tolist() for t in (b - system.apply(x), b))
+        for row in done:
+            watch.settle(row, truth[row], starts[row])
     return watch.best(x), step, alpha
 
 
@@ -273,6 +290,10 @@ def _in_one_call(
             if over or shrink > 1:
                 break
         if shrink == 1:
+            if step < len(history):  # all rows are over, but the call went on for those that have failed
+                again = _whole(system, rows, step, alpha, stop)
+                assert again is not None
+                x = again[0]
             return watch.best(x).view_as(b), step, alpha
         alpha /= shrink
         watch.restart()

@@ -18,6 +18,8 @@ from hypergrad_ext.solvers.preconditioner import Preconditioner
 _GROWTH = 1 + 1e-4
 # Of the first: above it a norm is not noise yet, and where there is a retry one that grew once is reason enough.
 _PLAIN = 0.1
+# Times the tolerance.
+_NEAR = 10.0
 
 
 class Watch:
@@ -104,7 +106,8 @@ class Watch:
             if non_finite and step == 1:
                 self._fail(row, Status.NON_FINITE_OPERATOR, "at the first step")
             elif non_finite or not size < math.inf or grows or size > 1.01 * self._first[row]:
-                if self._retries and not non_finite and size < math.inf:
+                # What has grown from zero does not come from H: no step size helps.
+                if self._retries and not non_finite and size < math.inf and self._last[row] > 0:
                     self._shrink = max(self._shrink, 2, 1 + (size / self._last[row]) ** (1 / (step - self._step)))
                 else:
                     self._fail(row, Status.DIVERGED, f"|r_{step}| = {size / (self._first[row] or 1):.3g} |b|")
@@ -161,6 +164,20 @@ class Watch:
         self._step = step
         self._first = list(self._start)
         self._last, self._least, self._grew = self._first, list(self._first), [0] * len(self._first)
+
+    def near(self) -> bool:
+        """Whether some row may meet its tolerance in the next step."""
+        return any(norm <= _NEAR * stop for norm, stop in zip(self._norm, self._stop, strict=True))
+
+    def converged(self) -> list[int]:
+        """Rows that have met their tolerance after a step: with what that step knew, the iterate before it."""
+        return [row for row, status in enumerate(self.statuses()) if self._step and status is Status.CONVERGED]
+
+    def settle(self, row: int, size: float, start: float) -> None:
+        """Take in the true residual of a row, which began with ``start``."""
+        self._norm[row] = size
+        if not size <= start:
+            self._fail(row, Status.DIVERGED, f"|r| = {size:.3g} from {start:.3g}")
 
     def failures(self) -> list[int]:
         """Rows that have failed."""
