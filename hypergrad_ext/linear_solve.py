@@ -213,6 +213,7 @@ def _solve_packed(
     system: System, packed: Packed, x0: Tensor | None, solver: Solver, residual: bool, lower: float | None
 ) -> Solution:
     """What all solvers share: input check, unused parameters, warm start, scaling, true residual."""
+    operator = system.operator
     b, x0 = used_part(system, packed.flat), None if x0 is None else used_part(system, x0)
 
     # Numbers on the host where there is one per row: a dozen operations of torch take longer than a small solve.

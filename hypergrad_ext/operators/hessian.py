@@ -166,7 +166,7 @@ class Hessian(LinearOperator):
         self.params = take_apart("params", params)
         self.space = Space(self.params)
         leaves = take_apart("f", gradient)
-        grads = [leaves.tensors[i] for i in self.space._order("f", leaves)]
+        grads = [leaves.tensors[i] for i in self.space.order("f", leaves)]
         if [g.shape for g in grads] != self.space.shapes:
             raise ValueError(
                 f"f: expected the shapes of params, {[tuple(s) for s in self.space.shapes]}, "
