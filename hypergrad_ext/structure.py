@@ -270,6 +270,9 @@ class Space:
     def order(self, argument: str, leaves: Leaves) -> list[int]:
         """Position in ``leaves`` of every parameter: by key where both have dicts (or are a module), else by place.
 
+        Returns:
+            Numbers below the number of tensors.
+
         Raises:
             ValueError: If number or keys do not match the parameters.
         """

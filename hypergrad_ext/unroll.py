@@ -226,7 +226,7 @@ class _Step:
             with buffers_kept(self.module):
                 loss = evaluate("train_loss", self._loss, self._params, w)
             try:
-                with buffers_kept(self._module):  # a checkpoint runs a part of the model again
+                with buffers_kept(self.module):  # a checkpoint runs a part of the model again
                     grads = torch.autograd.grad(loss, w, create_graph=graph, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)

@@ -126,7 +126,6 @@ class TestReport:
             last = torch.as_tensor(solution.residual_norm).reshape(-1)
             assert bool((norms >= last).all() and (norms <= 2 * last).all())
 
-
     @pytest.mark.parametrize("rows", [[0, 1], [1, 0, 0]])
     def test_history_of_rows_that_go_on_with_minres(self, rows):
         a, b = torch.diag(torch.tensor([1.0, 2.0, -1.0], dtype=F64)), torch.tensor([[1.0, 1, 0], [0, 0, 1]], dtype=F64)
