@@ -39,7 +39,7 @@ def check_lower(lower: object) -> float | None:
 
 
 def solution_bound(system: System, x: Tensor, r: Tensor, ax: Tensor, lower: float) -> Tensor | None:
-    r"""``|r| / (lower + d)``, which the error of ``x`` is not above; None where that says nothing.
+    r"""``|r| / (lower + d)``, which the error of ``x`` is not above, up to rounding; None where that says nothing.
 
     Args:
         system: The system.

@@ -62,8 +62,8 @@ def solve(
         x0: Start from this instead of zero.
         state: What the last solve of a slowly changing system left; see `SolverState`.
         lower: A number that no eigenvalue of H (without damping) is below, if you know one: the least L2 penalty of a
-            convex loss, 0 for a Gauss-Newton matrix. With it `Solution.error_bound` is certain. By default the
-            operator's own ``lower``. Refused where the solution shows it to be wrong.
+            convex loss, 0 for a Gauss-Newton matrix. With it `Solution.error_bound` is certain up to rounding. By
+            default the operator's own ``lower``. Refused where the solution shows it to be wrong.
         throw: Raise `SolveError` on failure instead of returning it as a status.
         history: Keep the residual's norm at every step in `Solution.history`.
         residual: Spend one more product per right-hand side on the true residual. Below float64 that is done in any

@@ -95,8 +95,9 @@ class Solution:
             product with a batch of k vectors counts k.
         residual_norm: True relative residual ``|b - (H + d I) x| / |b|``: a float, or a ``(k,)`` tensor
             for a batch; None if it was not measured, as where every product takes another batch.
-        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, where ``lower``
-            is known (given, or by the operator) and the residual was asked for: a float or a ``(k,)`` tensor.
+        error_bound: Bound ``|b - (H + d I) x| / (lower + d)`` of the error ``|x - (H + d I)^{-1} b|``, up to
+            rounding, where ``lower`` is known (given, or by the operator) and the residual was asked for: a float or a
+            ``(k,)`` tensor.
         hypergradient_bound: For every element of the hyperparameters, what a hypergradient may be off by because of
             ``error_bound``: the norm of its column of the mixed derivative times that. In the structure of the
             hyperparameters, float64; None unless `hypergradient` had ``lower``, and for more than 64 elements.
