@@ -227,7 +227,7 @@ def glm_hvp(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: flo
     v_w, v_b = v[:, : classes * d].reshape(k, classes, d), v[:, classes * d :]
     z = torch.einsum("nd,kcd->nkc", x, v_w) + (v_b if intercept else 0)
     z = p * z if weights.dim() == 1 else p * (z - (p * z).sum(2, keepdim=True))
-    out = torch.einsum("nkc,nd->kcd", z, x).reshape(k, -1)
+    out = torch.einsum("nkc,nd->kcd", z, x).flatten(1)
     out = scale * (torch.cat([out, z.sum(0)], 1) if intercept else out)
     return out if l2 is None else out + l2.reshape(-1) * v
 

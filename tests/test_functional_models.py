@@ -308,8 +308,10 @@ def test_forward_mode_breaks_a_compiled_graph(name):
         ({"x": torch.zeros(4, 2).double()}, TypeError, "x: expected torch.float32 like"),
         ({"weights": torch.zeros(4).double()}, TypeError, "weights: expected torch.float32 like"),
         ({"l2": torch.zeros(3)}, ValueError, r"l2: expected shape \(2,\), got \(3,\)"),
+        ({"l2": 0.1}, TypeError, "l2: expected a tensor, got float"),
+        ({"x": torch.zeros(4, 2).to_sparse()}, TypeError, "x: expected a dense tensor, got one of layout"),
     ],
-    ids=range(8),
+    ids=range(10),
 )
 @pytest.mark.parametrize("function", [functional.glm_hvp, functional.glm_solve], ids=lambda f: f.__name__)
 def test_glm_functions_refuse(function, call, error, message):
@@ -332,12 +334,26 @@ def test_glm_hvp_refuses_tangents_of_all_but_the_vector(argument):
         torch.func.jvp(lambda t: torch.func.jvp(lambda v: product(t, v), (v,), (v,))[1], (t,), (t,))
 
 
+def test_empty_sizes():
+    x, weights, v = torch.zeros(4, 2), torch.ones(4), torch.ones(2)
+    assert functional.glm_hvp(x[:, :0], weights, v[:0]).shape == (0,)
+    assert reference.glm_hvp(x, weights, v[None][:0], None, 1.0, False).shape == (0, 2)
+    assert torch.func.vmap(lambda v: functional.glm_hvp(x, weights, v))(v[None][:0]).shape == (0, 2)
+    assert torch.func.vmap(lambda u: functional.softmax_hessian(x, u))(x[None][:0]).shape == (0, 4, 2)
+    nothing = weights[:0].requires_grad_()
+    u = functional.glm_solve(x[:0], nothing, v, damping=2.0)
+    assert_close(u, v / 2, 1e-6)
+    assert torch.autograd.grad(u.sum(), nothing)[0].shape == (0,)
+
+
 def test_other_refusals():
     x, weights, v = torch.zeros(4, 2), torch.ones(4), torch.ones(2)
     with pytest.raises(ValueError, match=r"differentiable in v only; pass x\.detach\(\)"):
         functional.glm_hvp(x.clone().requires_grad_(), weights, v)
     with pytest.raises(ValueError, match="damping: expected a number or a tensor of one element"):
         functional.glm_solve(x, weights, v, damping=torch.ones(2))
+    with pytest.raises(TypeError, match="damping: expected a number or a tensor of one element, got 'auto'"):
+        functional.glm_solve(x, weights, v, damping="auto")
     with pytest.raises(ValueError, match="damping: expected a finite number >= 0, got -1"):
         functional.glm_solve(x, weights, v, damping=-1.0)
     with pytest.raises(ValueError, match="b: expected at least one vector in the batch, got 0"):

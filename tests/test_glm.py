@@ -431,6 +431,13 @@ class TestOperator:
             with pytest.raises(ValueError, match=f"params: expected .*{message}"):
                 hg.GLMHessian(torch.randn(30, 5), layer, "softmax")
 
+    def test_nothing_but_an_intercept(self):
+        params = [torch.zeros(3, 0, dtype=torch.float64), torch.randn(3, dtype=torch.float64)]
+        operator = hg.GLMHessian(torch.zeros(5, 0, dtype=torch.float64), params, "softmax")
+        p = params[1].softmax(0)
+        assert_close(operator.dense(), p.diag() - p.outer(p), 1e-14)
+        assert_close((operator @ [params[0], p])[1], p * p - p * p.dot(p), 1e-14)
+
     def test_refuses_inputs_that_changed(self):
         x, w = torch.randn(30, 5), torch.zeros(5)
         x.mul_(2)  # before: does not count
@@ -508,8 +515,12 @@ class TestOperator:
                 ValueError,
                 "params: expected the weight before the bias",
             ),
+            (lambda x, w: hg.GLMHessian(x.to_sparse(), w, "logistic"), TypeError, "inputs: expected a dense tensor"),
+            (lambda x, w: hg.GLMHessian(x, w, "logistic", l2=None), TypeError, "l2: expected a real .*NoneType"),
+            (lambda x, w: hg.GLMHessian(x, w, "logistic", l2=w + 0j), TypeError, "l2: expected a real .*complex64"),
+            (lambda x, w: hg.GLMHessian(x, w, "logistic", l2=2e38), ValueError, "l2: expected values >= 0, .*infinite"),
         ],
-        ids=range(12),
+        ids=range(16),
     )
     def test_refuses(self, make, error, message):
         with pytest.raises(error, match=message):

@@ -57,9 +57,9 @@ def glm_hvp(
         >>> functional.glm_hvp(x, weights, v)
         tensor([1.2500, 1.5000], grad_fn=<ViewBackward0>)
     """
-    refuse_grad("v", x=x, weights=weights, l2=l2, scale=scale)
     check_model("v", x, weights, v, l2, intercept)
-    return product(x, weights, v.reshape(-1, v.shape[-1]), l2, scale_of(x, scale), intercept).view(v.shape)
+    refuse_grad("v", x=x, weights=weights, l2=l2, scale=scale)
+    return product(x, weights, torch.atleast_2d(v), l2, scale_of(x, scale), intercept).view(v.shape)
 
 
 def scale_of(x: Tensor, scale: float | None) -> float:
@@ -74,6 +74,11 @@ def check_model(name: str, x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | N
         ValueError: Naming the argument, what was expected and what came.
         TypeError: Likewise.
     """
+    for other, t in (("x", x), ("weights", weights), (name, v), ("l2", l2)):
+        if not isinstance(t, Tensor) and not (t is None and other == "l2"):
+            raise TypeError(f"{other}: expected a tensor, got {type(t).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a dense tensor, got one of layout {x.layout}")
     if x.dim() != 2:
         raise ValueError(f"x: expected shape (n, d), got {tuple(x.shape)}")
     n, d = x.shape
@@ -144,4 +149,4 @@ class _Product(_Reverse):
         if any(dim is not None for dim in (*in_dims[:2], in_dims[3])):
             return one_by_one(product, info.batch_size, in_dims, *arguments), 0
         v = v.movedim(in_dims[2], 0)
-        return product(x, weights, v.reshape(-1, v.shape[-1]), l2, scale, intercept).view(v.shape), 0
+        return product(x, weights, v.flatten(0, -2), l2, scale, intercept).view(v.shape), 0

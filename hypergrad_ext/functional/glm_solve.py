@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,8 @@ def glm_solve(
         (tensor([1.0000, 0.4000]), tensor(-1.1600))
     """
     check_model("b", x, weights, b, l2, intercept)
+    if not isinstance(damping, (numbers.Real, Tensor)):
+        raise TypeError(f"damping: expected a number or a tensor of one element, got {damping!r}")
     if isinstance(damping, Tensor) and damping.numel() != 1:
         raise ValueError(f"damping: expected a number or a tensor of one element, got shape {tuple(damping.shape)}")
     if x.dtype != b.dtype and x.requires_grad:
@@ -76,8 +79,7 @@ def glm_solve(
     if solver is not None and not isinstance(solver, Solver):
         raise TypeError(f"solver: expected a solver such as CG(tol=1e-6), got {solver!r}")
     solve = torch.compiler.disable(_Solve.apply)
-    rows = b.reshape(-1, b.shape[-1])
-    u = solve(x, weights, rows, l2, damping, scale_of(x, scale), intercept, solver or CG(tol=1e-6))
+    u = solve(x, weights, torch.atleast_2d(b), l2, damping, scale_of(x, scale), intercept, solver or CG(tol=1e-6))
     return u.view(b.shape)
 
 
@@ -259,5 +261,4 @@ class _Solve(torch.autograd.Function):
         if any(dim is not None for dim in (*in_dims[:2], *in_dims[3:])):
             return one_by_one(_Solve.apply, info.batch_size, in_dims, *arguments), 0
         b = arguments[2].movedim(in_dims[2], 0)
-        rows = b.reshape(-1, b.shape[-1])
-        return _Solve.apply(*arguments[:2], rows, *arguments[3:]).view(b.shape), 0
+        return _Solve.apply(*arguments[:2], b.flatten(0, -2), *arguments[3:]).view(b.shape), 0

@@ -46,7 +46,7 @@ def mlp_hvp(operator: MLPHessian, v: Tree) -> Tree:
         raise TypeError(f"operator: expected an MLPHessian, got {type(operator).__name__}")
     packed = operator.space.pack("v", v, graph=True)
     flat = packed.flat
-    return packed.restore(_product(operator, flat.reshape(-1, flat.shape[-1])).view(flat.shape))
+    return packed.restore(_product(operator, torch.atleast_2d(flat)).view(flat.shape))
 
 
 def _product(operator: MLPHessian, v: Tensor) -> Tensor:
@@ -80,4 +80,4 @@ class _Product(_Reverse):
     def vmap(info: Any, in_dims: tuple, operator: MLPHessian, v: Tensor) -> tuple:
         """A batch of ``v`` is more vectors."""
         v = v.movedim(in_dims[1], 0)
-        return _product(operator, v.reshape(-1, v.shape[-1])).view(v.shape), 0
+        return _product(operator, v.flatten(0, -2)).view(v.shape), 0

@@ -105,7 +105,7 @@ class _SoftmaxHessian(_Reverse):
         size, (logits_dim, u_dim, _, weights_dim) = info.batch_size, in_dims
         if logits_dim is None and weights_dim is None:
             u = u.movedim(u_dim, 0)
-            out = _product(logits, u.reshape(-1, *u.shape[2:]), scale, weights)
+            out = _product(logits, u.flatten(0, 1), scale, weights)
             return out.view(u.shape), 0
         logits = batched(logits, logits_dim, 0, size)
         u = batched(u, u_dim, 1, size)

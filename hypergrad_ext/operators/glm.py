@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -117,7 +118,7 @@ class GLMHessian(LinearOperator):
 
     Raises:
         TypeError: If a tensor is not real floating point, or dtypes do not go together.
-        ValueError: If shapes, devices or the family are wrong, or ``l2`` is negative.
+        ValueError: If shapes, devices or the family are wrong, or ``l2`` is negative or not finite.
         RuntimeError: In products and solves, if ``inputs`` were changed in place since.
 
     Example:
@@ -147,7 +148,7 @@ class GLMHessian(LinearOperator):
         # X itself, for it may be most of the memory there is.
         self._versions = versions([self.inputs])
         with torch.no_grad(), without_autocast(weight.device):
-            eta = self.inputs.to(weight.dtype) @ weight.reshape(-1, d).T
+            eta = self.inputs.to(weight.dtype) @ torch.atleast_2d(weight).T
             eta = eta if bias is None else eta + bias.reshape(1, -1)
             self.weights = _curvature(family, eta).contiguous()
             self.l2 = self._penalty(l2, weight)
@@ -272,6 +273,8 @@ class GLMHessian(LinearOperator):
     def _checked_inputs(self, inputs: Tensor, weight: Tensor) -> Tensor:
         if not isinstance(inputs, Tensor):
             raise TypeError(f"inputs: expected a tensor, got {type(inputs).__name__}")
+        if inputs.layout != torch.strided:
+            raise TypeError(f"inputs: expected a dense tensor, got one of layout {inputs.layout}")
         halves = (torch.bfloat16, torch.float16) if weight.device.type == "cpu" else (torch.bfloat16,)
         allowed = (torch.float32, *halves) if weight.dtype == torch.float32 else (torch.float64,)
         if inputs.dtype not in allowed:
@@ -285,11 +288,16 @@ class GLMHessian(LinearOperator):
         return inputs if inputs.stride(1) == 1 else inputs.contiguous()
 
     def _penalty(self, l2: float | Tensor, weight: Tensor) -> Tensor | None:
+        if not isinstance(l2, (numbers.Real, Tensor)) or (isinstance(l2, Tensor) and l2.is_complex()):
+            got = l2.dtype if isinstance(l2, Tensor) else type(l2).__name__
+            raise TypeError(f"l2: expected a real number or tensor, got {got}")
         penalty = torch.as_tensor(l2, dtype=weight.dtype, device=weight.device).detach()
         if penalty.dim() and penalty.shape != weight.shape:
             raise ValueError(f"l2: expected a number or shape {tuple(weight.shape)}, got {tuple(penalty.shape)}")
-        if not bool((penalty >= 0).all()):
-            raise ValueError("l2: expected values >= 0, got a negative one or NaN")
+        if not bool(((penalty >= 0) & (2 * penalty).isfinite()).all()):
+            raise ValueError(
+                f"l2: expected values >= 0, got one that is negative, or NaN or infinite in {weight.dtype}"
+            )
         if not bool(penalty.any()):
             return None
         diagonal = torch.zeros(self.space.numel, dtype=weight.dtype, device=weight.device)
