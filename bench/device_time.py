@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -11,10 +12,16 @@ import torch
 T = TypeVar("T")
 # Of the first, every variant is compiled, and clocks rise.
 _WARMUP = 3
+# Half a millisecond, about: more than it takes to launch a few kernels.
+_CYCLES = 1_000_000
 
 
 def microseconds(
-    variants: dict[str, Callable[[], object]], rounds: int = 15, calls: int = 5, cold: bool = False
+    variants: dict[str, Callable[[], object]],
+    rounds: int = 15,
+    calls: int = 5,
+    cold: bool = False,
+    budget: float = 3.0,
 ) -> dict[str, list[float]]:
     """Device time per call of every variant, in turn in every round.
 
@@ -23,10 +30,14 @@ def microseconds(
         rounds: How many times to time each.
         calls: Calls between two events: what repeats in a solve finds its data where the last call left them.
         cold: Whether every call is timed alone, after something else has filled the second cache.
+        budget: Seconds after which no round begins, if three have been timed.
     """
+    begin = time.perf_counter()
     times: dict[str, list[float]] = {name: [] for name in variants}
     other = _twice_the_cache() if cold else None
     for round_ in range(rounds + _WARMUP):
+        if round_ >= _WARMUP + 3 and time.perf_counter() - begin > budget:
+            break
         for name, run in variants.items():
             each = [_between_events(run, 1, other) for _ in range(calls)] if cold else [_between_events(run, calls)]
             if round_ >= _WARMUP:
@@ -62,6 +73,9 @@ def _between_events(run: Callable[[], object], calls: int, other: torch.Tensor |
     if other is not None:
         other.zero_()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    # While the device is busy the host launches what is timed: else a device that is faster than its host waits for it
+    # between the events. Launches that take the host longer than this are timed with the host.
+    torch.cuda._sleep(_CYCLES)
     start.record()
     for _ in range(calls):
         run()

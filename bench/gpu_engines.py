@@ -1,4 +1,4 @@
-"""Neumann steps of general models on a GPU: ``python -m bench.gpu_engines [folder for gpu_engines.json]``.
+"""Neumann steps of general models on a GPU: ``python -m bench.gpu_engines [FOLDER]``.
 
 A CUDA graph of product and step against a backward pass through the retained graph and our step, and against the
 recorded operations launched one by one. Seconds from the first launch to the last result, over a whole series: where
@@ -7,15 +7,14 @@ launching is what takes long, time on the device alone says nothing. Every engin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 
 import hypergrad_ext as hg
 from bench.jax_series import neumann
-from bench.measure import RESULTS, environment, interleave, median, spread, table, write
+from bench.measure import interleave, median, spread, write_in_turn
 from bench.models import MODELS
 from hypergrad_ext.engines import cuda_graph, traced
 from tests.models import loss_of
@@ -25,8 +24,8 @@ ENGINES = ("eager", "traced", "cuda_graph")
 STEPS = 10
 
 
-def row_of(name: str) -> dict[str, object]:
-    """Times of one model."""
+def rows_of(name: str) -> list[dict[str, object]]:
+    """One row, of one model."""
     torch.manual_seed(0)
     model, x, y = MODELS[name]()
     model, x, y = model.to(DEVICE), x.to(DEVICE), y.to(DEVICE)
@@ -50,9 +49,9 @@ def row_of(name: str) -> dict[str, object]:
         # Recording and loading; what is captured is found again.
         gradient, first = operators["eager"].gradient, operators["eager"].space.views(b)
         variants["start"] = waited_for(lambda: traced.TracedGradient(gradient, "cuda_graph").start(first))
-        seconds_of = interleave(variants, 15)
+        seconds_of = interleave(variants, 15, budget=3.0)
     eager = median(seconds_of["eager"]) / STEPS
-    return row | {
+    row |= {
         "rel. error": errors["cuda_graph"],
         "runs on": operators["cuda_graph"].engine,
         "launch-bound": bound,
@@ -62,6 +61,7 @@ def row_of(name: str) -> dict[str, object]:
         "x graph": spread(seconds_of, "eager", "cuda_graph"),
         "start, products": median(seconds_of["start"]) / eager,
     }
+    return [row]
 
 
 def waited_for(run: Callable[[], object]) -> Callable[[], None]:
@@ -75,11 +75,8 @@ def waited_for(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def main() -> None:
-    """Measure, print a table, save."""
-    rows = [row_of(name) for name in MODELS]
-    print(table(rows))
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    write(folder / "gpu_engines.json", environment(), {"rows": rows})
+    """Measure, print, save."""
+    write_in_turn("gpu_engines", {"rows": [partial(rows_of, name) for name in MODELS]})
 
 
 if __name__ == "__main__":

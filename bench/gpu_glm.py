@@ -9,16 +9,16 @@ a node of a CUDA graph, and a barrier of the grid.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import hypergrad_ext as hg
 from bench.device_time import in_graph, medians, microseconds
-from bench.measure import environment, table, write
+from bench.gpu_steps import copy_bandwidth
+from bench.measure import write_in_turn
 from hypergrad_ext import _native, ops, reference
 
 DEVICE = torch.device("cuda")
@@ -56,15 +56,19 @@ def without(path: str, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
 class Problem:
     """Logistic or softmax regression at zero, with a penalty; `step` sizes make the series converge."""
 
-    def __init__(self, n: int, d: int, classes: int, k: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, n: int, d: int, classes: int, k: int, dtype: torch.dtype = torch.float32, intercept: bool = False
+    ) -> None:
         generator = torch.Generator(DEVICE).manual_seed(0)
         self.x = torch.randn(n, d, generator=generator, device=DEVICE).to(dtype)
         w = torch.zeros((classes, d) if classes > 1 else (d,), device=DEVICE)
-        self.operator = hg.GLMHessian(self.x, w, "softmax" if classes > 1 else "logistic", l2=0.01)
-        self.b = torch.randn(k, w.numel(), generator=generator, device=DEVICE)
+        params = [w, torch.zeros(classes, device=DEVICE)] if intercept else w
+        self.operator = hg.GLMHessian(self.x, params, "softmax" if classes > 1 else "logistic", l2=0.01)
+        self.b = torch.randn(k, self.operator.space.numel, generator=generator, device=DEVICE)
         self.never = torch.full((k,), -1.0, dtype=torch.float64, device=DEVICE)
         self.classes, self.alpha = classes, 0.2
         self.name = f"{n}x{d}, {'binary' if classes == 1 else f'{classes} classes'}, k={k}, {str(dtype)[6:]}"
+        self.name += ", intercept" if intercept else ""
 
     def check(self) -> None:
         """The kernels against float64, before any time is taken."""
@@ -88,12 +92,15 @@ class Problem:
 
     def two_products(self, v: Tensor) -> Tensor:
         """What a user of torch writes: X in the precision in which it is stored."""
-        x, weights, _, l2, scale, _ = self.operator._model(v)
-        v2 = v.view(-1, x.shape[1])
-        z = (x @ v2.T.to(x.dtype)).view(len(x), -1, self.classes).float()
+        x, weights, _, l2, scale, intercept = self.operator._model(v)
+        v_w, v_b = v.tensor_split([self.classes * x.shape[1]], 1)
+        z = (x @ v_w.reshape(-1, x.shape[1]).T.to(x.dtype)).view(len(x), -1, self.classes).float()
+        z = z + v_b if intercept else z
         p = weights.view(len(x), 1, self.classes)
         z = p * z if self.classes == 1 else p * (z - (p * z).sum(2, keepdim=True))
-        return (z.view(len(x), -1).T.to(x.dtype) @ x).float().mul_(scale).view_as(v).addcmul_(l2, v)
+        product = (z.view(len(x), -1).T.to(x.dtype) @ x).float().view_as(v_w)
+        product = torch.cat([product, z.sum(0)], 1) if intercept else product
+        return product.mul_(scale).addcmul_(l2, v)
 
     def loop(self) -> Tensor:
         v, p = self.b.clone(), self.b.clone()
@@ -106,51 +113,49 @@ class Problem:
         return ops.glm_neumann_solve(*self.operator._model(self.b), self.alpha, 0.0, STEPS, self.never)[0]
 
 
-def solves(copy: float) -> list[dict[str, object]]:
+SOLVES = [
+    *[(4096, 784, 1, 1), (4096, 784, 1, 8), (4096, 784, 10, 1), (1000, 32, 1, 1), (60_000, 784, 1, 1)],
+    *[(60_000, 784, 1, 8), (2_000_000, 128, 1, 1), (2_000_000, 32, 1, 1, torch.float32, True)],
+    *[(n, 784, 1, 1, torch.bfloat16) for n in (8192, 32_768, 120_000)],
+]
+PRODUCTS = [(60_000, 784, 1, 1), (60_000, 784, 1, 8), (60_000, 784, 10, 1), (2_000_000, 128, 1, 1)]
+
+
+def solve(copy: float, *shape: object) -> list[dict[str, object]]:
     """Microseconds per step of a Neumann solve, and for x that is streamed the share of a copy's bandwidth."""
-    rows: list[dict[str, object]] = []
-    shapes = [(4096, 784, 1, 1), (4096, 784, 1, 8), (4096, 784, 10, 1), (1000, 32, 1, 1), (60_000, 784, 1, 1)]
-    shapes += [(60_000, 784, 1, 8), (2_000_000, 128, 1, 1)]
-    problems = [Problem(*shape) for shape in shapes]
-    half = [(8192, 784, 1, 1), (32_768, 784, 1, 1), (120_000, 784, 1, 1)]
-    for problem in [*problems, *(Problem(*shape, torch.bfloat16) for shape in half)]:
-        problem.check()
-        path, variants = problem.plan(), {"one launch": problem.whole}
-        if path == "bulk":
-            variants |= {"without bulk copies": without("bulk", problem.whole)}
-        variants |= {
-            "deterministic": deterministic(problem.whole),
-            "graph of two products": in_graph(problem.loop),
-            "eager two products": problem.loop,
-        }
-        times = {name: us / STEPS for name, us in medians(microseconds(variants)).items()}
-        rate = problem.x.nbytes / times["one launch"] / 1e3
-        row: dict[str, object] = {"solve, us per step": problem.name, "path": path, "one launch": times["one launch"]}
-        row["without bulk copies"] = times.pop("without bulk copies", None)
-        rows.append(row | times | {"GB/s of x": rate, "share of copy": rate / copy})
-    return rows
+    problem = Problem(*shape)
+    problem.check()
+    path, variants = problem.plan(), {"one launch": problem.whole}
+    if path == "bulk":
+        variants |= {"without bulk copies": without("bulk", problem.whole)}
+    variants |= {
+        "deterministic": deterministic(problem.whole),
+        "graph of two products": in_graph(problem.loop),
+        "eager two products": problem.loop,
+    }
+    times = {name: us / STEPS for name, us in medians(microseconds(variants)).items()}
+    rate = problem.x.nbytes / times["one launch"] / 1e3
+    row: dict[str, object] = {"solve, us per step": problem.name, "path": path, "one launch": times["one launch"]}
+    row["without bulk copies"] = times.pop("without bulk copies", None)
+    return [row | times | {"GB/s of x": rate, "share of copy": rate / copy}]
 
 
-def products(copy: float) -> list[dict[str, object]]:
+def product(copy: float, *shape: object) -> list[dict[str, object]]:
     """One product, and the bytes of X per second."""
-    rows: list[dict[str, object]] = []
-    for shape in [(60_000, 784, 1, 1), (60_000, 784, 1, 8), (60_000, 784, 10, 1), (2_000_000, 128, 1, 1)]:
-        for dtype in (torch.float32, torch.bfloat16):
-            problem = Problem(*shape, dtype)
-            variants = {
-                "one pass": lambda problem=problem: problem.product(problem.b),
-                "two products": lambda problem=problem: problem.two_products(problem.b),
-            }
-            times = medians(microseconds(variants, cold=True))
-            rate = problem.x.nbytes / times["one pass"] / 1e3
-            rows.append({"product, us": problem.name, **times, "GB/s": rate, "share of copy": rate / copy})
-    return rows
+    problem = Problem(*shape)
+    variants = {
+        "one pass": lambda: problem.product(problem.b),
+        "two products": lambda: problem.two_products(problem.b),
+    }
+    times = medians(microseconds(variants, cold=True))
+    rate = problem.x.nbytes / times["one pass"] / 1e3
+    return [{"product, us": problem.name, **times, "GB/s": rate, "share of copy": rate / copy}]
 
 
-def machine() -> dict[str, object]:
-    """The rates that launch rules and plans assume."""
-    big, small = torch.empty(2**28, device=DEVICE), torch.empty(2**21, device=DEVICE)
-    other, near, one = torch.empty_like(big), torch.empty_like(small), torch.zeros(1, device=DEVICE)
+def rates() -> list[dict[str, object]]:
+    """What launch rules and plans assume of the machine."""
+    small = torch.empty(2**21, device=DEVICE)
+    near, one = torch.empty_like(small), torch.zeros(1, device=DEVICE)
     nodes = 1000
 
     def add_ones() -> None:
@@ -161,31 +166,29 @@ def machine() -> dict[str, object]:
         for _ in range(20):
             near.copy_(small)
 
-    variants = {"memory": lambda: other.copy_(big), "cache": in_graph(copy_in_cache), "node": in_graph(add_ones)}
-    times = medians(microseconds(variants))
+    times = medians(microseconds({"cache": in_graph(copy_in_cache), "node": in_graph(add_ones)}))
     # All multiprocessors take part, and have next to nothing to compute.
     multiprocessors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     tiny = Problem(32 * multiprocessors, 32, 1, 1)
     steps = medians(microseconds({"one": tiny.whole, "two": deterministic(tiny.whole)}))
-    return {
-        "copy GB/s": 2 * big.nbytes / times["memory"] / 1e3,
+    row = {
         "copy in L2 GB/s": 20 * 2 * small.nbytes / times["cache"] / 1e3,
         "graph node us": times["node"] / nodes,
         "step with one barrier us": steps["one"] / STEPS,
         "step with two barriers us": steps["two"] / STEPS,
     }
+    return [row]
 
 
 def main() -> None:
-    """Measure, print tables, save."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "bench/results")
-    rates = machine()
-    print("  ".join(f"{name} {value:.3g}" for name, value in rates.items()))
-    copy = float(str(rates["copy GB/s"]))
-    tables = {"solves": solves(copy), "products": products(copy)}
-    for rows in tables.values():
-        print(table(rows))
-    write(folder / "gpu_glm.json", environment() | rates, tables)
+    """Measure, print, save."""
+    copy = copy_bandwidth()
+    problems = {
+        "rates": [rates],
+        "solves": [partial(solve, copy, *shape) for shape in SOLVES],
+        "products": [partial(product, copy, *s, dtype) for s in PRODUCTS for dtype in (torch.float32, torch.bfloat16)],
+    }
+    write_in_turn("gpu_glm", problems, **{"copy GB/s": copy})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Products with a multilayer perceptron's Hessian on a GPU: ``python -m bench.gpu_mlp [folder for gpu_mlp.json]``.
+"""Products with a multilayer perceptron's Hessian on a GPU: ``python -m bench.gpu_mlp [FOLDER]``.
 
 The closed form against the retained double backward that any other package runs, one vector after another, both
 launched from Python and replayed from a CUDA graph; where a whole product is one launch, also layer by layer. Device
@@ -8,9 +8,8 @@ time by events, variants in turn, medians; every variant is checked against floa
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 import hypergrad_ext as hg
 from bench.device_time import in_graph, microseconds
 from bench.gpu_glm import without
-from bench.measure import environment, table, write
+from bench.measure import write_in_turn
 from hypergrad_ext import _native, backends, ops, reference_mlp
 
 # Name, layer sizes, batch, activation.
@@ -73,7 +72,7 @@ class Problem:
         return _native._C.mlp_hvp_plan(sizes, len(self.x), len(self.v), 4, self.activation != "relu")
 
 
-def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) -> list[dict[str, object]]:
+def rows_of(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) -> list[dict[str, object]]:
     """One row per variant."""
     problem = Problem(sizes, n, activation, k)
     truth = problem.double_backward(torch.float64)()
@@ -109,17 +108,10 @@ def measure(name: str, sizes: tuple[int, ...], n: int, activation: str, k: int) 
 
 
 def main() -> None:
-    rows = []
+    """Measure, print, save."""
     # Autograd runs backward where forward ran: to be captured, all of it has to be on one stream of its own.
     with torch.cuda.stream(torch.cuda.Stream()):
-        for problem in PROBLEMS:
-            for k in (1, 8):
-                rows += measure(*problem, k)
-    machine = environment()
-    print("  ".join(f"{key}={value}" for key, value in machine.items()))
-    print(table(rows))
-    if len(sys.argv) > 1:
-        write(Path(sys.argv[1]) / "gpu_mlp.json", machine, {"rows": rows})
+        write_in_turn("gpu_mlp", {"rows": [partial(rows_of, *problem, k) for problem in PROBLEMS for k in (1, 8)]})
 
 
 if __name__ == "__main__":

@@ -6,15 +6,14 @@ operations and against the bandwidth of a plain copy; every variant is checked a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bench import measure
 from bench.device_time import medians, microseconds
+from bench.measure import write_in_turn
 from hypergrad_ext import backends, ops, reference
 
 DEVICE = torch.device("cuda")
@@ -62,12 +61,10 @@ def rows_of(name: str, sizes: list[int], copy: float) -> list[dict[str, object]]
 
 
 def main() -> None:
-    """Measure, print a table, save."""
+    """Measure, print, save."""
     copy = copy_bandwidth()
-    rows = [row for name, sizes in LISTS.items() for row in rows_of(name, sizes, copy)]
-    print(f"copy {copy:.0f} GB/s\n{measure.table(rows)}")
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else measure.RESULTS
-    measure.write(folder / "gpu_steps.json", measure.environment() | {"copy GB/s": copy}, {"rows": rows})
+    rows = [partial(rows_of, name, sizes, copy) for name, sizes in LISTS.items()]
+    write_in_turn("gpu_steps", {"rows": rows}, **{"copy GB/s": copy})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -139,12 +141,22 @@ def commit() -> str:
         return "unknown"
 
 
+def driver() -> str:
+    """Version of the GPU's driver, which torch does not tell."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return lines[0] if lines else "unknown"
+
+
 def environment() -> dict[str, object]:
     """What a number means nothing without."""
     gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if gpu else "CPU only",
-        **({"cuda": torch.version.cuda, "driver": torch._C._cuda_getDriverVersion()} if gpu else {}),
+        **({"cuda": torch.version.cuda, "driver": driver()} if gpu else {}),
         "cpu": cpu_name(),
         "cores": torch.multiprocessing.cpu_count(),
         "isa": _native.build_info().get("isa", "none"),
@@ -186,6 +198,39 @@ def write(path: Path, machine: dict[str, object], tables: dict[str, list[dict[st
         lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)]
     path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     return path
+
+
+def write_in_turn(
+    name: str, problems: dict[str, Iterable[Callable[[], list[dict[str, object]]]]], **facts: object
+) -> None:
+    """Write tables to the folder of the command line or ``bench/results``, again after every problem.
+
+    A run that is cut short keeps what it has. Where a problem fails, its traceback is printed and the others go on.
+
+    Args:
+        name: Of the files.
+        problems: Of every table, what measures the rows of one problem.
+        facts: What belongs to the environment.
+
+    Raises:
+        SystemExit: At the end, if a problem failed.
+    """
+    path = (Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS) / f"{name}.json"
+    machine, tables, failed = environment() | facts, {}, 0
+    print("  ".join(f"{key}={value}" for key, value in machine.items()))
+    for title, measurements in problems.items():
+        for rows_of in measurements:
+            try:
+                rows = rows_of()
+            except Exception:
+                traceback.print_exc()
+                failed += 1
+                continue
+            tables.setdefault(title, []).extend(rows)
+            write(path, machine, tables)
+            print(table(rows))
+    if failed:
+        raise SystemExit(f"{name}: {failed} failed")
 
 
 def case(row: dict[str, object], key: int | None = None) -> str:

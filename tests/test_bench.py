@@ -214,14 +214,55 @@ def test_a_cold_call_is_timed_after_the_cache_was_filled(monkeypatch):
             log.append("fill")
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
     monkeypatch.setattr(device_time, "_twice_the_cache", Other)
     variants = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     times = device_time.microseconds(variants, rounds=2, calls=3, cold=True)
     assert device_time.medians(times) == {"a": pytest.approx(20), "b": pytest.approx(20)} and len(times["a"]) == 2
-    assert log[:5] == ["fill", "event", "a", "event", "wait"] and log.count("fill") == log.count("a") + log.count("b")
+    assert log[:6] == ["fill", "sleep", "event", "a", "event", "wait"]
+    assert log.count("fill") == log.count("a") + log.count("b")
     log.clear()
     times = device_time.microseconds(variants, rounds=2, calls=3)
-    assert log[:6] == ["event", "a", "a", "a", "event", "wait"] and times["b"] == pytest.approx([20 / 3] * 2)
+    assert log[:7] == ["sleep", "event", "a", "a", "a", "event", "wait"] and times["b"] == pytest.approx([20 / 3] * 2)
+    # However little time there is, three rounds are timed.
+    assert [len(t) for t in device_time.microseconds(variants, rounds=9, budget=0).values()] == [3, 3]
+
+
+@pytest.fixture
+def one_gpu(monkeypatch, tmp_path):
+    """A device that only has a name, and no tool on PATH but those of the folder."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    return tmp_path
+
+
+def test_the_driver_is_known_where_its_tool_is(one_gpu):
+    assert measure.environment()["driver"] == "unknown"
+    tool = one_gpu / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 580.1.2\necho 580.1.2\n")
+    tool.chmod(0o755)
+    assert measure.environment()["driver"] == "580.1.2"
+    tool.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    assert measure.environment()["driver"] == "unknown"
+
+
+def test_every_problem_is_saved_and_one_that_fails_stops_no_other(one_gpu, monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["bench.gpu_few", str(one_gpu)])
+    saved = one_gpu / "gpu_few.json"
+
+    def wrong() -> list[dict[str, object]]:
+        assert [row["us"] for row in json.loads(saved.read_text())["rows"]] == [1.0]
+        raise RuntimeError("relative error 3")
+
+    problems = {"rows": [lambda: [{"us": 1.0}], wrong, lambda: [{"us": 2.0}]], "more": [lambda: [{"GB/s": 3.0}]]}
+    with pytest.raises(SystemExit, match="gpu_few: 1 failed"):
+        measure.write_in_turn("gpu_few", problems, copy=4.0)
+    results = json.loads(saved.read_text())
+    assert results["rows"] == [{"us": 1.0}, {"us": 2.0}] and results["more"] == [{"GB/s": 3.0}]
+    assert results["environment"]["device"] == "some GPU" and results["environment"]["copy"] == 4.0
+    assert "## more" in saved.with_suffix(".md").read_text()
+    assert "RuntimeError: relative error 3" in capfd.readouterr().err
 
 
 def test_means_are_geometric_and_of_what_was_timed():
