@@ -156,7 +156,7 @@ def build_extension(kind, torch):
         link += [str(runtime), "-ldl", "-lrt", "-lpthread"]
     if kind == "emulate":
         # Of the CPU's kernels those that native plans run: the others have a CUDA kernel, which takes their place.
-        products = {"panel_gemm", "narrow_gemm", "sweep", "convolution", "glm_gram", "glm_gram_split"}
+        products = {"panel_gemm", "narrow_gemm", "shared_gemm", "sweep", "convolution", "glm_gram", "glm_gram_split"}
         planned = {"plan", *products, "neumann_step", "cg_step", "softmax_hessian"}
         sources = [s for s in sources if s.parent.name != "cpu" or s.stem in planned]
         sources += emulated_sources()
