@@ -1,5 +1,7 @@
 """Fixtures for all tests: seeds, and empties that betray whoever reads them."""
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 
@@ -15,11 +17,23 @@ except ImportError as error:
 
 from hypergrad_ext.engines import choose, traced  # noqa: E402
 
+# Errors after which a process cannot use its GPU any more, where a report says what was raised.
+LASTING = re.compile(
+    "^E .*(illegal memory access|misaligned address|unspecified launch failure|illegal instruction)", re.MULTILINE
+)
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 # Tiny problems: a second thread only waits, and on a busy machine it waits long.
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(trylast=True)  # after xdist has sent the report
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A process of pytest-xdist ends with the first error that lasts, and a new one takes its place."""
+    if "PYTEST_XDIST_WORKER" in os.environ and report.failed and LASTING.search(report.longreprtext):
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)
