@@ -62,16 +62,21 @@ def begin(system: System) -> None:
 
 def finish(system: System, x: Tensor, solution: Solution) -> None:
     """Leave in the state what the next solve can use."""
+    if not system.kept:
+        return
     state, spectrum = system.state, system.operator.spectrum
     state.solves += 1
     state.hvps += solution.hvps
     state.steps = solution.steps
     state.sketch_age += 1
-    state.spectrum_age = state.spectrum_age + 1 if spectrum == state.spectrum else 1
+    old = spectrum == state.spectrum
+    state.spectrum_age = state.spectrum_age + 1 if old else 1
     state.spectrum = None if spectrum is None else Spectrum(*spectrum)
     state.preconditioned_age += 1
     if solution.useless or solution.indefinite or solution.status is Status.NEGATIVE_CURVATURE:
         state.forget()
+        if old:
+            system.operator.spectrum = None
     else:
         state.change = None if state.x is None or state.x.shape != x.shape else x - state.x
-        state.x = x
+        state.x = x.clone()  # the solution is its owner's to write to

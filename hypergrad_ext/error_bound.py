@@ -38,13 +38,13 @@ def check_lower(lower: object) -> float | None:
     return float(lower)
 
 
-def solution_bound(system: System, x: Tensor, r: Tensor, ax: Tensor, lower: float) -> Tensor | None:
+def solution_bound(system: System, x: Tensor, r_norm: Tensor, ax: Tensor, lower: float) -> Tensor | None:
     r"""``|r| / (lower + d)``, which the error of ``x`` is not above, up to rounding; None where that says nothing.
 
     Args:
         system: The system.
         x: The solution, ``(n,)`` or ``(k, n)``.
-        r: Its residual.
+        r_norm: Norm of its residual, ``()`` or ``(k,)``.
         ax: ``(H + d I) x``.
         lower: What no eigenvalue of H is below.
 
@@ -67,7 +67,7 @@ def solution_bound(system: System, x: Tensor, r: Tensor, ax: Tensor, lower: floa
         )
     if lower + system.damping <= 0:
         return None
-    return norms(r) / (lower + system.damping)
+    return r_norm / (lower + system.damping)
 
 
 def mixed_norms(gradient: RetainedGradient, hparams: Sequence[Tensor]) -> list[Tensor] | None:

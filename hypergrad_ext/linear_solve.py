@@ -13,7 +13,7 @@ from torch import Tensor
 from hypergrad_ext.carry_over import begin, finish, used_part, warm
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.error_bound import check_lower, solution_bound
-from hypergrad_ext.norms import finite_rows, norms, powers_of_two
+from hypergrad_ext.norms import finite_rows, norms, powers_of_two, safe_norms
 from hypergrad_ext.operators import LinearOperator
 from hypergrad_ext.solution import Solution, SolveError, SolveWarning, Status, worst
 from hypergrad_ext.solvers import MINRES, Auto, LiSSA, Outcome, Solver, SolverState, System
@@ -29,6 +29,8 @@ SolverChoice = Solver | Literal["auto"]
 _STAGNATION = 2.0
 # Steps in low precision after which that is looked into, asked or not.
 _CHECKED = 20
+# Norm of a right-hand side, or multiple of it, from which on the solution may not fit the dtype.
+_LARGE = 1e9
 # For automatic damping: steps that look for the most negative eigenvalue, what is not rounding, and the first increase.
 _DAMPING_STEPS = 20
 _NEGATIVE = 1e-6
@@ -160,11 +162,10 @@ def solve_for(
     lower = check_lower(operator.lower if lower is None else lower)
     packed = operator.space.pack(argument, b)
     start = None if x0 is None else operator.space.pack("x0", x0, rows=packed.rows or 0).flat
-    if state is None:
-        state = SolverState()
-    elif not isinstance(state, SolverState):
-        raise TypeError(f"state: expected a SolverState, got {type(state).__name__}")
-    state.check(operator.space)
+    if state is not None:
+        if not isinstance(state, SolverState):
+            raise TypeError(f"state: expected a SolverState, got {type(state).__name__}")
+        state.check(operator.space)
     residual = residual and not operator.stochastic  # that of one batch means nothing
     with torch.no_grad():
         if isinstance(damping, str):
@@ -177,7 +178,7 @@ def solve_for(
 def _solve_damped(
     operator: LinearOperator,
     backend: str | None,
-    state: SolverState,
+    state: SolverState | None,
     packed: Packed,
     start: Tensor | None,
     solver: Solver,
@@ -186,6 +187,7 @@ def _solve_damped(
     lower: float | None,
 ) -> Solution:
     """Solve with damping from the most negative Ritz value, and more if that was not enough."""
+    state = SolverState() if state is None else state  # what an attempt has seen is for the next
     system = System(operator, 0.0, backend, state)
     found = lanczos(system, _DAMPING_STEPS, packed.flat.nan_to_num(0, 0, 0))
     if math.isfinite(found.size):
@@ -205,6 +207,9 @@ def _solve_damped(
         how = "indefinite" if solution.indefinite else solution.status
         said.append(f"with damping {damping:.3g} {how}, {system.hvps - spent} products")
         spent = system.hvps
+        # The next attempt counts for this one, too.
+        state.hvps -= spent
+        state.solves -= 1
         damping = max(10 * damping, _DAMPING_LEAST * found.size)
     return replace(solution, detail="; ".join([*said, *([solution.detail] if solution.detail else [])]))
 
@@ -217,8 +222,7 @@ def _solve_packed(
     b, x0 = used_part(system, packed.flat), None if x0 is None else used_part(system, x0)
 
     # Numbers on the host where there is one per row: a dozen operations of torch take longer than a small solve.
-    b_norm = norms(b)
-    sizes: list[float] = b_norm.reshape(-1).tolist()
+    b_norm, sizes = safe_norms(b)
     finite = finite_rows(b, sizes)
     if x0 is not None:
         others = finite_rows(x0, norms(x0).reshape(-1).tolist())
@@ -239,7 +243,10 @@ def _solve_packed(
     else:
         rhs = b
     begin(system)
-    starts: list[float] = sizes if x0 is None else norms(rhs).reshape(-1).tolist()
+    starts = sizes if x0 is None else safe_norms(rhs)[1]
+    overflow = [row for row, start in enumerate(starts) if not math.isfinite(start)]
+    if overflow:  # of a product with x0: the other rows go on
+        rhs.view(len(starts), -1)[overflow] = 0
     scales = powers_of_two(rhs, starts)
     # One number, or one per row.
     scale = scales[0] if len(scales) == 1 else torch.tensor(scales, dtype=b.dtype, device=b.device)
@@ -251,24 +258,29 @@ def _solve_packed(
     # In place where the right-hand side is not needed again: new memory costs more than the multiplication.
     scaled = rhs * per_row if residual or doubtful else rhs.mul_(per_row)
     outcome = solver.run(system, scaled, b_norm * scale)
+    for row in overflow:
+        outcome.statuses[row] = Status.NON_FINITE_OPERATOR
     _drop_worse_than_start(outcome, times(starts, scales))
     x = outcome.x.div_(per_row)
+    if min(scales) * _LARGE < 1 or (getattr(solver, "alpha", None) or 0) > _LARGE:
+        _drop_what_does_not_fit(outcome, x)
     if x0 is not None:
         x += x0
 
     if residual or doubtful and outcome.steps >= _CHECKED:
         ax = system.apply(x)
         r = b - ax
-        r_norm = norms(r)
-        residuals: list[float] = r_norm.reshape(-1).tolist()
+        r_norm, residuals = safe_norms(r)
         relative = _relative_to(residuals, sizes)
         if lower is not None:
-            bound = solution_bound(system, x, r, ax, lower)
+            bound = solution_bound(system, x, r_norm, ax, lower)
         for row, value in enumerate(relative):
             if tol is not None and outcome.statuses[row] is Status.CONVERGED and not value <= _STAGNATION * tol:
                 outcome.statuses[row] = Status.STAGNATED
+            elif outcome.statuses[row] in (Status.CONVERGED, Status.MAX_STEPS) and not math.isfinite(value):
+                outcome.statuses[row] = Status.NON_FINITE_OPERATOR
         lost = [
-            status is Status.STAGNATED and not value < start
+            status in (Status.STAGNATED, Status.NON_FINITE_OPERATOR) and not value < start
             for status, value, start in zip(outcome.statuses, residuals, starts, strict=True)
         ]
         if any(lost):
@@ -285,6 +297,10 @@ def _solve_packed(
         outcome.statuses = [
             status if ok else Status.NON_FINITE_INPUT for ok, status in zip(finite, outcome.statuses, strict=True)
         ]
+        if relative is not None:
+            relative = [value if ok else math.nan for ok, value in zip(finite, relative, strict=True)]
+        if bound is not None:
+            bound = torch.where(good, bound, torch.nan)
     solution = _solution(packed, x, outcome, system, solver, relative, times(sizes, scales), bound)
     finish(system, x, solution)
     return solution
@@ -301,6 +317,18 @@ def _drop_worse_than_start(outcome: Outcome, starts: list[float]) -> None:
     for row in failed:
         if not residuals[row] < starts[row]:
             x[row].zero_()
+
+
+def _drop_what_does_not_fit(outcome: Outcome, x: Tensor) -> None:
+    """Set rows to zero, the start, that are too large for their dtype in the units of the right-hand side."""
+    fits = x.isfinite().all(-1)
+    if bool(fits.all()):
+        return
+    for row, ok in enumerate(fits.reshape(-1).tolist()):
+        if not ok:
+            x.view(-1, x.shape[-1])[row] = 0
+            outcome.statuses[row] = Status.SINGULAR
+            outcome.detail += f"{'; ' if outcome.detail else ''}|x| is beyond {x.dtype}"
 
 
 def _relative_to(norms: list[float], of: list[float]) -> list[float]:

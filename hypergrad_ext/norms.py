@@ -20,6 +20,18 @@ def norms(flat: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float64)
 
 
+def safe_norms(flat: Tensor) -> tuple[Tensor, list[float]]:
+    """`norms` and the same as numbers, right also where squares of float64 overflow or vanish."""
+    found = norms(flat)
+    sizes: list[float] = found.reshape(-1).tolist()
+    if flat.dtype == torch.float64 and flat.numel() and not all(1e-150 < size < 1e150 for size in sizes):
+        largest = flat.abs().amax(-1)
+        unit = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+        found = norms(flat / unit[..., None]) * unit
+        sizes = found.reshape(-1).tolist()
+    return found, sizes
+
+
 def finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no element is NaN or infinite; the device is asked once."""
     parts = [t.detach() for t in tensors]

@@ -271,7 +271,7 @@ class Space:
         """Position in ``leaves`` of every parameter: by key where both have dicts (or are a module), else by place.
 
         Returns:
-            Numbers below the number of tensors.
+            One index per parameter.
 
         Raises:
             ValueError: If number or keys do not match the parameters.

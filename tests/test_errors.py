@@ -229,6 +229,14 @@ def test_preconditioner(make, preconditioner, error, message):
         hg.inverse_hvp(quadratic, W, V, make(preconditioner=preconditioner, **bounds))
 
 
+@pytest.mark.parametrize("make", [hg.CG, hg.Chebyshev, hg.Neumann])
+def test_preconditioner_that_is_found_to_be_indefinite_on_the_way(make):
+    a, b = torch.arange(1.0, 7, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    indefinite = make(preconditioner=lambda v: torch.cat([v[:5], -v[5:] / 10]))
+    with pytest.raises(ValueError, match=r"preconditioner: expected a positive definite one, got v.M v = -\d"):
+        hg.solve(hg.Callable(lambda v: a * v, b), b, indefinite)
+
+
 def test_direct_refuses_systems_that_do_not_fit():
     w = torch.ones(11, requires_grad=True)
     with pytest.raises(ValueError, match="max_size: expected at most 10 unknowns for Direct, got 11"):

@@ -106,7 +106,7 @@ VECTORS = {
     "Richardson": (hg.Neumann(4, alpha=0.5, form="richardson"), 3),
     "Chebyshev": (hg.Chebyshev(4, bounds=(1.0, 2.0)), 4),
     "CG": (hg.CG(max_steps=4), 4),
-    "MINRES": (hg.MINRES(max_steps=4), 6),
+    "MINRES": (hg.MINRES(max_steps=4), 7),
     "auto": ("auto", 5),
 }
 

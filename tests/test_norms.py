@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hypergrad_ext.norms import finite, finite_rows, norms, power_of_two_scale
+from hypergrad_ext.norms import finite, finite_rows, norms, power_of_two_scale, safe_norms
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -44,6 +44,20 @@ def test_one_bad_element_is_found(bad, dtype):
 def test_elements_whose_squares_overflow_are_finite():
     flat = torch.full((2, 5), 1e200, dtype=torch.float64)
     assert all(finite_rows(flat, norms(flat).tolist())) and finite([flat])
+
+
+@pytest.mark.parametrize("sizes", [(1e200, 1e-200), (1e-320, 3.0), (1e300, 0.0)])
+def test_safe_norms_of_what_has_no_squares(sizes):
+    flat = torch.tensor(sizes, dtype=torch.float64)[:, None] * torch.ones(4, dtype=torch.float64)
+    found, numbers = safe_norms(flat)
+    torch.testing.assert_close(found, 2 * flat[:, 0], rtol=1e-13, atol=0)
+    assert numbers == found.tolist() and safe_norms(flat[0])[1] == numbers[:1]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0)])
+def test_safe_norms_of_nothing(shape):
+    found, numbers = safe_norms(torch.ones(shape, dtype=torch.float64))
+    assert found.shape == shape[:-1] and not any(numbers)
 
 
 def test_tensors_of_several_dtypes_and_layouts():

@@ -77,6 +77,21 @@ class TestNystrom:
         solution = hg.solve(hg.DenseMatrix(a), b, hg.Nystrom(rank=5), damping=0.1)
         assert solution.status == "max_steps" and solution.residual_norm > 0.5
 
+    @pytest.mark.parametrize("dtype", [F64, torch.float32])
+    @pytest.mark.parametrize("damping", [0.0, 1e-2, 1e-6, 1e-10, 1e-15])
+    def test_full_rank_is_exact_at_any_damping(self, dtype, damping):
+        a, b = spd(20, 6.0, dtype), torch.randn(20, dtype=dtype)
+        solution = hg.solve(hg.DenseMatrix(a), b, hg.Nystrom(20), damping=damping)
+        truth = torch.linalg.solve(a.double() + damping * torch.eye(20, dtype=F64), b.double())
+        assert_close(solution.value.double(), truth, 100 * torch.finfo(dtype).eps)
+
+    def test_little_damping_divides_no_rounding(self):
+        q = torch.linalg.qr(torch.randn(40, 10, dtype=F64)).Q
+        inside, outside = q @ torch.randn(10, dtype=F64), 1e-6 * torch.ones(40, dtype=F64)
+        solution = hg.solve(hg.DenseMatrix(q @ q.T), inside + outside, hg.Nystrom(10), damping=1e-12)
+        truth = inside + q @ (q.T @ outside) + (outside - q @ (q.T @ outside)) / 1e-12
+        assert_close(solution.value, truth, 1e-9)
+
     def products_to(self, a: Tensor, b: Tensor, preconditioner: hg.Nystrom | None = None) -> tuple[int, int]:
         """Steps, and products with the sketch, to a relative error of 1e-3."""
         truth = torch.linalg.solve(a, b)
@@ -341,6 +356,37 @@ class TestState:
         for damping in (0.4, 0.5):
             hg.inverse_hvp(lambda p: p[0].square().sum(), [w, u], v, solver, damping=damping, state=state)
         assert not bool(hg.inverse_hvp(lambda p: p[0].square().sum(), [w, u], v, solver, state=state)[1].any())
+
+    def test_a_preconditioned_spectrum_is_that_of_its_damping_and_preconditioner(self):
+        a, v = torch.linspace(1, 3, 20, dtype=F64), torch.ones(20, dtype=F64)
+        operator, state = hg.Callable(lambda w: a * w, a), hg.SolverState()
+
+        def spent(p, damping=0.0):
+            solver = hg.Neumann(20, preconditioner=p)
+            solution = hg.solve(operator, v, solver, damping=damping, state=state)
+            assert_close(solution.value, v / (a + damping), 1e-6)
+            state.x = state.change = None  # one product to start from it
+            return solution.hvps
+
+        assert spent(a, 1e4) > 25 and spent(a, 1e4) == 21 == spent(1.01 * a, 1e4)
+        assert spent(a) > 21 and spent(1e6 * a) > 21 and spent(lambda w: w / a) > 21
+
+    def test_a_spectrum_that_failed_does_not_stay_with_the_operator(self):
+        a, b, state = torch.tensor([1.0, 2.0, 3.0], dtype=F64), torch.ones(3, dtype=F64), hg.SolverState()
+        hg.solve(hg.Callable(lambda v: a * v, b), b, hg.Chebyshev(20), state=state)
+        operator = hg.Callable(lambda v: 100 * a * v, b)
+        statuses = [str(hg.solve(operator, b, hg.Chebyshev(20), state=state).status) for _ in range(2)]
+        assert statuses == ["diverged", "max_steps"]
+
+    def test_the_solution_is_its_owners(self):
+        a, b, state = spd(50, 100.0), torch.ones(50, dtype=F64), hg.SolverState()
+        hg.solve(products(a), b, hg.CG(), state=state).value.neg_()
+        assert hg.solve(products(a), b, hg.CG(), state=state).steps == 0
+
+    def test_attempts_with_more_damping_are_one_solve(self):
+        b, state = torch.ones(3, dtype=F64), hg.SolverState()
+        solution = hg.solve(hg.Callable(lambda v: 0 * v, b), b, hg.CG(), damping="auto", state=state)
+        assert state.solves == 1 and state.hvps == solution.hvps
 
     def test_goes_on_bit_for_bit_from_a_state_dict(self):
         state = hg.SolverState(refresh=3)

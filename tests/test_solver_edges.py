@@ -30,6 +30,11 @@ class TestReport:
         error = float(torch.linalg.vector_norm(solution.value - worst / 1e-2))
         assert solution.error_bound == pytest.approx(error, rel=1e-6)
 
+    def test_rows_that_are_not_finite_have_no_residual_and_no_bound(self):
+        b = torch.tensor([[1.0, 2.0], [math.nan, 1.0]])
+        solution = hg.solve(hg.DenseMatrix(torch.diag(torch.tensor([2.0, 3.0]))), b, hg.CG(), lower=1.0)
+        assert solution.residual_norm.isnan().tolist() == solution.error_bound.isnan().tolist() == [False, True]
+
     def test_error_bound_is_none_where_nothing_is_known(self):
         assert hg.solve(hg.DenseMatrix(torch.eye(2)), torch.ones(2)).error_bound is None
 
@@ -162,6 +167,45 @@ class TestScales:
 
 
 class TestEdges:
+    @pytest.mark.parametrize("size", [1e-200, 1e200])
+    @pytest.mark.parametrize(
+        "solver",
+        ["auto", hg.CG(), hg.MINRES(), hg.BlockCG(), hg.Neumann(60, tol=1e-4), hg.Chebyshev(60, tol=1e-4), hg.Direct()],
+        ids=lambda s: str(s).split("(")[0],
+    )
+    def test_right_hand_sides_that_have_no_squares(self, solver, size):
+        a, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=F64), torch.tensor([1.0, -2.0], dtype=F64)
+        plain, scaled = (
+            hg.solve(hg.Callable(lambda v: a @ v, b), rhs, solver, lower=1.0) for rhs in (b, torch.stack([b, b * size]))
+        )
+        assert plain.converged and scaled.converged
+        assert_close(scaled.value[1] / size, plain.value, 1e-3)
+        assert float(scaled.residual_norm[1]) < 1e-4 and float(scaled.error_bound[1]) <= 1e-4 * size * 3
+
+    @pytest.mark.parametrize("rows", [None, 2])
+    @pytest.mark.parametrize("residual", [False, True])
+    def test_solutions_that_do_not_fit_are_no_success(self, rows, residual):
+        b = torch.full((3,), 1e25)
+        b = b if rows is None else torch.stack([torch.ones(3), b])
+        for solver in ("auto", hg.CG(), hg.MINRES(), hg.Neumann(50, alpha=4e19), hg.Identity(1e39)):
+            solution = hg.solve(hg.Callable(lambda v: 2e-20 * v, torch.ones(3)), b, solver, residual=residual)
+            assert solution.status.failed and bool(torch.isfinite(solution.value).all())
+            if rows and not isinstance(solver, hg.Identity):
+                assert not solution.statuses[0].failed
+
+    @pytest.mark.parametrize(
+        "solver",
+        [hg.CG(), hg.MINRES(), hg.BlockCG(), hg.Neumann(50), hg.Chebyshev(50), hg.Direct(), hg.LiSSA(20, 2)],
+        ids=lambda s: type(s).__name__,
+    )
+    def test_one_product_with_x0_that_overflows(self, solver):
+        operator, x0 = hg.Callable(lambda v: 1e20 * v, torch.ones(2)), torch.tensor([[1e30, 1e30], [0.0, 0.0]])
+        solution = hg.solve(operator, torch.ones(2, 2), solver, x0=x0)
+        assert solution.statuses[0] == "non_finite_operator" and not solution.statuses[1].failed
+        assert torch.equal(solution.value[0], x0[0]) and math.isinf(solution.residual_norm[0])
+        assert_close(solution.value[1], torch.full((2,), 1e-20), 1e-5)
+        assert hg.solve(operator, torch.ones(2), solver, x0=x0[0]).status == "non_finite_operator"
+
     ALL = [hg.CG(), hg.MINRES(), hg.BlockCG(), hg.Chebyshev(9), hg.Neumann(9), hg.Nystrom(3), hg.Direct(), "auto"]
 
     @pytest.mark.parametrize("solver", ALL, ids=str)

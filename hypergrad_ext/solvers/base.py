@@ -59,6 +59,7 @@ class System:
         backend: The backend asked for, if any.
         hvps: Products so far; one with a batch of k vectors counts k.
         state: What earlier solves left; a new one if nobody keeps it.
+        kept: Whether somebody does.
         history: Where steps leave norms of residuals, if somebody wants them.
     """
 
@@ -68,6 +69,7 @@ class System:
         """Bind an operator, its damping, the choice of backend, and the state that goes on."""
         self.operator = operator
         self.state = SolverState() if state is None else state
+        self.kept = state is not None
         self.prepared = operator
         self.damping = damping
         self.hvps = 0

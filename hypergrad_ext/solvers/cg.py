@@ -12,7 +12,12 @@ from hypergrad_ext import ops
 from hypergrad_ext.norms import norms
 from hypergrad_ext.solution import Status
 from hypergrad_ext.solvers.base import Outcome, Solver, System, check_count, check_tolerance
-from hypergrad_ext.solvers.preconditioner import Preconditioner, PreconditionerChoice
+from hypergrad_ext.solvers.preconditioner import (
+    Preconditioner,
+    PreconditionerChoice,
+    SketchPreconditioner,
+    not_definite,
+)
 from hypergrad_ext.structure import held
 
 _STATUS = {
@@ -87,7 +92,11 @@ class CG(Solver):
             x, state, steps = whole
             x, step = x.view_as(b), int(steps)
             system.hvps += step * len(rows)
-        residual, _, curvature, flags = state.reshape(-1, len(columns)).T.tolist()[:4]
+        residual, _, curvature, flags, *energies = state.reshape(-1, len(columns)).T.tolist()
+        if energies and not isinstance(m, SketchPreconditioner):  # which is, but for rounding
+            least = min((energy for energy, flag in zip(energies[0], flags, strict=True) if flag == 2.0), default=1.0)
+            if least <= 0:
+                raise not_definite(least)
         negative = [c for c, flag in zip(curvature, flags, strict=True) if flag == 2.0]
         detail = f"step {step}, curvature {min(negative):.3g}" if negative else ""
         return Outcome(

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext.solvers.base import System
-from hypergrad_ext.solvers.preconditioner import Preconditioner
+from hypergrad_ext.solvers.preconditioner import Preconditioner, not_definite
 
 STEPS = 10
+# Of a preconditioner, from one solve to the next: it may change as slowly as H.
+_DRIFT = 0.3
+# Of |r| |M r|: an r.M r that is more negative is not rounding.
+_ROUNDING = 1e-5
 
 
 class Spectrum(NamedTuple):
@@ -48,7 +52,7 @@ NOT_FINITE = Spectrum((math.nan,), (math.nan,), math.nan, math.nan)
 def spectrum_of(system: System, b: Tensor, preconditioner: Preconditioner | None = None) -> Spectrum:
     """The spectrum of ``H`` as a few Lanczos steps see it, kept on the operator; or that of ``M (H + d I)``.
 
-    The latter depends on M, so only a `SolverState` keeps it, in which M changes as slowly as H.
+    The latter depends on M, so only a `SolverState` keeps it, while M changes as slowly as H, and d not at all.
 
     Args:
         system: The operator; damping counts only with a preconditioner.
@@ -62,11 +66,15 @@ def spectrum_of(system: System, b: Tensor, preconditioner: Preconditioner | None
     """
     if preconditioner is not None:
         state = system.state
-        if state.preconditioned is None or state.preconditioned_age >= state.refresh:
+        damping, size = state.preconditioned_of or (math.nan, math.nan)
+        now = float(preconditioner.norm(b.new_ones(b.shape[-1])))
+        same = damping == system.damping and math.isclose(size, now, rel_tol=_DRIFT)
+        if not same or state.preconditioned is None or state.preconditioned_age >= state.refresh:
             found = lanczos(system, STEPS, b, preconditioner)
             if not math.isfinite(found.size):
                 return found
             state.preconditioned, state.preconditioned_age = found, 0
+        state.preconditioned_of = system.damping, now
         return state.preconditioned
     if system.operator.spectrum is None:
         found = lanczos(system, STEPS, b)
@@ -94,6 +102,9 @@ def lanczos(
 
     Returns:
         The spectrum; NaN if a product was not finite.
+
+    Raises:
+        ValueError: If the preconditioner is found not to be positive definite.
 
     Cost: ``steps`` Hessian-vector products.
     """
@@ -155,4 +166,6 @@ def _start(system: System, b: Tensor | None) -> Tensor:
 
 def _root(r: Tensor, z: Tensor) -> float:
     square = dot(r, z)
-    return math.sqrt(square) if square >= 0 else math.nan
+    if square < 0 and square < -_ROUNDING * math.sqrt(dot(r, r) * dot(z, z)):
+        raise not_definite(square)
+    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else math.nan

@@ -23,9 +23,13 @@ class Sketch(NamedTuple):
     def inverse(self, r: Tensor, damping: float) -> Tensor:
         """``(U L U^T + d I)^{-1} r`` for d > 0, by the Woodbury identity; the pseudo-inverse for d = 0."""
         inside = r @ self.basis.mT
-        if damping == 0:
-            return (inside / self.values) @ self.basis
-        return (r - (inside * (self.values / (self.values + damping))) @ self.basis) / damping
+        x = (inside / (self.values + damping)) @ self.basis
+        if damping == 0 or len(self.values) == r.shape[-1]:
+            return x
+        # Twice, because what the first projection leaves of r inside is rounding, and is divided by the damping.
+        outside = r - inside @ self.basis
+        outside -= (outside @ self.basis.mT) @ self.basis
+        return x.add_(outside, alpha=1 / damping)
 
     def precondition(self, r: Tensor, damping: float) -> Tensor:
         """``M r`` with eigenvalue ``(l_r + d) / (l_i + d)`` along ``u_i``, and 1 across all of them."""

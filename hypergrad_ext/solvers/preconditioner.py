@@ -152,8 +152,7 @@ class Preconditioner:
         """
         square = (r.double() * self.times(r).double()).sum(-1)
         if not bool(((square > 0) & square.isfinite() | (r == 0).all(-1)).all()):
-            least = float(square.min())
-            raise ValueError(f"preconditioner: expected a positive definite one, got v.M v = {least:.3g} for some v")
+            raise not_definite(float(square.min()))
         return square.sqrt()
 
     def _times_one(self, r: Tensor) -> Tensor:
@@ -189,6 +188,11 @@ class Preconditioner:
                 f"got values from {float(low):.3g} to {float(high):.3g}"
             )
         return inverse
+
+
+def not_definite(least: float) -> ValueError:
+    """What to raise where ``v.M v`` is ``least`` for some v."""
+    return ValueError(f"preconditioner: expected a positive definite one, got v.M v = {least:.3g} for some v")
 
 
 class SketchPreconditioner(Preconditioner):

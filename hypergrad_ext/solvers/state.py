@@ -31,7 +31,8 @@ class SolverState:
     the tolerance, one more product shows how far to follow its last change: a steady drift is nearly undone. `Neumann`
     and `Chebyshev` reuse what Lanczos steps saw of the spectrum, and ``solver="auto"`` a Nystrom preconditioner once
     solves are long. What was measured on an earlier operator is measured again after ``refresh`` solves (a sketch
-    once its age has cost what it did), and at once when a solve fails with it. A wrong start or an old sketch costs
+    once its age has cost what it did), and at once when a solve fails with it, or the spectrum of a preconditioned
+    operator is to be that with another damping or preconditioner. A wrong start or an old sketch costs
     products, never accuracy: solvers with a tolerance still meet it.
 
     Args:
@@ -47,6 +48,7 @@ class SolverState:
         spectrum: What Lanczos steps saw.
         spectrum_age: Solves since then.
         preconditioned: What they saw of the preconditioned operator.
+        preconditioned_of: The damping, and a number that tells preconditioners apart, of the last solve with it.
         preconditioned_age: Solves since then.
         sketch: The Nystrom sketch of the operator.
         sketch_age: Solves since then.
@@ -70,6 +72,7 @@ class SolverState:
     spectrum: Spectrum | None = None
     spectrum_age: int = 0
     preconditioned: Spectrum | None = None
+    preconditioned_of: tuple[float, float] | None = None
     preconditioned_age: int = 0
     sketch: Sketch | None = None
     sketch_age: int = 0
