@@ -91,6 +91,12 @@ std::tuple<at::Tensor, at::Tensor> neumann_solve(const GlmProblem& problem, cons
       return error ? error : cuda::glm_neumann_running(stats, limit, k, flag, stream);
     });
   }
+  if (steps > 0) {
+    // Terms that meet the tolerance in the end are left out: they are the residuals of the sums before them.
+    const at::Tensor squares = history.select(2, kNormSquared), last = squares.select(1, 0).ne(-1).sum(0, true).sub(1);
+    const at::Tensor met = squares.index_select(0, last).le(stop).view({k, 1});
+    p.sub_(v.where(met, zeros({}, v.options())));
+  }
   return {p.mul_(alpha), history};
 }
 

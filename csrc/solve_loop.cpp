@@ -1,5 +1,7 @@
 #include "solve_loop.h"
 
+#include <vector>
+
 #include "kernels.h"
 #include "tensors.h"
 
@@ -33,6 +35,7 @@ std::tuple<at::Tensor, at::Tensor> neumann_series(const at::Tensor& b, double al
   const VectorList v_list = rows_of(v), p_list = rows_of(p), hv_list = rows_of(hv);
   const double* limit = stop.const_data_ptr<double>();
   double* stats = history.mutable_data_ptr<double>();
+  std::vector<bool> met(k);
   cpu::lead(multiply.team, [&] {
     for (int64_t step = 0; step < steps; ++step, stats += k * kNeumannStats) {
       multiply.product(v, hv);
@@ -40,12 +43,16 @@ std::tuple<at::Tensor, at::Tensor> neumann_series(const at::Tensor& b, double al
       bool running = false;
       for (int64_t row = 0; row < k; ++row) {
         const double square = stats[row * kNeumannStats + kNormSquared];
+        met[row] = square <= limit[row];
         // A norm that is not finite goes on being so: nothing to wait for in that row.
-        running |= square > limit[row] && finite(square);
+        running |= !met[row] && finite(square);
       }
       if (!running) break;
     }
   });
+  // What is known to be small is the residual of the sum before this term.
+  for (int64_t row = 0; row < k; ++row)
+    if (met[row]) p.select(0, row).sub_(v.select(0, row));
   return {p.mul_(alpha), history};
 }
 

@@ -268,7 +268,8 @@ def glm_neumann_solve(
     """``alpha sum_j (I - alpha (H + damping I))^j b`` over ``steps + 1`` terms, and the stats of every step.
 
     Ends once the squared norm of every row's term is at most its ``stop``, or not finite; stats of steps
-    that are not taken are -1.
+    that are not taken are -1. A term that is at most its ``stop`` in the end, the residual of the sum before it, is
+    left out of that.
 
     Returns:
         The sum, like ``b``, and the stats, ``(steps, k, 2)``.
@@ -297,11 +298,13 @@ def neumann_series(
     """The loop of `glm_neumann_solve` around any product with the rows of a tensor."""
     v, p = b.clone(), b.clone()
     history = stop.new_full((steps, b.shape[0], 2), -1.0)
+    met = torch.zeros_like(stop, dtype=torch.bool)
     for stats in history:
         neumann_step_([v], [p], [product(v)], stats, alpha, damping)
-        if not bool(((stats[:, 0] > stop) & stats[:, 0].isfinite()).any()):
+        met = stats[:, 0] <= stop
+        if not bool((~met & stats[:, 0].isfinite()).any()):
             break
-    return p * alpha, history
+    return torch.where(met[:, None], p - v, p) * alpha, history
 
 
 def conjugate_gradients(

@@ -243,8 +243,10 @@ class TestTheIterateThatConverged:
 
     @pytest.mark.parametrize("form", ["series", "richardson"])
     @pytest.mark.parametrize("bystander", [False, True])
-    def test_a_step_size_out_of_range_is_no_success(self, form, bystander):
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_a_step_size_out_of_range_is_no_success(self, form, bystander, whole):
         operator, b = diagonal(1, 1e6), torch.tensor([1.0, 1e-9], dtype=F64)
+        operator = hg.DenseMatrix(operator.dense()) if whole else operator
         rows = torch.stack([b, torch.tensor([1.0, 0.0], dtype=F64)]) if bystander else b
         solution = hg.solve(operator, rows, hg.Neumann(50, alpha=1.0, tol=1e-2, form=form), residual=False)
         x = solution.value[0] if bystander else solution.value

@@ -103,7 +103,7 @@ class CgSolver {
     for (int i = threadIdx.x; i < rows_ * kCgState; i += kThreads) more_.state[i] = scalars_[i];
     if (threadIdx.x == 0) *more_.taken = steps;
   }
-  __device__ Real result(Real solution) const { return solution; }
+  __device__ Real result(const State&, int, Real solution) const { return solution; }
 
  private:
   static constexpr double kEpsilon = sizeof(Real) == 8 ? 0x1p-52 : 0x1p-23;

@@ -48,7 +48,7 @@ class NeumannSolver {
     __syncthreads();
     for (int e = slice.begin + threadIdx.x; e < slice.end; e += kThreads) state.solution[e - slice.begin] += v[e];
     // All blocks have the same norms, to the last bit, and so come to the same end.
-    running_ = false;
+    stepped_ = true, running_ = false;
     for (int row = 0; row < rows_; ++row) {
       const double square = sums_.get(team, row, kNormSquared);
       running_ |= square > more_.stop[row] && finite(square);
@@ -61,14 +61,20 @@ class NeumannSolver {
   }
 
   __device__ void end(int64_t) {}
-  __device__ Real result(Real solution) const { return alpha_ * solution; }
+
+  // A term that meets the tolerance in the end is left out: it is the residual of the sum before it.
+  __device__ Real result(const State& state, int e, Real sum) const {
+    const int row = e / state.row_elements();
+    const bool met = stepped_ && sums_.get(Team(rows_), row, kNormSquared) <= more_.stop[row];
+    return alpha_ * (met ? sum - state.block.v[e] : sum);
+  }
 
  private:
   int rows_;
   const NeumannArguments& more_;
   Real alpha_, damping_;
   RowSums<kNeumannStats> sums_;
-  bool running_ = true;
+  bool running_ = true, stepped_ = false;
 };
 
 __global__ void look(const double* stats, const double* stop, int64_t k, int* running) {

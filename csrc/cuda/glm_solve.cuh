@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 8 ? 1 : 2)
   solver.end(step);
   for (int e = slice.begin + threadIdx.x; e < slice.end; e += kThreads) {
     const int64_t at = problem.place(e);
-    if (at >= 0) arguments.out[at] = solver.result(state.solution[e - slice.begin]);
+    if (at >= 0) arguments.out[at] = solver.result(state, e, state.solution[e - slice.begin]);
   }
   state.block.tiles.end();
 }

@@ -249,7 +249,9 @@ class Bound:
                 # Without a tolerance all steps are taken, and what went wrong is seen after them.
                 if limit >= 0 and (step + 1) % _LOOK_EVERY == 0 and not float(graphs.stats[0]) > limit:
                     break
-            return (graphs.p * graphs.alpha)[None], history
+            # A term that meets the tolerance in the end is left out: it is the residual of the sum before it.
+            total = graphs.p - graphs.v * (graphs.stats[0] <= limit) if steps else graphs.p
+            return (total * graphs.alpha)[None], history
 
     def conjugate_gradients(
         self, b: Tensor, damping: float, steps: int, state: Tensor
