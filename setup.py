@@ -156,8 +156,9 @@ def build_extension(kind, torch):
         link += [str(runtime), "-ldl", "-lrt", "-lpthread"]
     if kind == "emulate":
         # Of the CPU's kernels those that native plans run: the others have a CUDA kernel, which takes their place.
-        products = {"panel_gemm", "narrow_gemm", "shared_gemm", "sweep", "convolution", "glm_gram", "glm_gram_split"}
-        planned = {"plan", *products, "neumann_step", "cg_step", "softmax_hessian"}
+        products = {"panel_gemm", "narrow_gemm", "shared_gemm", "split_multiply", "sweep", "convolution"}
+        products |= {"glm_gram", "glm_gram_split"}
+        planned = {"plan", *products, "neumann_step", "cg_step", "softmax_hessian", "norms"}
         sources = [s for s in sources if s.parent.name != "cpu" or s.stem in planned]
         sources += emulated_sources()
         # Kernels say where the compiler is to unroll; g++ does not know the word.
