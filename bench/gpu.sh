@@ -41,8 +41,10 @@ step() { # name, most seconds, command: run it, keep what it says, go on if it f
 }
 
 if [ -n "$emulate" ]; then
+  device=cpu
   export HYPERGRAD_EXT_BUILD=emulate HYPERGRAD_EXT_EMULATE_CUDA=1
 else
+  device=cuda
   # Hopper's own instructions need the architecture with the suffix.
   arch=$("$python" -c '
 import torch
@@ -62,6 +64,11 @@ if "$python" -c 'import xdist' 2>/dev/null; then
 fi
 cuda_tests=(tests/test_cuda_paths.py tests/test_cuda_glm.py tests/test_cuda_graph.py tests/test_cuda.py)
 step build 200 "$python" -m pip install --no-index --disable-pip-version-check --no-deps --no-build-isolation -e .
+# Without our kernels the tests would skip what they cannot run, and pass.
+step loads 30 "$python" -c '
+import sys
+from hypergrad_ext import backends
+sys.exit(backends.unavailable("cuda", sys.argv[1]) or 0)' "$device"
 ((${#failed[@]} == 0)) || exit 1
 step info 30 "$python" -m hypergrad_ext info
 step tests 150 "${parallel[@]}" -m cuda -k "not triton" "${cuda_tests[@]}"
