@@ -95,13 +95,13 @@ struct CgScalars {
 
   // From p.Hp, p.p and Hp.Hp: the step length alpha. Returns 0 and sets the flag where there is none.
   HG_HD double step_length(double php, double pp, double hphp, double eps) const {
-    // A product that is not finite shows in p.Hp; Hp.Hp may overflow by itself where H is large.
+    // A product that is not finite shows in p.Hp; Hp.Hp may overflow by itself where H is large, p.p where M is.
     if (!isfinite_(php)) {
       state[kFlag] = kBroken;
       return 0;
     }
     state[kCurvature] = pp > 0 ? php / pp : 0;
-    const double rounding = isfinite_(hphp) ? eps * sqrt_(pp) * sqrt_(hphp) : 0;
+    const double rounding = isfinite_(pp) && isfinite_(hphp) ? eps * sqrt_(pp) * sqrt_(hphp) : 0;
     if (php <= rounding) {
       state[kFlag] = kNonPositiveCurvature;
       return 0;

@@ -184,7 +184,7 @@ def _cg_iteration(
     php, pp, hphp = dot(p_all, hp_all), dot(p_all, p_all), dot(hp_all, hp_all)
     broken = running & ~php.isfinite()
     eps = torch.finfo(x[0].dtype).eps if pieces else 0.0
-    rounding = torch.where(hphp.isfinite(), eps * pp.sqrt() * hphp.sqrt(), 0)
+    rounding = torch.where((pp + hphp).isfinite(), eps * pp.sqrt() * hphp.sqrt(), 0)
     flat = running & ~broken & (php <= rounding)
     curvature.copy_(torch.where(running & ~broken, (php / pp).nan_to_num(), curvature))
     flag[broken], flag[flat] = 3.0, 2.0

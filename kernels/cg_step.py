@@ -132,7 +132,7 @@ def step_length(state: Tensor, dots: Tensor, eps: float) -> Tensor:
     php, pp, hphp = dots.unbind(1)
     running = flag == RUNNING
     broken = running & ~php.isfinite()
-    rounding = torch.where(hphp.isfinite(), eps * pp.sqrt() * hphp.sqrt(), 0)
+    rounding = torch.where((pp + hphp).isfinite(), eps * pp.sqrt() * hphp.sqrt(), 0)
     flat = running & ~broken & (php <= rounding)
     curvature.copy_(torch.where(running & ~broken, torch.where(pp > 0, php / pp, 0), curvature))
     flag.masked_fill_(broken, BROKEN).masked_fill_(flat, NON_POSITIVE_CURVATURE)

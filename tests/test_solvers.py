@@ -258,6 +258,12 @@ class TestPerWeightPenalties:
             x = hg.inverse_hvp(loss, w, v, solver)
             assert_close([x["a"], x["b"]], [1 / scales["a"], 1 / scales["b"]], 0.02)
 
+    @pytest.mark.parametrize("units", [1e-20, 1.0, 1e20])
+    def test_units_of_the_loss_are_no_curvature(self, units, backend):
+        a = torch.tensor([[1.0, 0.3, 0], [0.3, 2, 0], [0, 0, 5]]) * units
+        for m in (hg.Jacobi(), a.diagonal()):
+            assert solve(a, torch.ones(3), hg.CG(preconditioner=m), backend=backend).converged
+
     def test_operator_of_another_precision(self):
         a, b = torch.diag(torch.arange(1.0, 7, dtype=F64)), torch.ones(6, dtype=F64)
         solution = solve(a, b, hg.CG(tol=1e-12, preconditioner=hg.DenseMatrix(torch.diag(1 / a.diagonal()).float())))
