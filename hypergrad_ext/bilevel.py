@@ -29,6 +29,7 @@ from hypergrad_ext.operators.hessian import (
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart
+from hypergrad_ext.surroundings import without_autocast
 
 Unused = Literal["warn", "zeros", "error"]
 """What to do with hyperparameters that no loss depends on: zeros with a warning, zeros, or an error."""
@@ -94,7 +95,8 @@ class Bilevel:
         gradient = self.hessian.gradient
         if solution.error_bound is None or not isinstance(gradient, RetainedGradient):
             return solution
-        norms = mixed_norms(gradient, self.hparams.tensors)
+        with without_autocast(self.hessian.space.device):
+            norms = mixed_norms(gradient, self.hparams.tensors)
         if norms is None:
             return solution
         factor = float(solution.error_bound) / self._scale
@@ -117,7 +119,8 @@ class Bilevel:
         x = take_apart("x", solution.value).tensors
         # A small x would underflow beside a scaled loss, whose own derivatives do not.
         unit = 1.0 if self._scale == 1 or solution.status.failed else power_of_two_below(x)
-        mixed = self._unscaled(self.hessian.mixed([t / unit for t in x] if unit != 1 else x, self.hparams.tensors))
+        with without_autocast(self.hessian.space.device):
+            mixed = self._unscaled(self.hessian.mixed([t / unit for t in x] if unit != 1 else x, self.hparams.tensors))
         mixed = [t if t is None or unit == 1 else t * unit for t in mixed]
         self._name_unused(mixed)
         grads = [_difference(t, d, m) for t, d, m in zip(self.hparams.tensors, self._direct, mixed, strict=True)]
@@ -176,7 +179,8 @@ class Bilevel:
         others = self.hparams.tensors if direct else []
         loss = _scaled(loss, self._scale)
         # The graph is kept: it is the caller's, and may be shared with the training loss.
-        with stale_graphs_named("val_loss"), buffers_kept(self.hessian.module):  # a checkpoint runs a part of it again
+        # A checkpoint runs a part of it again.
+        with stale_graphs_named("val_loss"), buffers_kept(self.hessian.module), without_autocast(loss.device):
             grads = torch.autograd.grad(loss, [*leaves, *others], retain_graph=True, allow_unused=True)
         inner, outer = grads[: len(leaves)], grads[len(leaves) :]
         if all(g is None for g in inner):

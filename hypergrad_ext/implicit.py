@@ -16,7 +16,7 @@ from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solvers import SolverState
 from hypergrad_ext.structure import Tree, held, take_apart
-from hypergrad_ext.surroundings import Surroundings
+from hypergrad_ext.surroundings import Surroundings, without_autocast
 
 
 @never_compiled
@@ -86,15 +86,16 @@ def implicit(
 
     def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.
-        now = Hessian(train_loss, params, engine=engine, name="train_loss")
         with then.again():
+            now = Hessian(train_loss, params, engine=engine, name="train_loss")
             now.gradient  # noqa: B018 (builds it)
         v = now.params.rebuild(grad_w)
         solution = solve_for(
             now, v, "params", solver, damping=damping, x0=None, residual=False, backend=backend, state=state
         )
         report(solution, throw)
-        mixed = now.mixed(take_apart("x", solution.value).tensors, outer.tensors)
+        with without_autocast(now.space.device):
+            mixed = now.mixed(take_apart("x", solution.value).tensors, outer.tensors)
         if all(m is None for m in mixed):
             raise unused_error(outer.names)
         return [None if m is None else -m for m in mixed]

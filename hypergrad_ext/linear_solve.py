@@ -21,6 +21,7 @@ from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.solvers.lanczos import lanczos
 from hypergrad_ext.solvers.watch import times
 from hypergrad_ext.structure import Packed, Tree
+from hypergrad_ext.surroundings import without_autocast
 from hypergrad_ext.symmetry import refuse_declared, refuse_found
 
 SolverChoice = Solver | Literal["auto"]
@@ -167,7 +168,7 @@ def solve_for(
             raise TypeError(f"state: expected a SolverState, got {type(state).__name__}")
         state.check(operator.space)
     residual = residual and not operator.stochastic  # that of one batch means nothing
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(operator.space.device):
         if isinstance(damping, str):
             return _solve_damped(operator, backend, state, packed, start, solver, residual, history, lower)
         system = System(operator, damping, backend, state)

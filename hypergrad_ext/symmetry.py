@@ -50,7 +50,7 @@ def refuse_found(system: System, solver: Solver, outcome: Outcome, relative: lis
         return
     space = operator.space
     generator = torch.Generator().manual_seed(0)
-    u, v = (torch.randn(space.numel, generator=generator).to(space.device, space.dtype) for _ in range(2))
+    u, v = (torch.randn(space.numel, generator=generator, device="cpu").to(space.device, space.dtype) for _ in range(2))
     hu, hv = system.product_of_given(u), system.product_of_given(v)
     one, other = dot(u, hv), dot(v, hu)
     size = float(torch.linalg.vector_norm(torch.stack([hu, hv]), dtype=torch.float64)) / 2**0.5

@@ -17,7 +17,7 @@ from hypergrad_ext.norms import finite
 from hypergrad_ext.operators.hessian import buffers_kept, evaluate
 from hypergrad_ext.solvers.base import check_count, check_number
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart, versions
-from hypergrad_ext.surroundings import Surroundings
+from hypergrad_ext.surroundings import Surroundings, without_autocast
 
 
 @never_compiled
@@ -226,7 +226,8 @@ class _Step:
             with buffers_kept(self.module):
                 loss = evaluate("train_loss", self._loss, self._params, w)
             try:
-                with buffers_kept(self.module):  # a checkpoint runs a part of the model again
+                # A checkpoint runs a part of the model again.
+                with buffers_kept(self.module), without_autocast(loss.device):
                     grads = torch.autograd.grad(loss, w, create_graph=graph, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)

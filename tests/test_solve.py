@@ -446,3 +446,51 @@ def test_a_solution_prints_in_a_line():
     solution = hg.solve(hg.DenseMatrix(torch.eye(500)), torch.ones(500), hg.CG(), history=True)
     assert "converged" in repr(solution)
     assert len(repr(solution)) < 500
+
+
+OTHER_SOLVERS = [
+    hg.Neumann(500),
+    hg.Chebyshev(300),
+    hg.CG(1e-6),
+    hg.BlockCG(1e-6),
+    hg.MINRES(1e-6),
+    hg.Direct(),
+    "auto",
+]
+
+
+@pytest.mark.parametrize("solver", OTHER_SOLVERS, ids=str)
+@pytest.mark.parametrize("kind", ["matrix", "tensor", "function"])
+def test_autocast_is_for_losses_alone(solver, kind):
+    torch.manual_seed(0)
+    a, b = spd(12, 10.0).float(), torch.randn(3, 12)
+    w = torch.ones(12, requires_grad=True)
+    truth = torch.linalg.solve(a.double(), b.double().T).T
+
+    def loss(w):
+        assert torch.is_autocast_enabled("cpu") == (kind == "function")
+        with torch.autocast("cpu", enabled=False):
+            return w @ (a @ w) / 2
+
+    value = loss(w) if kind == "tensor" else loss
+    with torch.autocast("cpu", torch.bfloat16):
+        operator = hg.DenseMatrix(a) if kind == "matrix" else hg.Hessian(value, w)
+        solution = hg.solve(operator, b, solver)
+        product = operator @ b
+    assert_close(product, b @ a, 1e-6)
+    assert_close(solution.value, truth, 1e-4)
+    assert float(solution.residual_norm.max()) < 1e-4
+
+
+@pytest.mark.parametrize("solver", [*OTHER_SOLVERS, hg.CG(preconditioner=hg.Jacobi())], ids=str)
+def test_a_default_device_changes_nothing(solver):
+    a, b = spd(6, 10.0), torch.randn(3, 6, dtype=torch.float64)
+    operator = hg.Callable(lambda v: a @ v, b[0])
+    truth = hg.solve(operator, b, solver, damping="auto").value
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        value = hg.solve(hg.Callable(lambda v: a @ v, b[0]), b, solver, damping="auto").value
+    finally:
+        torch.set_default_device(before)
+    assert_close(value, truth, 1e-12)

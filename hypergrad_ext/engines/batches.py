@@ -49,7 +49,7 @@ class BatchedGradient:
         self._together: bool | None = None
         self.leaves = list(leaves)
         # Drawn from the caller's generator, so that the next solve sees other masks and another order.
-        self._seed = int(torch.randint(2**62, ()))
+        self._seed = int(torch.randint(2**62, (), device="cpu"))
         self._seeds: dict[torch.Generator, int] = {}
         if stochastic:
             # What later batches depend on is not known yet.

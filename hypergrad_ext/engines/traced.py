@@ -273,4 +273,4 @@ def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 def _other(t: Tensor) -> Tensor:
     """A vector unlike ``t``, the same in every run."""
     generator = torch.Generator().manual_seed(t.numel())
-    return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device, t.dtype)
+    return torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu").to(t.device, t.dtype)

@@ -14,9 +14,9 @@ from hypergrad_ext.functional.batching import one_by_one
 from hypergrad_ext.functional.glm import check_model, scale_of
 from hypergrad_ext.linear_solve import report, solve_for
 from hypergrad_ext.operators import LinearOperator
-from hypergrad_ext.precision import without_autocast
 from hypergrad_ext.solvers import CG, Solver
 from hypergrad_ext.structure import Space, take_apart
+from hypergrad_ext.surroundings import without_autocast
 
 
 def glm_solve(

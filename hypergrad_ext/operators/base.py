@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.structure import Space, Tree
+from hypergrad_ext.surroundings import without_autocast
 
 
 class LinearOperator(ABC):
@@ -107,7 +108,7 @@ class LinearOperator(ABC):
     def __matmul__(self, v: Tree) -> Tree:
         """``H v`` in the structure of ``v``: one vector, or a batch with a leading dimension on every leaf."""
         packed = self.space.pack("v", v)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.space.device):
             leaves = [t.to(dtype) for t, dtype in zip(self.space.views(packed.flat), self.space.dtypes, strict=True)]
             product = self.matvec(leaves) if packed.rows is None else self.matmat(leaves)
             lead = packed.flat.shape[:-1]
@@ -120,7 +121,7 @@ class LinearOperator(ABC):
         matrix = torch.empty(n, n, dtype=self.space.dtype, device=self.space.device)
         basis = torch.zeros(n, dtype=self.space.dtype, device=self.space.device)
         views = self.space.views(basis)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.space.device):
             for j in range(n):
                 basis[j] = 1
                 product = self.matvec([t.to(dtype) for t, dtype in zip(views, self.space.dtypes, strict=True)])

@@ -13,6 +13,7 @@ from hypergrad_ext.engines import RetainedGradient, twice_differentiable
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.hessian import buffers_kept, check_loss
 from hypergrad_ext.structure import Space, Tree, take_apart
+from hypergrad_ext.surroundings import without_autocast
 
 Model = nn.Module | Callable[[Tree, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -87,7 +88,8 @@ class GaussNewton(LinearOperator):
                 raise ValueError("model: expected outputs that depend on params, got some that depend on none of them")
             # J^T u, whose graph is linear in u: one pass through it backwards is J v.
             self._u = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, tensors, self._u, create_graph=True, allow_unused=True)
+            with without_autocast(outputs.device):
+                pulled = torch.autograd.grad(outputs, tensors, self._u, create_graph=True, allow_unused=True)
         self._outputs = RetainedGradient([outputs], tensors)
         self._used = [g is not None for g in pulled]
         self._pushed = RetainedGradient(pulled, [self._u])
@@ -168,5 +170,6 @@ def _any(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Ten
     if not isinstance(value, Tensor):
         raise TypeError(f"loss: expected a function that returns a scalar tensor, got {type(value).__name__}")
     check_loss("loss", value)
-    gradient = RetainedGradient.of(value, [z])
+    with without_autocast(z.device):
+        gradient = RetainedGradient.of(value, [z])
     return lambda u: (gradient.hvps if u.dim() > z.dim() else gradient.hvp)([u])[0]

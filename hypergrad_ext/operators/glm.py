@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hypergrad_ext import _native, ops, reference
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.dense import DenseMatrix
-from hypergrad_ext.precision import without_autocast
 from hypergrad_ext.structure import Space, Tree, take_apart, versions
+from hypergrad_ext.surroundings import without_autocast
 
 Family = Literal["logistic", "softmax", "squared", "poisson"]
 FAMILIES = ("logistic", "softmax", "squared", "poisson")

@@ -26,6 +26,7 @@ from hypergrad_ext.engines import (
 )
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart
+from hypergrad_ext.surroundings import Surroundings, without_autocast
 
 Loss = Tensor | Callable[..., Tensor]
 """A scalar tensor that still has its graph, or a function from the parameters to one."""
@@ -145,6 +146,7 @@ class Hessian(LinearOperator):
         self._loss = loss
         self._name = name
         self._batches = batches
+        self._then = Surroundings(None, self.space.device)  # functions run in the autocast of this call
         self.stochastic = stochastic
 
     @classmethod
@@ -182,7 +184,8 @@ class Hessian(LinearOperator):
     def gradient(self) -> Gradient:
         """The gradient of the loss with its graph, built on first use."""
         if self._gradient is None:
-            self._gradient = self._differentiate()
+            with without_autocast(self.space.device):
+                self._gradient = self._differentiate()
             unused = [name for name, used in zip(self.space.names, self._gradient.used, strict=True) if not used]
             if self._unused == "error" and unused:
                 raise ValueError(f"params: expected every parameter in the loss, got unused {', '.join(unused)}")
@@ -285,7 +288,7 @@ class Hessian(LinearOperator):
         leaves = [t.detach().requires_grad_() for t in self.params.tensors]
 
         def build(loss: Callable[[Tree], Tensor]) -> RetainedGradient:
-            with torch.enable_grad(), buffers_kept(self.module) as buffers:
+            with torch.enable_grad(), buffers_kept(self.module) as buffers, self._then.again():
                 value = evaluate(self._name, loss, self.params, leaves)
             return self._gradient_of(value, leaves, buffers)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from hypergrad_ext import ops
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.structure import Space, Tree, take_apart
+from hypergrad_ext.surroundings import without_autocast
 
 Activation = Literal["relu", "tanh", "gelu", "softplus", "sigmoid"]
 Loss = Literal["cross_entropy", "squared"]
@@ -109,7 +110,7 @@ class MLPHessian(LinearOperator):
         self.weights, bias = self._layers()
         inputs = self._checked_inputs(inputs)
         self._check_targets(targets, len(inputs))
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.space.device):
             self._prepare(inputs, bias, targets)
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:

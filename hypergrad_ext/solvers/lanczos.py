@@ -132,8 +132,8 @@ def lanczos(
         betas.append(beta)
         if beta <= 1e-6 * max(map(abs, alphas + betas)):  # an invariant subspace: its eigenvalues are exact
             break
-    off = torch.tensor(betas[:-1], dtype=torch.float64)
-    matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    diagonal, off = (torch.tensor(t, dtype=torch.float64, device="cpu") for t in (alphas, betas[:-1]))
+    matrix = torch.diag(diagonal) + torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(matrix)
     low_error, high_error = (betas[-1] * vectors[-1, [0, -1]].abs()).tolist()
     return Spectrum(tuple(values.tolist()), tuple(vectors[0].square().tolist()), low_error, high_error)
@@ -150,7 +150,7 @@ def _start(system: System, b: Tensor | None) -> Tensor:
 
     def noise(n: int) -> Tensor:
         # Drawn in float32, so that one problem has one spectrum in every precision.
-        return torch.randn(n, generator=generator).to(space.device, space.dtype)
+        return torch.randn(n, generator=generator, device="cpu").to(space.device, space.dtype)
 
     r = noise(space.numel)
     for part, used in zip(r.split(space.sizes), system.operator.used, strict=True):

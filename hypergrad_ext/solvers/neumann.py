@@ -144,9 +144,9 @@ def best_alpha(found: Spectrum, steps: int, damping: float) -> float:
     if low < -_NEGATIVE * size:
         return 1 / (1.1 * size)
     highest = _SAFE * 2 / (found.high + found.high_error + damping)
-    alphas = highest * torch.linspace(0.1, 1, 181, dtype=torch.float64)
-    values = (torch.tensor(found.values, dtype=torch.float64) + damping).clamp_min(1e-12 * size)
-    weights = torch.tensor(found.weights, dtype=torch.float64)
+    alphas = highest * torch.linspace(0.1, 1, 181, dtype=torch.float64, device="cpu")
+    values = (torch.tensor(found.values, dtype=torch.float64, device="cpu") + damping).clamp_min(1e-12 * size)
+    weights = torch.tensor(found.weights, dtype=torch.float64, device="cpu")
     # By logarithms, because of large powers.
     powers = 2 * (steps + 1) * (1 - alphas[:, None] * values).abs().log()
     errors = torch.logsumexp(powers + (weights / values.square()).log(), 1)

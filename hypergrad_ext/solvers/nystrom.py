@@ -93,7 +93,7 @@ def sketch_of(system: System, rank: int) -> Sketch | None:
     space = system.operator.space
     n, rank = space.numel, min(rank, space.numel)
     generator = torch.Generator().manual_seed(0)
-    omega = torch.randn(n, rank, generator=generator).to(space.device, space.dtype)
+    omega = torch.randn(n, rank, generator=generator, device="cpu").to(space.device, space.dtype)
     omega = torch.linalg.qr(omega).Q.mT.contiguous()
     parts = system.product(system.views(omega))
     y = torch.cat([t.reshape(rank, -1).to(space.dtype) for t in parts], dim=1)

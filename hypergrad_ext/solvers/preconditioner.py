@@ -52,7 +52,7 @@ class Jacobi:
         """The estimate for ``H + d I``, flat; not finite where a product was not."""
         space = system.operator.space
         generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(2, (self.probes, space.numel), generator=generator) * 2 - 1
+        signs = torch.randint(2, (self.probes, space.numel), generator=generator, device="cpu") * 2 - 1
         signs = signs.to(space.device, space.dtype)
         products = system.product(system.views(signs))
         diagonal = sum_of_products(signs, [t.reshape(self.probes, -1) for t in products]) / self.probes
