@@ -414,3 +414,22 @@ class TestHypergradientOptions:
         problem.val(w).backward()
         assert state.solves == 3 and state.steps < cold[1].steps
         assert_close(problem.hparams[0].grad, cold[0], 1e-8)
+
+
+@pytest.mark.parametrize("growth", [1.2, 5.0])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_bounds_are_looked_for_again_where_curvature_has_grown(growth, preconditioned):
+    curvature, c = torch.logspace(0, -1.5, 40), torch.randn(40)
+    w, log_l2 = torch.randn(40), torch.zeros(40, requires_grad=True)
+    solver = hg.Chebyshev(400, tol=1e-4, preconditioner=torch.ones(40) if preconditioned else None)
+    outer = hg.HyperOptimizer(torch.optim.SGD([log_l2], lr=0.0), w, solver)
+    for factor in (1.0, growth):
+        scale = torch.where(curvature > 0.9, factor, 1.0)
+
+        def train(w, scale=scale):
+            return (curvature * scale * (w - c) ** 2).sum() / 2 + 1e-3 * (log_l2.exp() * w**2).sum()
+
+        def val(w, factor=factor):
+            return ((w - 1) ** 2 * torch.linspace(1, 2 * factor, 40)).sum()
+
+        assert outer.step(val, train).solution.status == "converged"

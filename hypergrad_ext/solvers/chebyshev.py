@@ -91,8 +91,11 @@ class Chebyshev(Solver):
         """Iterate from ``x = 0``."""
         rows = b.shape[0] if b.dim() == 2 else 1
         m = Preconditioner.of(self.preconditioner, system)
+        kept = False
         if self.bounds is None:
+            before = system.hvps
             found = spectrum_of(system, b, m)
+            kept = system.hvps == before
             damping = system.damping if m is None else 0.0
             if not math.isfinite(found.high):
                 return Outcome(b, [Status.NON_FINITE_OPERATOR] * rows, 0)
@@ -111,6 +114,10 @@ class Chebyshev(Solver):
         watch = Watch(b, b_norm, self.tol, m, regrowth=math.inf)
         system.prepare(self.steps, b)
         x, step = _iterate(system, b, self.steps, (low, high), m, watch)
+        if kept and Status.DIVERGED in watch.statuses():
+            # The spectrum was that of an earlier outer step: look again.
+            system.operator.spectrum = system.state.preconditioned = None
+            return self.run(system, b, b_norm)
         detail = f"bounds {low:.3g} and {high:.3g}{watch.detail}"
         return Outcome(x, watch.statuses(), step, detail, residuals=watch.residuals())
 
