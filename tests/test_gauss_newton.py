@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import hypergrad_ext as hg
 from tests.compare import assert_close
@@ -171,6 +172,22 @@ def test_classes_in_bytes():
 def test_targets_that_the_loss_refuses(loss, targets, error):
     with pytest.raises(error):
         hg.GaussNewton(mlp(), loss, X, targets)
+
+
+def test_a_checkpoint_that_runs_again_leaves_buffers():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+    model = Model().double()
+    operator = hg.GaussNewton(model, F.cross_entropy, X, CLASSES)
+    operator.dense()
+    assert int(model.body[1].num_batches_tracked) == 0
+    assert not model.body[1].running_mean.any()
 
 
 def test_a_parameter_that_is_not_used_has_zero_rows():

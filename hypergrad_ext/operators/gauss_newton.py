@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -93,6 +94,9 @@ class GaussNewton(LinearOperator):
         self._outputs = RetainedGradient([outputs], tensors)
         self._used = [g is not None for g in pulled]
         self._pushed = RetainedGradient(pulled, [self._u])
+        if module is not None and next(module.buffers(), None) is not None:
+            # A checkpoint runs a part of the model again in every pass.
+            self._outputs.around = self._pushed.around = functools.partial(buffers_kept, module)
         self._middle = (
             _softmax(loss, outputs, targets) or _squared(loss, outputs, targets) or _any(loss, outputs, targets)
         )
