@@ -167,7 +167,7 @@ def test_classes_in_bytes():
         (F.cross_entropy, CLASSES.int(), RuntimeError),
         (F.mse_loss, None, AttributeError),
     ],
-    ids=str,
+    ids=range(4),
 )
 def test_targets_that_the_loss_refuses(loss, targets, error):
     with pytest.raises(error):
