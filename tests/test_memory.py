@@ -114,11 +114,14 @@ VECTORS = {
 def place_and_bytes(t: torch.Tensor) -> tuple[int, int]:
     if t.device.type != "cpu" or t.layout is not torch.strided:
         return 0, 0
-    storage = t.untyped_storage()
     try:
+        storage = t.untyped_storage()
         return storage.data_ptr(), storage.nbytes()
-    except RuntimeError as error:  # what other tests' transforms or compilations left has no memory
-        assert "invalid python storage" in str(error)
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # what other tests' transforms or compilations left has no memory
+        assert "invalid python storage" in str(error) or "Cannot access storage" in str(error)
         return 0, 0
 
 

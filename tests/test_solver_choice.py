@@ -374,8 +374,9 @@ class TestState:
         a, b, state = torch.tensor([1.0, 2.0, 3.0], dtype=F64), torch.ones(3, dtype=F64), hg.SolverState()
         hg.solve(hg.Callable(lambda v: a * v, b), b, hg.Chebyshev(20), state=state)
         operator = hg.Callable(lambda v: 100 * a * v, b)
+        # With the old spectrum it would diverge.
         statuses = [str(hg.solve(operator, b, hg.Chebyshev(20), state=state).status) for _ in range(2)]
-        assert statuses == ["diverged", "max_steps"]
+        assert statuses == ["max_steps", "max_steps"]
 
     def test_the_solution_is_its_owners(self):
         a, b, state = spd(50, 100.0), torch.ones(50, dtype=F64), hg.SolverState()
