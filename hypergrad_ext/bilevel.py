@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from hypergrad_ext.buffers import buffers_kept
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.norms import finite
@@ -20,7 +21,6 @@ from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import (
     Engine,
     Loss,
-    buffers_kept,
     check_loss,
     check_tracked,
     evaluate,

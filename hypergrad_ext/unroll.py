@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.bilevel import check_hparams, reach, unused_error
+from hypergrad_ext.buffers import buffers_kept
 from hypergrad_ext.compilation import never_compiled
 from hypergrad_ext.engines.forward import raise_explained
 from hypergrad_ext.norms import finite
-from hypergrad_ext.operators.hessian import buffers_kept, evaluate
+from hypergrad_ext.operators.hessian import evaluate
 from hypergrad_ext.solvers.base import check_count, check_number
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart, versions
 from hypergrad_ext.surroundings import Surroundings, without_autocast
