@@ -22,6 +22,7 @@ from hypergrad_ext.engines import (
     cuda_graph,
     expects_replay,
     native,
+    once_differentiable,
     recall,
     twice_differentiable,
 )
@@ -331,7 +332,7 @@ def evaluate(
     if not _takes(1, loss):
         way_out = "; one of the parameters and a batch needs batches=" if twice and _takes(2, loss) else ""
         raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one{way_out}")
-    with twice_differentiable() if twice else contextlib.nullcontext():
+    with twice_differentiable() if twice else once_differentiable():
         value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")
