@@ -37,6 +37,10 @@ Engine = Literal["auto", "eager", "traced", "native", "cuda_graph", "compiled"]
 """How products are run: see `Hessian`."""
 
 
+STANDS_FOR = "_hypergrad_stands_for"
+"""Attribute of a function that takes whatever another one takes: that one."""
+
+
 class Hessian(LinearOperator):
     r"""The Hessian :math:`H = \partial^2 L / \partial w^2` of a scalar loss.
 
@@ -342,6 +346,7 @@ def evaluate(
 
 def _takes(arguments: int, function: Callable) -> bool:
     """Whether a function can be called with so many arguments."""
+    function = getattr(function, STANDS_FOR, function)
     plain = function.__func__ if isinstance(function, MethodType) else function
     if isinstance(plain, FunctionType):
         # To build a signature takes longer than a small loss.
@@ -349,13 +354,16 @@ def _takes(arguments: int, function: Callable) -> bool:
         count = code.co_argcount - (plain is not function)
         if count - defaults <= arguments <= count and not code.co_kwonlyargcount:
             return True
-    try:
-        inspect.signature(function).bind(*[None] * arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        pass  # a builtin without a signature
-    return True
+    # A wrapper may take less than what it wraps, and give the rest itself.
+    for follow in (True, False):
+        try:
+            inspect.signature(function, follow_wrapped=follow).bind(*[None] * arguments)
+        except TypeError:
+            continue
+        except ValueError:
+            pass  # a builtin without a signature
+        return True
+    return False
 
 
 @contextlib.contextmanager
