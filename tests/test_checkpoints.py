@@ -83,3 +83,23 @@ def test_unroll(kind, again):
 
     for got, expected in zip(trained(Attention(kind)), trained(Attention()), strict=True):
         assert_close(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpoint=True"])
+def test_unroll_leaves_buffers(again):
+    """In the caller's backward pass, too."""
+    body, last = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(5)), nn.Linear(8, 3)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = body, last
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(checkpoint(self.body, x, use_reentrant=False)[:, 0])
+
+    model, lam = Model().double(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    own = {name: (b, b.clone()) for name, b in model.named_buffers()}
+    w = hg.unroll(lambda w: lam * loss_of(model)(w), model, lam, steps=2, lr=0.1, checkpoint=again)
+    sum((t**2).sum() for t in w.values()).backward()
+    assert all(b is own[name][0] and torch.equal(b, own[name][1]) for name, b in model.named_buffers())

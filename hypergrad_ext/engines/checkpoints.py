@@ -20,7 +20,7 @@ class _Here(threading.local):
 
     def __init__(self) -> None:
         self.kernels: list[Callable[[], AbstractContextManager]] = []
-        self.models: list[Callable[[], AbstractContextManager]] = []
+        self.contexts: list[Callable[[], AbstractContextManager]] = []
 
 
 _here = _Here()
@@ -46,8 +46,7 @@ class _Rerun:
     """The context that a checkpoint's part of the model runs in again: kernels and parameters of the first time."""
 
     def __init__(self, users: AbstractContextManager) -> None:
-        models = [lambda: users, *_here.models]
-        self._contexts = [_here.kernels[-1], *models] if _here.kernels else models
+        self._contexts = [_here.kernels[-1], lambda: users, *_here.contexts]
         self._inside: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
@@ -73,12 +72,11 @@ def _generator_with_rerun(function: Callable, preserve: bool, contexts: Callable
 def _reparametrize_noted(module: nn.Module, tensors: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Iterator[None]:
     """Run a module with other tensors than its own, as ``functional_call`` does, and take note."""
     assert _reparametrize is not None
-    with _reparametrize(module, tensors, *args, **kwargs):
-        _here.models.append(lambda: _reparametrize_noted(module, dict(tensors), *args, **kwargs))
-        try:
-            yield
-        finally:
-            _here.models.pop()
+    with (
+        _reparametrize(module, tensors, *args, **kwargs),
+        rerun_in(lambda: _reparametrize_noted(module, dict(tensors), *args, **kwargs)),
+    ):
+        yield
 
 
 _REPLACEMENTS = [
@@ -119,6 +117,16 @@ def repeatable(kernels: Callable[[], AbstractContextManager]) -> Iterator[None]:
             yield
         finally:
             _here.kernels.pop()
+
+
+@contextlib.contextmanager
+def rerun_in(context: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Have checkpoints of a forward pass that is `repeatable` run again in a context, of which this makes one each."""
+    _here.contexts.append(context)
+    try:
+        yield
+    finally:
+        _here.contexts.pop()
 
 
 def once_differentiable() -> AbstractContextManager:
