@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import (
+    STANDS_FOR,
     Engine,
     Loss,
     check_loss,
@@ -236,10 +236,10 @@ def _scaled(loss: Any, scale: float) -> Any:
     if not callable(loss):
         return loss
 
-    @functools.wraps(loss, updated=())  # with the arguments it says it takes
     def scaled(*arguments: Any) -> Any:
         return _scaled(loss(*arguments), scale)
 
+    setattr(scaled, STANDS_FOR, loss)
     return scaled
 
 

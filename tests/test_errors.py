@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -345,6 +347,15 @@ class TestHypergradient:
         ):
             with pytest.raises(TypeError, match=message):
                 hg.hypergradient(quadratic, loss, W, self.lam, loss_scale=loss_scale)
+
+    @pytest.mark.parametrize("loss_scale", [1.0, 2.0])
+    def test_a_wrapper_may_take_less_than_what_it_wraps(self, loss_scale):
+        def with_data(function):
+            return functools.wraps(function)(lambda *arguments: function(*arguments, self.lam))
+
+        train = with_data(lambda w, lam: ((w - 1) ** 2 + lam.exp() * w**2).sum())
+        grads = [hg.hypergradient(quadratic, f, W, self.lam, loss_scale=loss_scale) for f in (train, self.train)]
+        assert torch.equal(*grads)
 
     def test_a_validation_tensor_wants_parameters_that_require_grad(self):
         w = torch.ones(3)

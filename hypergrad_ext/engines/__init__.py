@@ -1,6 +1,7 @@
 """How the Hessian-vector product of a torch loss is executed."""
 
 from hypergrad_ext.engines.batches import BatchedGradient as BatchedGradient
+from hypergrad_ext.engines.checkpoints import once_differentiable as once_differentiable
 from hypergrad_ext.engines.choose import ENGINES as ENGINES
 from hypergrad_ext.engines.choose import Gradient as Gradient
 from hypergrad_ext.engines.choose import Products as Products

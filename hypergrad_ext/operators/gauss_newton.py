@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +81,9 @@ class GaussNewton(LinearOperator):
         leaves = take_apart("params", params)
         self.space = Space(leaves)
         tensors = [t.detach().requires_grad_() for t in leaves.tensors]
-        with torch.enable_grad(), buffers_kept(module):
-            tree = leaves.rebuild(tensors)
-            with twice_differentiable():
+        with torch.enable_grad():
+            with buffers_kept(module) as buffers, twice_differentiable():
+                tree = leaves.rebuild(tensors)
                 outputs = model(tree, inputs) if module is None else torch.func.functional_call(module, tree, (inputs,))
             if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
                 kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -90,14 +92,22 @@ class GaussNewton(LinearOperator):
                 raise ValueError("model: expected outputs that depend on params, got some that depend on none of them")
             # J^T u, whose graph is linear in u: one pass through it backwards is J v.
             self._u = torch.zeros_like(outputs, requires_grad=True)
+            pull = functools.partial(
+                torch.autograd.grad, outputs, tensors, self._u, create_graph=True, allow_unused=True
+            )
+            around: Callable[[], AbstractContextManager] = contextlib.nullcontext
             with without_autocast(outputs.device):
-                pulled = torch.autograd.grad(outputs, tensors, self._u, create_graph=True, allow_unused=True)
+                pulled = pull()
+                if buffers.changed():
+                    # A checkpoint ran a part of the model again, and will in every pass.
+                    buffers.put_back()
+                    around = functools.partial(buffers_kept, module)
+                    with around():
+                        pulled = pull()
         self._outputs = RetainedGradient([outputs], tensors)
         self._used = [g is not None for g in pulled]
         self._pushed = RetainedGradient(pulled, [self._u])
-        if module is not None and next(module.buffers(), None) is not None:
-            # A checkpoint runs a part of the model again in every pass.
-            self._outputs.around = self._pushed.around = functools.partial(buffers_kept, module)
+        self._outputs.around = self._pushed.around = around
         self._middle = (
             _softmax(loss, outputs, targets) or _squared(loss, outputs, targets) or _any(loss, outputs, targets)
         )

@@ -22,6 +22,7 @@ from hypergrad_ext.engines import (
     cuda_graph,
     expects_replay,
     native,
+    once_differentiable,
     recall,
     twice_differentiable,
 )
@@ -34,6 +35,10 @@ Loss = Tensor | Callable[..., Tensor]
 
 Engine = Literal["auto", "eager", "traced", "native", "cuda_graph", "compiled"]
 """How products are run: see `Hessian`."""
+
+
+STANDS_FOR = "_hypergrad_stands_for"
+"""Attribute of a function that takes whatever another one takes: that one."""
 
 
 class Hessian(LinearOperator):
@@ -331,7 +336,7 @@ def evaluate(
     if not _takes(1, loss):
         way_out = "; one of the parameters and a batch needs batches=" if twice and _takes(2, loss) else ""
         raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one{way_out}")
-    with twice_differentiable() if twice else contextlib.nullcontext():
+    with twice_differentiable() if twice else once_differentiable():
         value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")
@@ -341,6 +346,7 @@ def evaluate(
 
 def _takes(arguments: int, function: Callable) -> bool:
     """Whether a function can be called with so many arguments."""
+    function = getattr(function, STANDS_FOR, function)
     plain = function.__func__ if isinstance(function, MethodType) else function
     if isinstance(plain, FunctionType):
         # To build a signature takes longer than a small loss.
@@ -348,13 +354,16 @@ def _takes(arguments: int, function: Callable) -> bool:
         count = code.co_argcount - (plain is not function)
         if count - defaults <= arguments <= count and not code.co_kwonlyargcount:
             return True
-    try:
-        inspect.signature(function).bind(*[None] * arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        pass  # a builtin without a signature
-    return True
+    # A wrapper may take less than what it wraps, and give the rest itself.
+    for follow in (True, False):
+        try:
+            inspect.signature(function, follow_wrapped=follow).bind(*[None] * arguments)
+        except TypeError:
+            continue
+        except ValueError:
+            pass  # a builtin without a signature
+        return True
+    return False
 
 
 @contextlib.contextmanager
