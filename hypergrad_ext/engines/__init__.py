@@ -7,4 +7,5 @@ from hypergrad_ext.engines.choose import Products as Products
 from hypergrad_ext.engines.choose import expects_replay as expects_replay
 from hypergrad_ext.engines.eager import RetainedGradient as RetainedGradient
 from hypergrad_ext.engines.forward import twice_differentiable as twice_differentiable
+from hypergrad_ext.engines.forward import uncompiled as uncompiled
 from hypergrad_ext.engines.linked import recall as recall

@@ -84,15 +84,19 @@ def twice_differentiable() -> Iterator[None]:
     Attention takes the math kernel; recurrent layers leave cuDNN; compiled modules run as they were
     before ``torch.compile``; reentrant checkpoints become non-reentrant ones. Everything else runs as always.
     """
-    # Importing the compiler takes as long as importing torch; where nobody did, nothing is compiled.
-    compiler = "torch._dynamo" in sys.modules
     with (
         _PLAIN_KERNELS,
         # It looks at every call of torch, and there is no cuDNN without CUDA.
         _PlainRecurrence() if torch.backends.cuda.is_built() else contextlib.nullcontext(),
-        _UNCOMPILED if compiler else contextlib.nullcontext(),
+        uncompiled(),
     ):
         yield
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled modules run as they were before ``torch.compile``, whose graphs may be gone through only once."""
+    # Importing the compiler takes as long as importing torch; where nobody did, nothing is compiled.
+    return _UNCOMPILED if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 _ONCE_ONLY = re.compile(
