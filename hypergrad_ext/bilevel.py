@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from hypergrad_ext.buffers import buffers_kept
+from hypergrad_ext.compilation import refuse_transforms
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.norms import finite
@@ -169,6 +170,7 @@ class Bilevel:
             check_tracked(params)
             leaves, loss = params.tensors, val_loss
         elif callable(val_loss):
+            refuse_transforms("val_loss")
             leaves = [t.detach().requires_grad_() for t in params.tensors]
             with torch.enable_grad(), buffers_kept(self.hessian.module):
                 loss = evaluate("val_loss", val_loss, params, leaves, twice=False)

@@ -1,4 +1,4 @@
-"""What is called inside of ``torch.compile``: it runs as it is, between two compiled parts, or in reverse mode only."""
+"""What is called inside of ``torch.compile`` runs as it is, or in reverse mode only; what is in ``torch.func`` not."""
 
 from __future__ import annotations
 
@@ -45,3 +45,17 @@ def for_compile(reverse: type[torch.autograd.Function], in_all_modes: type[torch
     if torch.autograd.forward_ad._current_level >= 0:
         raise NotImplementedError("no forward mode under torch.compile")
     return reverse
+
+
+def refuse_transforms(argument: str) -> None:
+    """Refuse a loss function inside of a transform of ``torch.func``, which lets nobody differentiate by hand.
+
+    Raises:
+        NotImplementedError: If this is called inside of one.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{argument}: expected to be differentiated outside of torch.func's vmap, grad, jvp and the like; go "
+            "through tasks or examples in a loop, take many vectors as one batch (a leading dimension), and in the "
+            "place of grad call backward on what was computed from hg.implicit"
+        )

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.bilevel import check_hparams, reach, unused_error
 from hypergrad_ext.buffers import buffers_kept
-from hypergrad_ext.compilation import never_compiled
+from hypergrad_ext.compilation import never_compiled, refuse_transforms
 from hypergrad_ext.engines.checkpoints import rerun_in
 from hypergrad_ext.engines.forward import raise_explained
 from hypergrad_ext.norms import finite
@@ -75,6 +75,7 @@ def unroll(
         ``functional_call``.
 
     Raises:
+        NotImplementedError: If this is called inside of a transform of ``torch.func``.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or the trained weights depend neither on ``hparams``
             nor on an ``lr`` that requires grad (which is not looked at with ``checkpoint``); the message names it.
@@ -97,6 +98,7 @@ def unroll(
     """
     if not callable(train_loss):
         raise TypeError(f"train_loss: expected a function of the parameters, got {type(train_loss).__name__}")
+    refuse_transforms("train_loss")
     check_count("steps", steps, 1)
     if last is not None:
         check_count("last", last, 0)

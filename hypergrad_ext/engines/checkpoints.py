@@ -127,8 +127,3 @@ def rerun_in(context: Callable[[], AbstractContextManager]) -> Iterator[None]:
         yield
     finally:
         _here.contexts.pop()
-
-
-def once_differentiable() -> AbstractContextManager:
-    """A context for a forward pass that is differentiated once: only its checkpoints are looked after."""
-    return repeatable(once_differentiable)

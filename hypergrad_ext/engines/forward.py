@@ -41,16 +41,27 @@ def twice_differentiable() -> Iterator[None]:
     Attention takes the math kernel; recurrent layers leave cuDNN; compiled modules run as they were
     before ``torch.compile``; checkpoints can be gone through. Everything else runs as always.
     """
-    # Importing the compiler takes as long as importing torch; where nobody did, nothing is compiled.
-    compiler = "torch._dynamo" in sys.modules
     with (
         repeatable(twice_differentiable),
         _PLAIN_KERNELS,
         # It looks at every call of torch, and there is no cuDNN without CUDA.
         _PlainRecurrence() if torch.backends.cuda.is_built() else contextlib.nullcontext(),
-        _UNCOMPILED if compiler else contextlib.nullcontext(),
+        uncompiled(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def once_differentiable() -> Iterator[None]:
+    """Only that a forward pass can be gone through as often as a hypergradient needs: checkpoints, compiled modules."""
+    with repeatable(once_differentiable), uncompiled():
+        yield
+
+
+def uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compiled modules run as they were before ``torch.compile``, whose graphs may be gone through only once."""
+    # Importing the compiler takes as long as importing torch; where nobody did, nothing is compiled.
+    return _UNCOMPILED if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 _ONCE_ONLY = re.compile(
