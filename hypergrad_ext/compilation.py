@@ -1,4 +1,4 @@
-"""What is called inside of ``torch.compile`` runs as it is, or in reverse mode only; what is in ``torch.func`` not."""
+"""What is called inside of ``torch.compile`` runs as it is, between two compiled parts; in ``torch.func`` not."""
 
 from __future__ import annotations
 
@@ -28,23 +28,6 @@ def never_compiled(function: Function) -> Function:
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(marked.__code__, frames._FrameExecStrategy(skip, skip))
     return function
-
-
-def for_compile(reverse: type[torch.autograd.Function], in_all_modes: type[torch.autograd.Function]) -> Any:
-    """``in_all_modes``, or, inside of ``torch.compile``, which refuses a function with a jvp, ``reverse``.
-
-    Returns:
-        One of the two.
-
-    Raises:
-        NotImplementedError: In forward mode inside of ``torch.compile``, where tangents would be zero: it
-            breaks the graph, and what is differentiated runs as it is.
-    """
-    if not torch.compiler.is_compiling():
-        return in_all_modes
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("no forward mode under torch.compile")
-    return reverse
 
 
 def refuse_transforms(argument: str) -> None:
