@@ -237,7 +237,7 @@ class Space:
                     f"{leaves.names[i]}: expected a plain tensor, got one inside a transform of torch.func; "
                     "in the place of vmap give it a leading dimension"
                 )
-            if torch._C._functorch.is_legacy_batchedtensor(t):
+            if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(t):
                 raise TypeError(
                     f"{leaves.names[i]}: expected a plain tensor, got one of a backward pass with is_grads_batched or "
                     "vectorize; call backward once for every output, with retain_graph=True"
