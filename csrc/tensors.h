@@ -25,8 +25,7 @@ VectorList rows_of(const at::Tensor& t);
 
 // What is wrong with an argument that requires grad.
 constexpr char kRequiresGrad[] =
-    " must not require grad: ops are not differentiable, hypergrad_ext.functional is; exported graphs of it run under "
-    "torch.no_grad()";
+    " must not require grad: this op is not differentiable when it is called directly, hypergrad_ext.functional is";
 
 // The tensor that a Python object is, or null.
 const at::Tensor* from_python(_object* object);

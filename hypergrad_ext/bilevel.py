@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from hypergrad_ext.buffers import buffers_kept
+from hypergrad_ext.compilation import refuse_transforms
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import Hessian, LinearOperator
 from hypergrad_ext.operators.hessian import (
+    STANDS_FOR,
     Engine,
     Loss,
     check_loss,
@@ -169,6 +170,7 @@ class Bilevel:
             check_tracked(params)
             leaves, loss = params.tensors, val_loss
         elif callable(val_loss):
+            refuse_transforms("val_loss")
             leaves = [t.detach().requires_grad_() for t in params.tensors]
             with torch.enable_grad(), buffers_kept(self.hessian.module):
                 loss = evaluate("val_loss", val_loss, params, leaves, twice=False)
@@ -236,10 +238,10 @@ def _scaled(loss: Any, scale: float) -> Any:
     if not callable(loss):
         return loss
 
-    @functools.wraps(loss, updated=())  # with the arguments it says it takes
     def scaled(*arguments: Any) -> Any:
         return _scaled(loss(*arguments), scale)
 
+    setattr(scaled, STANDS_FOR, loss)
     return scaled
 
 

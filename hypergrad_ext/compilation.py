@@ -1,4 +1,4 @@
-"""What is called inside of ``torch.compile``: it runs as it is, between two compiled parts, or in reverse mode only."""
+"""What is called inside of ``torch.compile`` runs as it is, between two compiled parts; in ``torch.func`` not."""
 
 from __future__ import annotations
 
@@ -30,18 +30,15 @@ def never_compiled(function: Function) -> Function:
     return function
 
 
-def for_compile(reverse: type[torch.autograd.Function], in_all_modes: type[torch.autograd.Function]) -> Any:
-    """``in_all_modes``, or, inside of ``torch.compile``, which refuses a function with a jvp, ``reverse``.
-
-    Returns:
-        One of the two.
+def refuse_transforms(argument: str) -> None:
+    """Refuse a loss function inside of a transform of ``torch.func``, which lets nobody differentiate by hand.
 
     Raises:
-        NotImplementedError: In forward mode inside of ``torch.compile``, where tangents would be zero: it
-            breaks the graph, and what is differentiated runs as it is.
+        NotImplementedError: If this is called inside of one.
     """
-    if not torch.compiler.is_compiling():
-        return in_all_modes
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise NotImplementedError("no forward mode under torch.compile")
-    return reverse
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            f"{argument}: expected to be differentiated outside of torch.func's vmap, grad, jvp and the like; go "
+            "through tasks or examples in a loop, take many vectors as one batch (a leading dimension), and in the "
+            "place of grad call backward on what was computed from hg.implicit"
+        )

@@ -77,7 +77,9 @@ def hypergradient(
         engine: How products are run; `Hessian` lists the engines.
         backend: ``"cpp"``, ``"cuda"``, ``"triton"``, ``"torch"`` or ``"auto"``.
         operator: Solve with this instead of the Hessian of ``train_loss``: a faster form of it, such as
-            `GLMHessian`, or an approximation of your own, for which the true residual is looked at in any case.
+            `GLMHessian`, or an approximation of your own, for which the true residual is looked at in any case. It
+            has to have the curvature of all terms of ``train_loss``, penalties included (`GaussNewton` takes a
+            ``penalty``).
         return_solution: Also return the `Solution` of the solve.
 
     Returns:

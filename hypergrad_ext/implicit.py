@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.bilevel import check_apart, check_hparams, unused_error
-from hypergrad_ext.compilation import never_compiled
+from hypergrad_ext.compilation import never_compiled, refuse_transforms
 from hypergrad_ext.linear_solve import SolverChoice, report, solve_for
 from hypergrad_ext.operators import Hessian
 from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solvers import SolverState
-from hypergrad_ext.structure import Tree, held, take_apart
-from hypergrad_ext.surroundings import Surroundings, without_autocast
+from hypergrad_ext.structure import Leaves, Tree, held, take_apart, versions
+from hypergrad_ext.surroundings import Meaning, Surroundings, without_autocast
 
 
 @never_compiled
@@ -42,9 +42,11 @@ def implicit(
         train_loss: :math:`L_T`, a function of the parameters that closes over ``hparams`` and is called
             in the backward pass, in the autocast of this call and, if ``params`` is a module, in the training modes
             that its parts have now (other modules are to be in the modes of training then), or a scalar tensor
-            whose graph is kept until then.
-        params: The weights, at a minimum of the training loss. They must not change before the backward pass. Beside
-            a tensor they must not have been computed from ``hparams``.
+            whose graph is kept until then. In a loop over tasks bind what changes, ``lambda w, x=x: ...``: names that
+            stand for something else by then are refused.
+        params: The weights, at a minimum of the training loss. Beside a function neither they nor ``hparams`` may be
+            changed before the backward pass, which is refused. Beside a tensor they must not have been computed from
+            ``hparams``.
         hparams: The hyperparameters; they must require grad.
         solver: ``"auto"`` or a solver.
         damping: d >= 0, or ``"auto"``; see `solve`.
@@ -57,9 +59,10 @@ def implicit(
         The weights in the structure of ``params``; for an ``nn.Module`` the dict for ``functional_call``.
 
     Raises:
+        NotImplementedError: If this is called inside of a transform of ``torch.func``.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or, in the backward pass, the training loss depends on
-            no hyperparameter; the message names it.
+            no hyperparameter, or is another one than before; the message names it.
 
     Cost: nothing now; in the backward pass a training gradient, one solve per call of ``backward``, and
     one product with the mixed derivative. It can be differentiated once.
@@ -75,6 +78,7 @@ def implicit(
         >>> lam.grad
         tensor(-2.2500)
     """
+    refuse_transforms("train_loss")
     params = held(params)
     hessian = Hessian(train_loss, params, engine=engine, name="train_loss")
     outer = take_apart("hparams", hparams)
@@ -83,8 +87,10 @@ def implicit(
         check_apart(outer, hessian.params)
 
     then = Surroundings(hessian.module, hessian.space.device)
+    check_unchanged = _Unchanged(train_loss, hessian.params, outer)
 
     def pull_back(grad_w: Sequence[Tensor]) -> list[Tensor | None]:
+        check_unchanged()
         # A fresh operator, so that two backward passes do not share a graph that was changed in between.
         with then.again():
             now = Hessian(train_loss, params, engine=engine, name="train_loss")
@@ -116,3 +122,29 @@ class _OptimalWeights(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_w: Tensor) -> tuple[Any, ...]:
         return None, None, *ctx.pull_back(grad_w)
+
+
+class _Unchanged:
+    """A check that a loss that runs later is the function that it was; what a tensor saved, autograd checks."""
+
+    def __init__(self, loss: Loss, *trees: Leaves) -> None:
+        self._meaning = Meaning(loss)
+        late = () if isinstance(loss, Tensor) else trees
+        self._leaves = [pair for t in late for pair in zip(t.names, t.tensors, strict=True)]
+        self._versions = [versions([t]) for _, t in self._leaves]
+
+    def __call__(self) -> None:
+        changed = self._meaning.changed()
+        if changed:
+            raise ValueError(
+                f"train_loss: expected the function that it was when implicit was called, got one in which "
+                f"{', '.join(changed)} stand{'' if changed[1:] else 's'} for something else by now; bind the variables "
+                "of a loop (lambda w, x=x: ...), or call backward before they change"
+            )
+        for (name, t), before in zip(self._leaves, self._versions, strict=True):
+            if versions([t]) != before:
+                raise ValueError(
+                    f"{name}: expected values that stay until the backward pass, where train_loss runs, got some that "
+                    "were changed in place, as by optimizer.step() or load_state_dict(); call backward before, or "
+                    "train a copy"
+                )

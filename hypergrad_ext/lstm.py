@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hypergrad_ext import ops, reference_lstm
-from hypergrad_ext.compilation import for_compile
+from hypergrad_ext.rules import with_rules
 
 
 def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,7 @@ def lstm_cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     if gates.dtype != c.dtype or not c.is_floating_point():
         raise TypeError(f"gates and c: expected one floating dtype, got {gates.dtype} and {c.dtype}")
     rows = c.shape[:-1].numel()
-    function = for_compile(_Cell, _CellInAllModes)
-    h, c_next, _ = function.apply(gates.reshape(rows, gates.shape[-1]), c.reshape(rows, c.shape[-1]))
+    h, c_next, _ = _cell(gates.reshape(rows, gates.shape[-1]), c.reshape(rows, c.shape[-1]))
     return h.view(c.shape), c_next.view(c.shape)
 
 
@@ -76,14 +75,28 @@ def lstm_layer(
     Returns:
         ``h`` and ``c`` of every step, ``(steps, batch, units)``.
     """
+    return _layer(x, w_ih, bias, w_hh, h0, c0)[:2]
+
+
+def _without_rules(
+    x: Tensor, w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, h0: Tensor, c0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`lstm_layer`, with the activations as a third output."""
+    rows = _rows(x) @ w_ih.T if bias is None else torch.addmm(bias, _rows(x), w_ih.T)
+    return ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
+
+
+def _in_any_mode(
+    x: Tensor, w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, h0: Tensor, c0: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, differentiable."""
     if not _transformed():
-        h, c, _ = _Layer.apply(x, w_ih, bias, w_hh, h0, c0)
-        return h, c
+        return _Layer.apply(x, w_ih, bias, w_hh, h0, c0)
     h, c, steps = h0, c0, []
     for gates in torch.nn.functional.linear(x, w_ih, bias).unbind(0):
-        h, c = lstm_cell(gates + h @ w_hh.T, c)
-        steps.append((h, c))
-    return torch.stack([h for h, _ in steps]), torch.stack([c for _, c in steps])
+        h, c, activations = _cell(gates + h @ w_hh.T, c)
+        steps.append((h, c, activations))
+    return tuple(torch.stack(each) for each in zip(*steps, strict=True))  # type: ignore[return-value]
 
 
 def _transformed() -> bool:
@@ -102,14 +115,27 @@ class _Cell(Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, c_next, activations = output
         ctx.save_for_backward(activations, inputs[1], c_next)
+        ctx.save_for_forward(activations, inputs[1], c_next)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, grad_activations: Tensor | None) -> Any:
         activations, c, c_next = ctx.saved_tensors
         grads = _or_zeros(grad_h, c), _or_zeros(grad_c, c), grad_activations
-        function = for_compile(_CellBackward, _CellBackwardInAllModes)
-        return function.apply(activations, c, c_next, *grads)
+        return _cell_backward(activations, c, c_next, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, gates_t: Tensor | None, c_t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        activations, c, c_next = ctx.saved_tensors
+        gates_t, c_t, zero = _or_zeros(gates_t, activations), _or_zeros(c_t, c), torch.zeros_like(c)
+        *_, h_t, c_next_t = _cell_double_backward(activations, c, c_next, zero, zero, gates_t, c_t)
+        i, f, g, o = activations.chunk(4, -1)
+        slopes = torch.cat([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], -1)
+        return h_t, c_next_t, slopes * gates_t
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Tensor) -> tuple:
+        return _more_rows(_Cell, info.batch_size, in_dims, args)
 
 
 class _CellBackward(Function):
@@ -122,6 +148,7 @@ class _CellBackward(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -131,7 +158,21 @@ class _CellBackward(Function):
         v = _or_zeros(v_gates, activations), _or_zeros(v_c, c)
         if grad_activations is not None:  # only in a third derivative
             return _by_torch(reference_lstm.lstm_cell_backward, saved, v)
-        return *_CellDoubleBackward.apply(*saved[:5], *v), None
+        return *_cell_double_backward(*saved[:5], *v), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        primals = [t for t in ctx.saved_tensors if t is not None]
+        tangents = tuple(_or_zeros(d, t) for d, t in zip(tangents, primals, strict=False))
+        # The adjoint of the adjoint: inside forward mode there is no second forward mode.
+        _, c, *_ = primals
+        pullback = torch.func.vjp(reference_lstm.lstm_cell_backward, *primals)[1]
+        pushforward = torch.func.vjp(pullback, (torch.zeros_like(primals[0]), torch.zeros_like(c)))[1]
+        return pushforward(tangents)[0]
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Tensor | None) -> tuple:
+        return _more_rows(_CellBackward, info.batch_size, in_dims, args)
 
 
 class _CellDoubleBackward(Function):
@@ -154,50 +195,9 @@ class _CellDoubleBackward(Function):
         return _more_rows(_CellDoubleBackward, info.batch_size, in_dims, args)
 
 
-class _CellInAllModes(_Cell):
-    """The same in forward mode and under vmap."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _Cell.setup_context(ctx, inputs, output)
-        _, c_next, activations = output
-        ctx.save_for_forward(activations, inputs[1], c_next)
-
-    @staticmethod
-    def jvp(ctx: Any, gates_t: Tensor | None, c_t: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        activations, c, c_next = ctx.saved_tensors
-        gates_t, c_t, zero = _or_zeros(gates_t, activations), _or_zeros(c_t, c), torch.zeros_like(c)
-        *_, h_t, c_next_t = _CellDoubleBackward.apply(activations, c, c_next, zero, zero, gates_t, c_t)
-        i, f, g, o = activations.chunk(4, -1)
-        slopes = torch.cat([i * (1 - i), f * (1 - f), 1 - g * g, o * (1 - o)], -1)
-        return h_t, c_next_t, slopes * gates_t
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Tensor) -> tuple:
-        return _more_rows(_CellInAllModes, info.batch_size, in_dims, args)
-
-
-class _CellBackwardInAllModes(_CellBackward):
-    """The same in forward mode and under vmap."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _CellBackward.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
-        primals = [t for t in ctx.saved_tensors if t is not None]
-        tangents = tuple(_or_zeros(d, t) for d, t in zip(tangents, primals, strict=False))
-        # The adjoint of the adjoint: inside forward mode there is no second forward mode.
-        _, c, *_ = primals
-        pullback = torch.func.vjp(reference_lstm.lstm_cell_backward, *primals)[1]
-        pushforward = torch.func.vjp(pullback, (torch.zeros_like(primals[0]), torch.zeros_like(c)))[1]
-        return pushforward(tangents)[0]
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *args: Tensor | None) -> tuple:
-        return _more_rows(_CellBackwardInAllModes, info.batch_size, in_dims, args)
+_cell = with_rules(ops.lstm_cell, _Cell.apply)
+_cell_backward = with_rules(ops.lstm_cell_backward, _CellBackward.apply)
+_cell_double_backward = with_rules(ops.lstm_cell_double_backward, _CellDoubleBackward.apply)
 
 
 class _Layer(Function):
@@ -208,8 +208,7 @@ class _Layer(Function):
 
     @staticmethod
     def forward(ctx: Any, x, w_ih, bias, w_hh, h0, c0) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        rows = _rows(x) @ w_ih.T if bias is None else torch.addmm(bias, _rows(x), w_ih.T)
-        h, c, activations = ops.lstm_layer(rows.view(*x.shape[:2], len(w_ih)), w_hh, h0, c0)
+        h, c, activations = _without_rules(x, w_ih, bias, w_hh, h0, c0)
         ctx.has_bias = bias is not None
         ctx.save_for_backward(activations, h, c, x, w_ih, w_hh, h0, c0)
         ctx.set_materialize_grads(False)
@@ -269,6 +268,23 @@ class _LayerBackward(Function):
         return None, by_activations, by_h, by_c, by_x, by_ih, by_hh, by_h0, by_c0, by_grad_h, by_grad_c, None
 
 
+# Not one of `ops.ALL`: it has no kernel of its own.
+_layer = with_rules(
+    ops.Op(
+        "lstm_layer_from_inputs(Tensor x, Tensor w_ih, Tensor? bias, Tensor w_hh, Tensor h0, Tensor c0)"
+        " -> (Tensor, Tensor, Tensor)",
+        reference=_without_rules,
+        fake=lambda x, w_ih, bias, w_hh, h0, c0: (
+            *(c0.new_empty(x.shape[0], *c0.shape) for _ in range(2)),
+            c0.new_empty(*x.shape[:2], len(w_ih)),
+        ),
+        device_of=5,
+        native=(),
+    ),
+    _in_any_mode,
+)
+
+
 def _through_gates(wanted: tuple, gates: Tensor, h: Tensor, x: Tensor, w_ih: Tensor, w_hh: Tensor, h0: Tensor) -> Any:
     """Gradients by ``x``, ``w_ih``, ``bias``, ``w_hh`` and ``h0`` from those by the gates."""
     of_x, of_bias, of_h0 = wanted
@@ -308,7 +324,9 @@ def _tangent_of_gates(inputs: Any, recurrent: Any, v_bias: Tensor | None, like: 
         else:
             total = _rows(a) @ b.T
     if total is None:
-        total = torch.zeros_like(like) if v_bias is None else v_bias.expand_as(like).contiguous()
+        # A copy also of a single row: what is written to must not be the caller's.
+        contiguous = torch.contiguous_format
+        total = torch.zeros_like(like) if v_bias is None else v_bias.expand_as(like).clone(memory_format=contiguous)
     total = total.view_as(like)
     h0, h, v_hh = recurrent
     if v_hh is not None:
@@ -350,10 +368,11 @@ def _more_rows(function: Any, size: int, in_dims: tuple, args: tuple) -> tuple:
     for t, dim in zip(args, in_dims, strict=True):
         if t is not None:
             t = t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-            t = t.reshape(-1, t.shape[-1])
+            rows = t.shape[1]
+            t = t.reshape(size * rows, t.shape[-1])
         folded.append(t)
     out = function.apply(*folded)
-    return tuple(t.view(size, -1, t.shape[-1]) for t in out), (0,) * len(out)
+    return tuple(t.view(size, rows, t.shape[-1]) for t in out), (0,) * len(out)
 
 
 def _or_zeros(t: Tensor | None, like: Tensor) -> Tensor:

@@ -237,6 +237,11 @@ class Space:
                     f"{leaves.names[i]}: expected a plain tensor, got one inside a transform of torch.func; "
                     "in the place of vmap give it a leading dimension"
                 )
+            if torch._C._functorch.is_legacy_batchedtensor(t):
+                raise TypeError(
+                    f"{leaves.names[i]}: expected a plain tensor, got one of a backward pass with is_grads_batched or "
+                    "vectorize; call backward once for every output, with retain_graph=True"
+                )
         lead = () if batch is None else (batch,)
         with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
             flat = torch.cat([t.reshape(*lead, -1).to(self.dtype) for t in tensors], dim=-1)
@@ -278,7 +283,11 @@ class Space:
         """
         mine, theirs = self.leaves.keys, leaves.keys
         if len(theirs) != len(mine):
-            raise ValueError(f"{argument}: expected {len(mine)} tensors, one for each parameter, got {len(theirs)}")
+            many = len(theirs) > len(mine) and len(theirs) % len(mine) == 0
+            raise ValueError(
+                f"{argument}: expected {len(mine)} tensors, one for each parameter, got {len(theirs)}"
+                + ("; a batch of vectors is one more leading dimension on every tensor" if many else "")
+            )
         if mine == theirs or not (self.leaves.keyed and leaves.keyed):
             return list(range(len(mine)))
         position = {key: i for i, key in enumerate(theirs)}

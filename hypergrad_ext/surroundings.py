@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -39,6 +41,33 @@ class Surroundings:
                 _set(now)
 
 
+class Meaning:
+    """What the names that a function uses but does not assign stand for now, to be looked at again when it runs."""
+
+    def __init__(self, function: object) -> None:
+        """Take note; of what is no function of Python's there is nothing to be noted."""
+        plain: Any = function.__func__ if isinstance(function, MethodType) else function
+        self._function = plain if isinstance(plain, FunctionType) else None
+        self._then = self._look()
+
+    def changed(self) -> list[str]:
+        """The names that stand for something else by now, such as the variables of a loop that went on."""
+        now = self._look()
+        return [name for name, value in self._then.items() if not _same(value, now.get(name))]
+
+    def _look(self) -> dict[str, Any]:
+        if self._function is None:
+            return {}
+        code, around = self._function.__code__, self._function.__globals__
+        found = {name: around[name] for name in _global_names(code) if name in around}
+        for name, cell in zip(code.co_freevars, self._function.__closure__ or (), strict=True):
+            try:
+                found[name] = cell.cell_contents
+            except ValueError:
+                pass  # not assigned yet, or deleted
+        return found
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context for what ``torch.autocast`` is to leave alone: all but the user's own functions.
 
@@ -57,3 +86,14 @@ def _cast(kind: str) -> tuple[str, torch.dtype, bool, bool]:
 def _set(modes: list[tuple[nn.Module, bool]]) -> None:
     for part, training in modes:
         part.training = training
+
+
+def _global_names(code: CodeType) -> set[str]:
+    """Names that a function, or one inside of it, looks up in its module."""
+    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*(_global_names(part) for part in code.co_consts if isinstance(part, CodeType)))
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether it is the same object, or the same number or string."""
+    return a is b or (isinstance(a, (bool, int, float, str)) and type(a) is type(b) and a == b)

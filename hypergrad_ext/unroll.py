@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from hypergrad_ext.bilevel import check_hparams, reach, unused_error
 from hypergrad_ext.buffers import buffers_kept
-from hypergrad_ext.compilation import never_compiled
+from hypergrad_ext.compilation import never_compiled, refuse_transforms
+from hypergrad_ext.engines.checkpoints import rerun_in
 from hypergrad_ext.engines.forward import raise_explained
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators.hessian import evaluate
@@ -73,6 +75,7 @@ def unroll(
         ``functional_call``.
 
     Raises:
+        NotImplementedError: If this is called inside of a transform of ``torch.func``.
         TypeError: If an argument has the wrong type or dtype.
         ValueError: If an argument has the wrong shape or value, or the trained weights depend neither on ``hparams``
             nor on an ``lr`` that requires grad (which is not looked at with ``checkpoint``); the message names it.
@@ -95,6 +98,7 @@ def unroll(
     """
     if not callable(train_loss):
         raise TypeError(f"train_loss: expected a function of the parameters, got {type(train_loss).__name__}")
+    refuse_transforms("train_loss")
     check_count("steps", steps, 1)
     if last is not None:
         check_count("last", last, 0)
@@ -224,11 +228,12 @@ class _Step:
         n = self.count
         with torch.enable_grad():
             w = [t if graph and t.requires_grad else t.detach().requires_grad_() for t in state[:n]]
-            with buffers_kept(self.module):
+            kept = functools.partial(buffers_kept, self.module)
+            # A checkpoint runs a part of the model again, here and in the caller's backward pass.
+            with kept(), rerun_in(kept):
                 loss = evaluate("train_loss", self._loss, self._params, w)
             try:
-                # A checkpoint runs a part of the model again.
-                with buffers_kept(self.module), without_autocast(loss.device):
+                with without_autocast(loss.device):
                     grads = torch.autograd.grad(loss, w, create_graph=graph, allow_unused=True)
             except RuntimeError as error:
                 raise_explained(error)

@@ -31,6 +31,22 @@ class Graph:
                     ours.copy_(new)
 
 
+class Generator:
+    """Stands for the device's generator; nobody draws from a state that a capture has taken hold of."""
+
+    def __init__(self, state: list[str] | None = None) -> None:
+        self.state = [] if state is None else state
+
+    def clone_state(self) -> Generator:
+        return Generator(list(self.state))
+
+    def graphsafe_get_state(self) -> Generator:
+        return Generator(self.state)
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        self.state = other.state
+
+
 class Stream:
     """Stands for ``torch.cuda.Stream``."""
 
@@ -82,26 +98,41 @@ def memory(t: Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-@contextlib.contextmanager
-def capture(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-    """Stands for ``torch.cuda.graph``."""
-    assert stream.waited and capture_error_mode == "thread_local"
-    mode = Capture(graph)
-    with mode:
-        yield
-    mode.undo()
-
-
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the CPU a device with CUDA graphs."""
-    here = Stream()
+    current, generator = [Stream()], Generator()
+
+    @contextlib.contextmanager
+    def use(stream: Stream) -> Iterator[None]:
+        """Stands for ``torch.cuda.stream``."""
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        """Stands for ``torch.cuda.graph``, which where a capture fails ends it in no way."""
+        assert stream.waited and capture_error_mode == "thread_local"
+        before, current[0] = current[0], stream
+        generator.state.append("held")
+        mode = Capture(graph)
+        with mode:
+            yield
+        mode.undo()
+        current[0] = before
+        generator.state.remove("held")
+
     for name, value in {
         "CUDAGraph": Graph,
         "Stream": Stream,
         "graph": capture,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "stream": use,
         "device": lambda device: contextlib.nullcontext(),
-        "current_stream": lambda device: here,
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+        "default_generators": {None: generator},
+        "current_stream": lambda device: current[0],
         "synchronize": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

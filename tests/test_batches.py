@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from collections import UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -244,6 +246,20 @@ def test_batches_of_different_lengths_bring_one_warning():
     with pytest.warns(UserWarning, match="batches"):
         ours = hg.Hessian(weighted, net, batches=in_batches(5)).dense()
     torch.testing.assert_close(ours, hg.Hessian(F.mse_loss(net(X), Y), net).dense())
+
+
+@dataclass
+class Rows:
+    x: torch.Tensor
+    y: torch.Tensor
+    note: str | None = None
+
+
+@pytest.mark.parametrize("kind", [Rows, lambda x, y: UserDict(note=None, x=x, y=y)], ids=["dataclass", "mapping"])
+def test_lengths_are_seen_whatever_holds_a_batch(kind):
+    net, batches = model(), [kind(x, y) for x, y in in_batches(5)]
+    with pytest.warns(UserWarning, match="batches: expected batches of one length, got 2 to 5 rows"):
+        hg.Hessian(lambda params, rows: params["0.weight"].square().sum(), net, batches=batches) @ vector(net)
 
 
 @pytest.mark.parametrize("options", [{"drop_last": True}, {"stochastic": True}], ids=str)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import hypergrad_ext as hg
 
@@ -81,7 +84,7 @@ VECTOR_CASES = {
     "shape": (torch.ones(4), ValueError, r"v: expected shape \(3,\), or that with one leading batch.* got \(4,\)"),
     "two leading dimensions": (torch.ones(2, 2, 3), ValueError, r"v: expected shape \(3,\), or"),
     "empty batch": (torch.ones(0, 3), ValueError, "v: expected at least one vector in the batch, got 0"),
-    "count": ([V, V], ValueError, "v: expected 1 tensors, one for each parameter, got 2"),
+    "count": ([V, V], ValueError, "v: expected 1 tensors.*got 2; a batch of vectors is one more"),
     "integer": (torch.ones(3, dtype=torch.int64), TypeError, "v: expected torch.float32.*got torch.int64"),
     "another float": (V.double(), TypeError, "v: expected torch.float32.*got torch.float64"),
     "device": (torch.ones(3, device="meta"), ValueError, "v: expected device cpu, got meta"),
@@ -104,6 +107,36 @@ def test_methods_are_losses(loss):
     assert torch.equal(hg.Hessian(loss, W) @ V, hg.Hessian(loss(W), W) @ V)
 
 
+def test_losses_that_use_the_parameters_themselves():
+    """What a function does not compute from its argument counted as a constant: half of the Hessian was missing."""
+    net, x, lam = nn.Linear(3, 2), torch.randn(5, 3), torch.tensor(0.5, requires_grad=True)
+
+    def good(params):
+        # What is detached is meant to be constant.
+        near = sum(((p - q.detach()) ** 2).sum() for p, q in zip(params.values(), net.parameters(), strict=True))
+        return torch.func.functional_call(net, params, (x,)).square().mean() + lam.exp() * near
+
+    def forgot_the_call(params):
+        return net(x).square().mean() + lam * sum((p**2).sum() for p in params.values())
+
+    def forgot_the_penalty(params):
+        return torch.func.functional_call(net, params, (x,)).square().mean() + lam * net.weight.square().sum()
+
+    params = dict(net.named_parameters())
+    hg.hypergradient(good, good, net, lam, damping=1.0)
+    for bad, more in ((forgot_the_call, " and 1 more"), (forgot_the_penalty, "")):
+        message = rf"expected a function of its argument, got one that uses params\['weight'\]{more} itself"
+        for run in (
+            lambda bad=bad: hg.hypergradient(good, bad, net, lam, damping=1.0),
+            lambda bad=bad: hg.hypergradient(bad, good, net, lam, damping=1.0),
+            lambda bad=bad: hg.unroll(bad, net, lam, steps=2, lr=0.1),
+            lambda bad=bad: hg.implicit(bad, net, lam, damping=1.0)["weight"].sum().backward(),
+            lambda bad=bad: hg.GaussNewton(lambda p, _: bad(p), F.mse_loss, x, x, params=params),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run()
+
+
 @cases(PARAMS_CASES)
 def test_params(value, error, message):
     with pytest.raises(error, match=message):
@@ -121,6 +154,28 @@ def test_vmap_is_referred_to_batches():
         TypeError, match=r"v: expected a plain tensor.*in the place of vmap give it a leading dimension"
     ):
         torch.func.vmap(lambda v: hg.inverse_hvp(quadratic, W, v))(torch.ones(2, 3))
+
+
+def test_transforms_are_referred_to_loops():
+    """torch said something of `requires_grad_` and `setup_context`."""
+    lam = torch.tensor(1.0, requires_grad=True)
+    near = lambda t: lambda w: ((w - t) ** 2).sum() + lam * (w**2).sum()  # noqa: E731
+    for run in (
+        lambda t: hg.inverse_hvp(near(t), W, V),
+        lambda t: hg.hypergradient(near(t), near(t), W, lam),
+        lambda t: hg.hypergradient(near(t), (W**2).sum() * lam, W, lam),
+        lambda t: hg.implicit(near(t), W, lam),
+        lambda t: hg.unroll(near(t), W, lam, steps=2, lr=0.1),
+    ):
+        with pytest.raises(NotImplementedError, match=r"_?loss: expected to be differentiated outside of torch.func's"):
+            torch.func.vmap(run)(torch.ones(2, 3))
+
+
+def test_batched_backward_passes_are_referred_to_loops():
+    lam = torch.ones(3, requires_grad=True)
+    best = hg.implicit(lambda w: (lam * (w - 1) ** 2).sum(), W, lam)
+    with pytest.raises(TypeError, match="one of a backward pass with is_grads_batched.*call backward once for every"):
+        torch.autograd.grad(best, lam, torch.eye(3), is_grads_batched=True)
 
 
 def test_members_of_a_batch_must_agree():
@@ -345,6 +400,15 @@ class TestHypergradient:
         ):
             with pytest.raises(TypeError, match=message):
                 hg.hypergradient(quadratic, loss, W, self.lam, loss_scale=loss_scale)
+
+    @pytest.mark.parametrize("loss_scale", [1.0, 2.0])
+    def test_a_wrapper_may_take_less_than_what_it_wraps(self, loss_scale):
+        def with_data(function):
+            return functools.wraps(function)(lambda *arguments: function(*arguments, self.lam))
+
+        train = with_data(lambda w, lam: ((w - 1) ** 2 + lam.exp() * w**2).sum())
+        grads = [hg.hypergradient(quadratic, f, W, self.lam, loss_scale=loss_scale) for f in (train, self.train)]
+        assert torch.equal(*grads)
 
     def test_a_validation_tensor_wants_parameters_that_require_grad(self):
         w = torch.ones(3)

@@ -270,33 +270,6 @@ class TestMLPProduct:
         assert_close(gradient, {name: 2 * product[name] for name in gradient}, 1e-14)
 
 
-def linear_or_smooth(name):
-    """A function, and where to differentiate it."""
-    x, weights, v, _ = glm(intercept=False)
-    operator = hg.MLPHessian(x, [torch.ones(1, 3, dtype=torch.float64)], x[:, :1], loss="squared")
-    rows = torch.randn(2, 4, dtype=torch.float64)
-    return {
-        "glm_hvp": (lambda v: functional.glm_hvp(x, weights, v), v),
-        "softmax_hessian": (lambda u: functional.softmax_hessian(rows, u), rows + 1),
-        "mlp_hvp": (lambda v: functional.mlp_hvp(operator, [v])[0], v[None]),
-        "lstm_cell": (lambda gates: functional.lstm_cell(gates, rows[:, :1])[0], rows),
-    }[name]
-
-
-@pytest.mark.parametrize("name", ["glm_hvp", "softmax_hessian", "mlp_hvp", "lstm_cell"])
-def test_forward_mode_breaks_a_compiled_graph(name):
-    f, v = linear_or_smooth(name)
-
-    def f_t(v):
-        return torch.func.jvp(f, (v,), (v,))[1]
-
-    torch._dynamo.reset()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="no forward mode under torch.compile"):
-        torch.compile(f_t, backend="eager", fullgraph=True)(v)
-    torch._dynamo.reset()
-    assert_close(torch.compile(f_t, backend="eager")(v), f_t(v), 1e-14)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -344,6 +317,14 @@ def test_empty_sizes():
     u = functional.glm_solve(x[:0], nothing, v, damping=2.0)
     assert_close(u, v / 2, 1e-6)
     assert torch.autograd.grad(u.sum(), nothing)[0].shape == (0,)
+
+
+def test_batches_of_none():
+    x, weights, v, _ = glm(intercept=False)
+    none = torch.func.vmap(lambda x: functional.glm_hvp(x, weights, v))(x.new_empty(0, *x.shape))
+    assert none.shape == (0, *v.shape)
+    h, c = torch.func.vmap(functional.lstm_cell, (0, None))(x.new_empty(0, 5, 8), x.new_empty(5, 2))
+    assert h.shape == c.shape == (0, 5, 2)
 
 
 def test_other_refusals():

@@ -421,12 +421,14 @@ class TestOperator:
             def forward(self, x):
                 return 2 * super().forward(x)
 
-        frozen, pruned, computed = nn.Linear(5, 3), nn.Linear(5, 3), nn.Linear(5, 3)
+        frozen, pruned, computed, hooked = (nn.Linear(5, 3) for _ in range(4))
+        hooked.register_forward_hook(lambda part, x, out: 2 * out)
         frozen.bias.requires_grad_(False)
         prune.l1_unstructured(pruned, "weight", 4)
         parametrizations.weight_norm(computed)
         cases = {"all of it trainable, got parameters that do not require grad": frozen}
         cases |= {"got Scaled with weight, bias": Scaled(5, 3), "got Linear with bias, weight_orig": pruned}
+        cases |= {"got one with hooks": hooked}
         for message, layer in (cases | {"got ParametrizedLinear with bias": computed}).items():
             with pytest.raises(ValueError, match=f"params: expected .*{message}"):
                 hg.GLMHessian(torch.randn(30, 5), layer, "softmax")

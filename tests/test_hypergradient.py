@@ -262,3 +262,40 @@ class TestImplicit:
         best = hg.implicit(lambda w: (w - 3) ** 2 + lam * w**2, w, lam, hg.Neumann(50, alpha=10.0))
         with pytest.raises(hg.SolveError, match="diverged"):
             (best**2).backward()
+
+    @pytest.mark.parametrize("bound", [False, True])
+    def test_a_loop_over_tasks_whose_backward_pass_comes_last(self, bound):
+        """A function that runs late sees the last task's data; it gave all tasks that one's response."""
+        lam, total = torch.tensor(1.0, dtype=torch.float64, requires_grad=True), 0.0
+        for target in (torch.tensor(t, dtype=torch.float64) for t in (3.0, 5.0)):
+            late = lambda w: (w - target) ** 2 + lam * w**2  # noqa: B023, E731
+            train = (lambda w, target=target: (w - target) ** 2 + lam * w**2) if bound else late
+            total = total + hg.implicit(train, (target / 2).clone(), lam) ** 2
+        if bound:
+            total.backward()
+            assert float(lam.grad) == pytest.approx(-(3**2 + 5**2) / 4)
+        else:
+            with pytest.raises(ValueError, match="got one in which target stands for something else by now; bind"):
+                total.backward()
+
+    def test_globals_that_a_loss_names_are_looked_at_too(self):
+        names = {"hg": hg, "lam": torch.tensor(1.0, requires_grad=True), "goal": 3.0}
+        loss = "lambda w: sum((w - goal) ** 2 for _ in '.') + lam * w**2"
+        exec(f"best = hg.implicit({loss}, lam.detach() * 1.5, lam)", names)
+        names["goal"] = float("3")  # the same number
+        (names["best"] ** 2).backward(retain_graph=True)
+        assert float(names["lam"].grad) == pytest.approx(-2.25)
+        names["goal"] = 4.0
+        with pytest.raises(ValueError, match="in which goal stands for something else"):
+            (names["best"] ** 2).backward()
+
+    @pytest.mark.parametrize("changed", ["params", "hparams"])
+    def test_values_that_were_changed_before_the_backward_pass(self, changed):
+        """The loss runs in the backward pass, and was differentiated where neither the user nor autograd had been."""
+        w, lam = torch.tensor(1.5), torch.tensor(1.0, requires_grad=True)
+        best = hg.implicit(lambda w: (w - 3) ** 2 + lam * w**4, w, lam)
+        loss = 2 * best
+        with torch.no_grad():
+            (w if changed == "params" else lam).mul_(2)
+        with pytest.raises(ValueError, match=f"{changed}: expected values that stay until the backward pass"):
+            loss.backward()

@@ -150,6 +150,16 @@ class TestLayer:
 
         assert_close(*(third(f) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
 
+    def test_vectors_stay_as_they_are(self):
+        """Also that of the bias, where one step of one row is all there is."""
+        x, w_ih, bias, w_hh, h0, c0 = draw((1, 1, 4), (8, 4), (8,), (8, 2), (1, 2), (1, 2))
+        h, _ = lstm.lstm_layer(x.detach(), w_ih.detach(), bias, w_hh, h0, c0)
+        grads = torch.autograd.grad(h.square().sum(), (bias, w_hh), create_graph=True)
+        vectors = [torch.randn_like(g) for g in grads]
+        before = [v.clone() for v in vectors]
+        torch.autograd.grad(grads, (bias, w_hh), vectors)
+        assert_close(vectors, before, 0.0)
+
     def test_under_torch_func(self):
         inputs = [t.detach() for t in self.inputs()]
 

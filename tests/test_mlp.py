@@ -274,7 +274,14 @@ class TestOperator:
         tied[2].weight = tied[0].weight
         hooked = nn.Linear(4, 4)
         hooked.register_forward_hook(lambda part, x, out: 2 * out)
+        whole, replaced, inside = (nn.Sequential(nn.Linear(4, 4)) for _ in range(3))
+        whole.register_forward_hook(lambda part, x, out: 2 * out)
+        replaced.forward = lambda x: 2 * nn.Sequential.forward(replaced, x)
+        inside[0].forward = lambda x: 2 * nn.Linear.forward(inside[0], x)
         models = {
+            "got one with hooks": whole,
+            "got one with hooks or a forward of its own": replaced,
+            "got hooks or other": nn.Sequential(*inside),
             "got Scaled": Scaled(layer),
             "share": nn.Sequential(layer, nn.Tanh(), layer),
             "that several of them share": tied,

@@ -155,6 +155,23 @@ def test_compiled_module(backend, engine):
     assert operator.engine == engine or engine == "auto"
 
 
+def test_a_validation_loss_of_a_compiled_module():
+    """What the compiler made lets nobody go through its graph more than once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Flatten(), nn.Linear(40, 3)).double()
+    compiled, lam = torch.compile(model, backend="aot_eager"), torch.ones((), dtype=torch.float64, requires_grad=True)
+    F.cross_entropy(compiled(X.double()), Y).backward()
+    train = lam * sum(p.square().sum() for p in model.parameters())
+
+    def val(params):
+        return F.cross_entropy(torch.func.functional_call(compiled, params, (X.double(),)), Y)
+
+    expected = hg.hypergradient(F.cross_entropy(model(X.double()), Y), train, model, lam)
+    torch.testing.assert_close(hg.hypergradient(val, train, compiled, lam), expected)
+    with pytest.raises(ValueError, match="loss: expected a loss whose graph can be kept, got one computed by"):
+        hg.inverse_hvp(F.cross_entropy(compiled(X.double()), Y), model, list(model.parameters()), damping=1.0)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_inside_of_a_compiled_function(backend):
     """Every function of ours breaks the graph, runs as it is, and says so where it must not be broken."""

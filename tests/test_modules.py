@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import hypergrad_ext as hg
+from hypergrad_ext.buffers import buffers_kept
 from tests.compare import assert_close
 
 X, Y = torch.randn(30, 6, generator=torch.Generator().manual_seed(1)).double(), torch.arange(30) % 3
@@ -175,6 +177,30 @@ class TestBatchNorm:
         train = lambda p: loss_of(model)(p) + lam.exp() * sum((t**2).sum() for t in p.values())  # noqa: E731
         assert hg.hypergradient(loss_of(model), train, model, lam, hg.Neumann(5), engine=engine).isfinite()
         assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+    def test_other_kinds(self):
+        """Expanded, into which nothing can be written; and one that holds NaN, and is not changed by that."""
+        model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)).double()
+        model.register_buffer("expanded", torch.ones(1).expand(4))
+        model.register_buffer("unset", torch.full((2,), torch.nan))
+        lam = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+        train = lambda p: loss_of(model)(p) + lam.exp() * sum((t**2).sum() for t in p.values())  # noqa: E731
+        by_function = hg.hypergradient(loss_of(model), train, model, lam, CG)
+        own = dict(model.named_parameters())
+        assert_close(hg.hypergradient(loss_of(model)(own), train(own), model, lam, CG), by_function, 1e-9)
+        assert hg.Hessian(train, model).gradient.around is contextlib.nullcontext  # not taken for a checkpoint's
+
+    def test_passes_of_several_threads(self):
+        """Each lends the module copies; in the end it has its own back, whoever was the last."""
+        model = self.model()
+        own = dict(model.named_buffers())
+        before = {name: b.clone() for name, b in own.items()}
+        first, second = buffers_kept(model), buffers_kept(model)
+        with contextlib.ExitStack() as stack:
+            first.__enter__()
+            stack.enter_context(second)
+            first.__exit__(None, None, None)
+        assert all(b is own[name] and torch.equal(b, before[name]) for name, b in model.named_buffers())
 
 
 class Checkpointed(nn.Module):

@@ -33,6 +33,19 @@ constexpr int64_t kMany = 32, kManyBytes = 2 << 20;
 // begins there.
 constexpr int64_t kTaken = 768 << 10, kMostTaken = 8;
 
+// Whatever X is stored as: once for every type of the arithmetic, since these functions take the compiler longest.
+template <class Real>
+struct Blocks {
+  template <class Tiles>
+  struct Body {
+    static HG_INLINE void run(const GlmBlock<Real>& block) { GlmBlockBody<Tiles, Real>::run(block); }
+  };
+  static void multiply(const GlmBlock<Real>& block) {
+    static const auto columns = ForTiles<Body, const GlmBlock<Real>&>::get();
+    columns(block);
+  }
+};
+
 template <class X, class Real>
 struct Product {
   static constexpr bool kNarrow = !std::is_same_v<X, Real>;
@@ -43,11 +56,6 @@ struct Product {
   struct OneColumn {
     static HG_INLINE void run(const Column& column) { GlmColumnBody<Tiles, Real, X>::run(column); }
   };
-  template <class Tiles>
-  struct Columns {
-    static HG_INLINE void run(const Block& block) { GlmBlockBody<Tiles, Real>::run(block); }
-  };
-
   // Adds the rows from `first` to `last` to `total`: d sums, and the intercept's.
   static void one_column(const GlmData& data, const Real* v, int64_t first, int64_t last, Real* total) {
     static const auto multiply = ForTiles<OneColumn, const Column&>::get();
@@ -66,14 +74,13 @@ struct Product {
 
   // `wide` is where a narrower X is widened to, once for both of its uses.
   static void multiply(Block block, const X* x, int64_t stride, Real* wide) {
-    static const auto columns = ForTiles<Columns, const Block&>::get();
     if constexpr (kNarrow) {
       Widen<X, Real>::run({x, block.rows, block.d, stride, wide});
       block.x = wide, block.stride = block.d;
     } else {
       block.x = x, block.stride = stride;
     }
-    columns(block);
+    Blocks<Real>::multiply(block);
   }
 
   static void run(const GlmData& data, const Real* v, int64_t k, Real* out) {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,5 +162,10 @@ def _seeded(seeds: dict[torch.Generator, int]) -> Iterator[None]:
 
 
 def _length(batch: Any) -> list[int]:
-    """Rows of the first tensor of a batch, if it has any."""
-    return [len(t) for t in pytree.tree_leaves(batch) if isinstance(t, Tensor) and t.dim()][:1]
+    """Rows of the first tensor of a batch, if it has any, also in a dataclass or a mapping that is no dict."""
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+    elif dataclasses.is_dataclass(batch):
+        batch = vars(batch)
+    leaves = pytree.tree_leaves(batch)
+    return [len(t) for t in leaves if isinstance(t, Tensor) and t.dim()][:1]

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
+from hypergrad_ext.engines.capture import captured
 from hypergrad_ext.engines.recent import Recent
 from hypergrad_ext.engines.record import Untraceable
 from hypergrad_ext.structure import views
 
-# Iterations before a capture: libraries make their handles and choose their kernels.
-_WARM_UP = 3
 # Iterations between two looks at the device, for solves that may end early.
 _LOOK_EVERY = 8
 
@@ -189,7 +188,7 @@ class Graphs:
             run = {"product": self._product, "neumann step": self._neumann_step, "cg step": self._cg_step}[name]
             self._replays[name] = None
             try:
-                self._replays[name] = _captured(run, self._device)
+                self._replays[name] = captured(run, self._device)
             except RuntimeError as error:
                 _logger.warning("no CUDA graph of the %s: %s", name, str(error).partition("\n")[0])
         return self._replays[name] is not None
@@ -281,22 +280,6 @@ class Bound:
         with self._graphs.lock:
             self._graphs.load(self._token, self._constants)
             yield self._graphs if self._graphs.capture(name) else None
-
-
-def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """What replays ``run``, after it has run a few times on a stream of its own."""
-    here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    with torch.cuda.device(device):
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                run()
-        here.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may go on allocating, as those that load data do.
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            run()
-    return graph.replay
 
 
 def _distinct(t: Tensor) -> Tensor:

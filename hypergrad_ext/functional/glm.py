@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
-from hypergrad_ext.compilation import for_compile
-from hypergrad_ext.functional.batching import one_by_one, refuse_grad, refuse_tangents
+from hypergrad_ext.functional.batching import one_by_one
+from hypergrad_ext.rules import refuse_grad, refuse_tangents, with_rules
 
 
 def glm_hvp(
@@ -27,8 +27,7 @@ def glm_hvp(
     parameters. With ``intercept``, X has one more column, of ones.
 
     Linear and symmetric in ``v``, and differentiable in it any number of times, in reverse and forward mode and under
-    ``torch.func.vmap``: a batch of ``v`` is more vectors of one call, a batch of anything else a loop. Under
-    ``torch.compile``, in reverse mode; forward mode breaks the graph.
+    ``torch.func.vmap``: a batch of ``v`` is more vectors of one call, a batch of anything else a loop.
 
     Cost: one product with every vector; so does each derivative.
 
@@ -100,22 +99,24 @@ def check_model(name: str, x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | N
 
 def product(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
     """`glm_hvp` for ``v`` of shape ``(k, m)``, unchecked."""
-    return for_compile(_Reverse, _Product).apply(x, weights, v, l2, scale, intercept)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    l2 = None if l2 is None else l2.contiguous()
+    return _product(x, weights.contiguous(), v.contiguous(), l2, scale, intercept)
 
 
-class _Reverse(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """Linear in ``v``, and its own adjoint."""
 
     @staticmethod
     def forward(x: Tensor, weights: Tensor, v: Tensor, l2: Tensor | None, scale: float, intercept: bool) -> Tensor:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        l2 = None if l2 is None else l2.contiguous()
-        return ops.glm_hvp(x, weights.contiguous(), v.contiguous(), l2, scale, intercept)
+        return ops.glm_hvp(x, weights, v, l2, scale, intercept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weights, _, l2, ctx.scale, ctx.intercept = inputs
         ctx.save_for_backward(x, weights, l2)
+        ctx.save_for_forward(x, weights, l2)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
@@ -123,16 +124,6 @@ class _Reverse(torch.autograd.Function):
             return (None,) * 6
         x, weights, l2 = ctx.saved_tensors
         return None, None, product(x, weights, grad, l2, ctx.scale, ctx.intercept), None, None, None
-
-
-class _Product(_Reverse):
-    """The same with forward mode and batching."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _Reverse.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0], inputs[1], inputs[3])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def jvp(
@@ -150,3 +141,6 @@ class _Product(_Reverse):
             return one_by_one(product, info.batch_size, in_dims, *arguments), 0
         v = v.movedim(in_dims[2], 0)
         return product(x, weights, v.flatten(0, -2), l2, scale, intercept).view(v.shape), 0
+
+
+_product = with_rules(ops.glm_hvp, _Product.apply, only="v")

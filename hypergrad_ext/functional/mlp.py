@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from hypergrad_ext.compilation import for_compile
+from hypergrad_ext import ops
 from hypergrad_ext.operators import MLPHessian
+from hypergrad_ext.rules import with_rules
 from hypergrad_ext.structure import Tree
 
 
@@ -46,38 +48,44 @@ def mlp_hvp(operator: MLPHessian, v: Tree) -> Tree:
         raise TypeError(f"operator: expected an MLPHessian, got {type(operator).__name__}")
     packed = operator.space.pack("v", v, graph=True)
     flat = packed.flat
-    return packed.restore(_product(operator, torch.atleast_2d(flat)).view(flat.shape))
+    return packed.restore(_product(*operator._model(torch.atleast_2d(flat))).view(flat.shape))
 
 
-def _product(operator: MLPHessian, v: Tensor) -> Tensor:
-    return for_compile(_Reverse, _Product).apply(operator, v)
+V = 6
+"""The place of ``v`` among the arguments."""
 
 
-class _Reverse(torch.autograd.Function):
+def _product(*arguments: Any) -> Tensor:
+    return _with_rules(*arguments[:V], arguments[V].contiguous(), *arguments[V + 1 :])
+
+
+class _Product(torch.autograd.Function):
     """``v`` (k, m); linear in it, and its own adjoint."""
 
     @staticmethod
-    def forward(operator: MLPHessian, v: Tensor) -> Tensor:
-        return operator.product(v.contiguous())
+    def forward(*arguments: Any) -> Tensor:
+        return ops.mlp_hvp(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.operator = inputs[0]
+        ctx.before, ctx.after = inputs[:V], inputs[V + 1 :]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, _product(ctx.operator, grad)
-
-
-class _Product(_Reverse):
-    """The same with forward mode and batching."""
+        before, after = ctx.before, ctx.after
+        return *(None for _ in before), _product(*before, grad, *after), *(None for _ in after)
 
     @staticmethod
-    def jvp(ctx: Any, operator_t: None, v_t: Tensor) -> Tensor:
-        return _product(ctx.operator, v_t)
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _product(*ctx.before, tangents[V], *ctx.after)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, operator: MLPHessian, v: Tensor) -> tuple:
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
         """A batch of ``v`` is more vectors."""
-        v = v.movedim(in_dims[1], 0)
-        return _product(operator, v.flatten(0, -2)).view(v.shape), 0
+        if any(dim is not None for dim in tree_leaves((in_dims[:V], in_dims[V + 1 :]))):
+            raise ValueError("operator: expected one network for the whole batch; loop over operators")
+        v = arguments[V].movedim(in_dims[V], 0)
+        return _product(*arguments[:V], v.flatten(0, -2), *arguments[V + 1 :]).view(v.shape), 0
+
+
+_with_rules = with_rules(ops.mlp_hvp, _Product.apply, only="v")

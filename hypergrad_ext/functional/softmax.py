@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from hypergrad_ext import ops
-from hypergrad_ext.compilation import for_compile
-from hypergrad_ext.functional.batching import batched, refuse_grad, refuse_tangents
+from hypergrad_ext.functional.batching import batched
+from hypergrad_ext.rules import refuse_grad, refuse_tangents, with_rules
 
 
 def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tensor | None = None) -> Tensor:
@@ -21,8 +21,7 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
     result. `hypergrad_ext.ops.softmax_hessian_` overwrites ``u``, so that not even the result is a second buffer.
 
     Linear and symmetric in ``u``, and differentiable in it any number of times, in reverse and forward mode and
-    under ``torch.func.vmap``; not with ``is_grads_batched=True``. Under ``torch.compile``, in reverse mode;
-    forward mode breaks the graph.
+    under ``torch.func.vmap``; not with ``is_grads_batched=True``.
 
     Args:
         logits: ``(..., classes)``: float64, float32, bfloat16 or float16 (the last two computed in float32). A
@@ -60,20 +59,22 @@ def softmax_hessian(logits: Tensor, u: Tensor, scale: float = 1.0, weights: Tens
 
 
 def _product(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None) -> Tensor:
-    return for_compile(_Reverse, _SoftmaxHessian).apply(logits, u, scale, weights)
+    return _with_rules(_contiguous_rows(logits), _contiguous_rows(u), scale, weights)
 
 
-class _Reverse(torch.autograd.Function):
+class _SoftmaxHessian(torch.autograd.Function):
     """``logits`` (rows, classes), ``u`` (k, rows, classes); linear in ``u``, and its own adjoint."""
 
     @staticmethod
     def forward(logits: Tensor, u: Tensor, scale: float, weights: Tensor | None) -> Tensor:
-        return ops.softmax_hessian(_contiguous_rows(logits), _contiguous_rows(u), scale, weights)
+        return ops.softmax_hessian(logits, u, scale, weights)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         logits, _, ctx.scale, weights = inputs
         ctx.save_for_backward(logits, weights)
+        ctx.save_for_forward(logits, weights)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple:
@@ -81,17 +82,6 @@ class _Reverse(torch.autograd.Function):
             return None, None, None, None
         logits, weights = ctx.saved_tensors
         return None, _product(logits, grad, ctx.scale, weights), None, None
-
-
-class _SoftmaxHessian(_Reverse):
-    """The same with forward mode and batching."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        _Reverse.setup_context(ctx, inputs, output)
-        logits, _, _, weights = inputs
-        ctx.save_for_forward(logits, weights)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def jvp(ctx: Any, logits_t: Tensor | None, u_t: Tensor, scale_t: None, weights_t: Tensor | None) -> Tensor:
@@ -113,6 +103,9 @@ class _SoftmaxHessian(_Reverse):
             weights = batched(weights, weights_dim, 0, size).flatten()
         out = _product(logits.flatten(0, 1), u.flatten(1, 2), scale, weights)
         return out.view(u.shape), 1
+
+
+_with_rules = with_rules(ops.softmax_hessian, _SoftmaxHessian.apply, only="u")
 
 
 def _contiguous_rows(t: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from hypergrad_ext import ops
 from hypergrad_ext.buffers import buffers_kept
 from hypergrad_ext.engines import RetainedGradient, twice_differentiable
 from hypergrad_ext.operators.base import LinearOperator
-from hypergrad_ext.operators.hessian import check_loss
+from hypergrad_ext.operators.hessian import check_loss, check_of_argument, evaluate
 from hypergrad_ext.structure import Space, Tree, take_apart
 from hypergrad_ext.surroundings import without_autocast
 
@@ -38,6 +40,9 @@ class GaussNewton(LinearOperator):
     about two training gradients. S is a fused kernel (`hypergrad_ext.ops.softmax_hessian_`) for cross entropy of class
     indices and a multiple of the identity for squared error; any other loss is differentiated twice.
 
+    What else the training loss has, such as L2 penalties, is not in G, and a hypergradient with this in the place of
+    the Hessian lacks its curvature: give it as ``penalty``, whose Hessian is added.
+
     Args:
         model: An ``nn.Module``, called with ``inputs``; or a function of ``params`` and ``inputs``.
         loss: Function of the outputs and the targets that returns a scalar, such as ``nn.CrossEntropyLoss()`` or
@@ -45,10 +50,13 @@ class GaussNewton(LinearOperator):
         inputs: What the model takes.
         targets: What the loss takes.
         params: Tensor, list, tuple or dict; by default the module's parameters that require grad.
+        penalty: Function of the parameters (for a module of their dict) that returns a scalar; it runs once, here.
 
     Raises:
-        TypeError: If the model does not return a real floating point tensor, or the loss not a scalar of one.
-        ValueError: If ``params`` is missing beside a function, or the outputs do not depend on the parameters.
+        TypeError: If the model does not return a real floating point tensor, or the loss or the penalty not a scalar
+            of one.
+        ValueError: If ``params`` is missing beside a function, or the outputs or the penalty do not depend on the
+            parameters they get.
 
     Example:
         >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0]])
@@ -56,12 +64,24 @@ class GaussNewton(LinearOperator):
         >>> G = hg.GaussNewton(model, torch.nn.functional.mse_loss, x, y)
         >>> G @ {"weight": torch.tensor([[1.0, 0.0]])}
         {'weight': tensor([[2., 4.]])}
+        >>> G = hg.GaussNewton(
+        ...     model, torch.nn.functional.mse_loss, x, y, penalty=lambda p: 5 * (p["weight"] ** 2).sum()
+        ... )
+        >>> G @ {"weight": torch.tensor([[1.0, 0.0]])}
+        {'weight': tensor([[12.,  4.]])}
     """
 
     surely_symmetric = True
 
     def __init__(  # noqa: D107 (documented in the class)
-        self, model: Model, loss: Loss, inputs: Tensor, targets: Tensor, *, params: Tree | None = None
+        self,
+        model: Model,
+        loss: Loss,
+        inputs: Tensor,
+        targets: Tensor,
+        *,
+        params: Tree | None = None,
+        penalty: Callable[[Tree], Tensor] | None = None,
     ) -> None:
         module = model if isinstance(model, nn.Module) else None
         if not callable(model):
@@ -76,44 +96,68 @@ class GaussNewton(LinearOperator):
             params = module
         elif module is not None:
             raise ValueError("params: expected None beside a module, whose parameters are its own")
+        if penalty is not None and not callable(penalty):
+            raise TypeError(f"penalty: expected a function of the parameters, got {type(penalty).__name__}")
         leaves = take_apart("params", params)
         self.space = Space(leaves)
         tensors = [t.detach().requires_grad_() for t in leaves.tensors]
-        with torch.enable_grad(), buffers_kept(module):
-            tree = leaves.rebuild(tensors)
-            with twice_differentiable():
+        with torch.enable_grad():
+            with buffers_kept(module) as buffers, twice_differentiable():
+                tree = leaves.rebuild(tensors)
                 outputs = model(tree, inputs) if module is None else torch.func.functional_call(module, tree, (inputs,))
             if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
                 kind = outputs.dtype if isinstance(outputs, Tensor) else type(outputs).__name__
                 raise TypeError(f"model: expected a real floating point tensor as output, got {kind}")
             if not outputs.requires_grad:
                 raise ValueError("model: expected outputs that depend on params, got some that depend on none of them")
+            check_of_argument("model", outputs, leaves)
             # J^T u, whose graph is linear in u: one pass through it backwards is J v.
             self._u = torch.zeros_like(outputs, requires_grad=True)
+            pull = functools.partial(
+                torch.autograd.grad, outputs, tensors, self._u, create_graph=True, allow_unused=True
+            )
+            around: Callable[[], AbstractContextManager] = contextlib.nullcontext
             with without_autocast(outputs.device):
-                pulled = torch.autograd.grad(outputs, tensors, self._u, create_graph=True, allow_unused=True)
+                pulled = pull()
+                if buffers.changed():
+                    # A checkpoint ran a part of the model again, and will in every pass.
+                    buffers.put_back()
+                    around = functools.partial(buffers_kept, module)
+                    with around():
+                        pulled = pull()
         self._outputs = RetainedGradient([outputs], tensors)
         self._used = [g is not None for g in pulled]
         self._pushed = RetainedGradient(pulled, [self._u])
-        if module is not None and next(module.buffers(), None) is not None:
-            # A checkpoint runs a part of the model again in every pass.
-            self._outputs.around = self._pushed.around = functools.partial(buffers_kept, module)
+        self._outputs.around = self._pushed.around = around
         self._middle = (
             _softmax(loss, outputs, targets) or _squared(loss, outputs, targets) or _any(loss, outputs, targets)
         )
+        self._penalty: RetainedGradient | None = None
+        if penalty is not None:
+            with torch.enable_grad():
+                value = evaluate("penalty", penalty, leaves, tensors)
+            with without_autocast(value.device):
+                self._penalty = RetainedGradient.of(value, tensors)
+            self._used = [a or b for a, b in zip(self._used, self._penalty.used, strict=True)]
 
     @property
     def used(self) -> list[bool]:
-        """For every parameter, whether the outputs depend on it."""
+        """For every parameter, whether the outputs or the penalty depend on it."""
         return self._used
 
     def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
         """``J^T S J v``: through the linearised model, the loss, and back."""
-        return self._outputs.hvp([self._middle(self._pushed.hvp(v)[0])])
+        product = self._outputs.hvp([self._middle(self._pushed.hvp(v)[0])])
+        return product if self._penalty is None else _sums(product, self._penalty.hvp(v))
 
     def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
         """The same for a batch: batched passes where the first batch shows them to be faster."""
-        return self._outputs.hvps([self._middle(self._pushed.hvps(v)[0])])
+        product = self._outputs.hvps([self._middle(self._pushed.hvps(v)[0])])
+        return product if self._penalty is None else _sums(product, self._penalty.hvps(v))
+
+
+def _sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    return [s + t for s, t in zip(a, b, strict=True)]
 
 
 def _softmax(loss: Loss, outputs: Tensor, targets: Tensor) -> Callable[[Tensor], Tensor] | None:

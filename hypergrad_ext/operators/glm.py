@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hypergrad_ext import _native, ops, reference
 from hypergrad_ext.operators.base import LinearOperator
 from hypergrad_ext.operators.dense import DenseMatrix
+from hypergrad_ext.operators.mlp import runs_as_written
 from hypergrad_ext.structure import Space, Tree, take_apart, versions
 from hypergrad_ext.surroundings import without_autocast
 
@@ -374,6 +375,8 @@ def _check_params(params: Tree) -> None:
                 "params: expected an nn.Linear whose parameters are its weight and bias, "
                 f"got {type(params).__name__} with {', '.join(names) or 'none'}"
             )
+        if not runs_as_written(params):
+            raise ValueError("params: expected a plain nn.Linear, got one with hooks or a forward of its own")
         if not all(p.requires_grad for p in params.parameters()):
             raise ValueError("params: expected a module, all of it trainable, got parameters that do not require grad")
     elif isinstance(params, dict) and list(params) == ["bias", "weight"]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad_ext.buffers import Buffers, buffers_kept
+from hypergrad_ext.compilation import refuse_transforms
 from hypergrad_ext.engines import (
     ENGINES,
     BatchedGradient,
@@ -22,6 +23,7 @@ from hypergrad_ext.engines import (
     cuda_graph,
     expects_replay,
     native,
+    once_differentiable,
     recall,
     twice_differentiable,
 )
@@ -34,6 +36,10 @@ Loss = Tensor | Callable[..., Tensor]
 
 Engine = Literal["auto", "eager", "traced", "native", "cuda_graph", "compiled"]
 """How products are run: see `Hessian`."""
+
+
+STANDS_FOR = "_hypergrad_stands_for"
+"""Attribute of a function that takes whatever another one takes: that one."""
 
 
 class Hessian(LinearOperator):
@@ -286,6 +292,7 @@ class Hessian(LinearOperator):
         if isinstance(self._loss, Tensor):
             with stale_graphs_named(self._name):
                 return self._gradient_of(self._loss, self.params.tensors, Buffers(self.module))
+        refuse_transforms(self._name)
         leaves = [t.detach().requires_grad_() for t in self.params.tensors]
 
         def build(loss: Callable[[Tree], Tensor]) -> RetainedGradient:
@@ -326,21 +333,45 @@ def evaluate(
 
     Raises:
         TypeError: If it takes no argument, or does not return a real floating point tensor.
-        ValueError: If what it returns is not a scalar, or has no graph.
+        ValueError: If what it returns is not a scalar, has no graph, or depends on ``params`` beside its argument.
     """
     if not _takes(1, loss):
         way_out = "; one of the parameters and a batch needs batches=" if twice and _takes(2, loss) else ""
         raise TypeError(f"{argument}: expected a function of the parameters, got one that does not take one{way_out}")
-    with twice_differentiable() if twice else contextlib.nullcontext():
+    with twice_differentiable() if twice else once_differentiable():
         value = loss(params.rebuild(leaves))
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a function that returns a scalar tensor, got {type(value).__name__}")
     check_loss(argument, value)
+    check_of_argument(argument, value, params)
     return value
+
+
+def check_of_argument(argument: str, value: Tensor, params: Leaves) -> None:
+    """Refuse what a function computed from the parameters themselves, which count as constants beside its argument.
+
+    Raises:
+        ValueError: If ``value`` depends on one of ``params``.
+    """
+    tracked = [(name, t) for name, t in zip(params.names, params.tensors, strict=True) if t.requires_grad]
+    if not tracked:
+        return
+    # Passes through nothing as long as no path leads there, which takes less than to look for one from here.
+    others = [t for _, t in tracked]
+    grads = RetainedGradient([value], others).mixed([torch.ones_like(value.detach())], others)
+    own = [name for (name, _), g in zip(tracked, grads, strict=True) if g is not None]
+    if own:
+        more = f" and {len(own) - 1} more" if own[1:] else ""
+        raise ValueError(
+            f"{argument}: expected a function of its argument, got one that uses {own[0]}{more} itself, which would "
+            "count as a constant; compute it from the argument (torch.func.functional_call for a module), or detach "
+            "what is to be constant"
+        )
 
 
 def _takes(arguments: int, function: Callable) -> bool:
     """Whether a function can be called with so many arguments."""
+    function = getattr(function, STANDS_FOR, function)
     plain = function.__func__ if isinstance(function, MethodType) else function
     if isinstance(plain, FunctionType):
         # To build a signature takes longer than a small loss.
@@ -348,13 +379,16 @@ def _takes(arguments: int, function: Callable) -> bool:
         count = code.co_argcount - (plain is not function)
         if count - defaults <= arguments <= count and not code.co_kwonlyargcount:
             return True
-    try:
-        inspect.signature(function).bind(*[None] * arguments)
-    except TypeError:
-        return False
-    except ValueError:
-        pass  # a builtin without a signature
-    return True
+    # A wrapper may take less than what it wraps, and give the rest itself.
+    for follow in (True, False):
+        try:
+            inspect.signature(function, follow_wrapped=follow).bind(*[None] * arguments)
+        except TypeError:
+            continue
+        except ValueError:
+            pass  # a builtin without a signature
+        return True
+    return False
 
 
 @contextlib.contextmanager
@@ -376,6 +410,11 @@ def stale_graphs_named(argument: str) -> Iterator[None]:
             raise ValueError(
                 f"{argument}: expected a loss of what params and hparams are now, got one that was computed before one "
                 "of its tensors was changed, as by optimizer.step(); compute it anew, or pass a function of params"
+            ) from error
+        if "donated buffers" in str(error):
+            raise ValueError(
+                f"{argument}: expected a loss whose graph can be kept, got one computed by what torch.compile has "
+                "compiled; pass a function of the parameters, in which compiled modules run as they were before"
             ) from error
         raise
 

@@ -233,6 +233,8 @@ def _activation_of(module: nn.Module) -> Activation | None:
     expected = "params: expected an nn.Sequential of nn.Linear with one kind of activation between"
     if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
         raise ValueError(f"{expected}, got {type(module).__name__}")
+    if not runs_as_written(module):
+        raise ValueError(f"{expected}, got one with hooks or a forward of its own")
     parts = list(module)
     parameters = [p for part in parts for p in part.parameters()]
     if len(set(map(id, parameters))) < len(parameters):
@@ -248,7 +250,7 @@ def _activation_of(module: nn.Module) -> Activation | None:
             raise ValueError(f"{expected}, got {part} in place {i}")
         # Pruning, weight and spectral norm: what multiplies is not what is trained.
         own = [name for name, p in part.named_parameters(recurse=False) if p is getattr(part, name)]
-        if i % 2 == 0 and own not in (["weight"], ["weight", "bias"]) or part._forward_hooks or part._forward_pre_hooks:
+        if i % 2 == 0 and own not in (["weight"], ["weight", "bias"]) or not runs_as_written(part):
             raise ValueError(f"{expected}, got hooks or other parameters in place {i}: {part}")
         if not all(p.requires_grad for p in part.parameters()):
             raise ValueError(f"{expected}, all of it trainable, got parameters that do not require grad in place {i}")
@@ -257,6 +259,11 @@ def _activation_of(module: nn.Module) -> Activation | None:
     if len(parts) % 2 == 0 or len(found) > 1:
         raise ValueError(f"{expected}, got {', '.join(type(part).__name__ for part in parts) or 'nothing'}")
     return found.pop() if found else None
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a module computes what its class says: it has no hooks, and no ``forward`` of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _derivatives(activation: Activation, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
