@@ -272,3 +272,14 @@ def test_nothing_and_a_single_number(engine):
     for loss in losses.values():
         ours, theirs = (hg.Hessian(loss, w, engine=e) @ v for e in (engine, "eager"))
         assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize(("shape", "weight"), [((300_000, 3), (3,)), ((2_000_000,), ()), ((50_000, 4, 2), (4, 1))])
+def test_long_sums_keep_their_digits(shape, weight):
+    """What a batch adds up is not one chain of additions in single precision."""
+    torch.manual_seed(0)
+    x, w, v = torch.rand(shape), torch.ones(weight), torch.rand(weight)
+    operator = hg.Hessian(lambda w: (x * w).exp().sum(), w, engine="native")
+    truth = ((x.double() ** 2 * x.double().exp()).sum_to_size(weight) * v).float()
+    operator @ v  # the first product is recorded
+    assert_close(operator @ v, truth, 3e-7)

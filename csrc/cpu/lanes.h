@@ -2,6 +2,7 @@
 // independent lanes per sum, added up as a tree.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "isa.h"
@@ -36,10 +37,14 @@ HG_INLINE int64_t sum_strips(int64_t begin, int64_t n, double* sums, const F& el
   return i;
 }
 
+// Elements between two additions in double precision: lanes that add up all of a long vector would lose digits.
+constexpr int64_t kChunk = 1 << 12;
+
 // element(i, terms) writes S terms for element i; sums[s] += the sum of terms[s] over i < n.
 template <class A, int S, class F>
 HG_INLINE void sum_elements(int64_t n, double* sums, const F& element) {
-  int64_t i = sum_strips<A, S, kLanes>(0, n, sums, element);
+  int64_t i = 0;
+  while (n - i >= kLanes) i = sum_strips<A, S, kLanes>(i, std::min(n, i + kChunk), sums, element);
   i = sum_strips<A, S, 16>(i, n, sums, element);
   for (; i < n; ++i) {
     A terms[S];

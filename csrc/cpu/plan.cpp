@@ -152,28 +152,93 @@ struct PointwiseBody {
   }
 };
 
+// Rows that are added up as they are before their sum goes on in double precision: a chain of additions as long as a
+// batch would lose digits.
+constexpr int64_t kChain = 64;
+
+// Calls f(offset) for every index of the dimensions of a view from `first` to before `end`.
+template <class F>
+HG_INLINE void for_each_offset(const std::vector<int64_t>& sizes, const View& view, int first, int end, const F& f) {
+  std::array<int64_t, plan::kMaxDims> index{};
+  int64_t at = 0;
+  for (;;) {
+    f(at);
+    int d = end - 1;
+    for (; d >= first; --d) {
+      at += view.strides[d];
+      if (++index[d] < sizes[d]) break;
+      at -= sizes[d] * view.strides[d];
+      index[d] = 0;
+    }
+    if (d < first) return;
+  }
+}
+
 template <class Real>
 struct SumBody {
   static HG_INLINE void run(const plan::Sum& s, Real* const* slots, Range range) {
     const View* const views[] = {&s.out, &s.in};
-    Real* const out_base = slots[s.out.slot];
-    const Real* const in_base = slots[s.in.slot];
-    const int64_t n = s.sizes.empty() ? 1 : s.sizes.back();
-    const int64_t out_stride = last_stride(s.out), in_stride = last_stride(s.in);
-    for_each_row(s.sizes, views, 2, range, [&](const int64_t* at) HG_LAMBDA_INLINE {
-      Real* out = out_base + at[0];
-      const Real* in = in_base + at[1];
-      if (out_stride == 0 && in_stride == 1 && !s.sizes.empty()) {
-        double total = 0;
-        sum_elements<Real, 1>(n, &total, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = in[i]; });
-        out[0] += static_cast<Real>(total);
-      } else if (out_stride == 1 && in_stride == 1) {
+    const int last = std::max(0, static_cast<int>(s.sizes.size()) - 1);
+    int first = last;  // of the dimensions before the last that are added up to one row of `out`
+    while (first > 0 && s.out.strides[first - 1] == 0) --first;
+    std::vector<int64_t> kept(s.sizes.begin(), s.sizes.begin() + first);
+    kept.push_back(s.sizes.empty() ? 1 : s.sizes.back());
+    for_each_row(kept, views, 2, range, [&](const int64_t* at) HG_LAMBDA_INLINE {
+      Real* out = slots[s.out.slot] + at[0];
+      const Real* in = slots[s.in.slot] + at[1];
+      if (last_stride(s.out) == 0)
+        out[0] += static_cast<Real>(total(s, in, first, last));
+      else if (first == last)
+        add(kept.back(), out, last_stride(s.out), in, last_stride(s.in));
+      else
+        columns(s, out, in, first, last);
+    });
+  }
+
+  static HG_INLINE void add(int64_t n, Real* out, int64_t out_stride, const Real* in, int64_t in_stride) {
+    if (out_stride == 1 && in_stride == 1) {
 #pragma GCC ivdep
-        for (int64_t i = 0; i < n; ++i) out[i] += in[i];
+      for (int64_t i = 0; i < n; ++i) out[i] += in[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) out[i * out_stride] += in[i * in_stride];
+    }
+  }
+
+  static HG_INLINE double total(const plan::Sum& s, const Real* in, int first, int last) {
+    const int64_t n = s.sizes.back(), stride = last_stride(s.in);
+    double sum = 0;
+    for_each_offset(s.sizes, s.in, first, last, [&](int64_t at) HG_LAMBDA_INLINE {
+      const Real* row = in + at;
+      if (stride == 1) {
+        sum_elements<Real, 1>(n, &sum, [&](int64_t i, Real* term) HG_LAMBDA_INLINE { term[0] = row[i]; });
       } else {
-        for (int64_t i = 0; i < n; ++i) out[i * out_stride] += in[i * in_stride];
+        for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(row[i * stride]);
       }
     });
+    return sum;
+  }
+
+  static HG_INLINE void columns(const plan::Sum& s, Real* out, const Real* in, int first, int last) {
+    const int64_t out_stride = last_stride(s.out), in_stride = last_stride(s.in);
+    std::array<Real, kBlock> chain;
+    std::array<double, kBlock> sums;
+    for (int64_t begin = 0; begin < s.sizes.back(); begin += kBlock) {
+      const int64_t n = std::min(kBlock, s.sizes.back() - begin);
+      int64_t rows = 0;
+      const auto end_chain = [&]() HG_LAMBDA_INLINE {
+        for (int64_t i = 0; i < n; ++i) sums[i] += static_cast<double>(chain[i]);
+        std::fill_n(chain.begin(), n, Real(0));
+        rows = 0;
+      };
+      std::fill_n(chain.begin(), n, Real(0));
+      std::fill_n(sums.begin(), n, 0.0);
+      for_each_offset(s.sizes, s.in, first, last, [&](int64_t at) HG_LAMBDA_INLINE {
+        add(n, chain.data(), 1, in + at + begin * in_stride, in_stride);
+        if (++rows == kChain) end_chain();
+      });
+      end_chain();
+      for (int64_t i = 0; i < n; ++i) out[(begin + i) * out_stride] += static_cast<Real>(sums[i]);
+    }
   }
 };
 

@@ -170,7 +170,9 @@ def summed(plan: Lowering, x: View, out: View, reduced: set[int], keep: bool = F
             position += 1
     plan.pointwise(out, [(FILL, plan.number(0.0))])
     if math.prod(x.sizes):
-        order = sorted(range(rank), key=lambda d: -x.strides[d])
+        # By rows of memory, and what is kept before what is added up: one sum has all of its rows one after another.
+        *order, last = sorted(range(rank), key=lambda d: (x.sizes[d] != 1, -x.strides[d])) or [0]
+        order = [*sorted(order, key=lambda d: d in reduced), last] if rank else []
         target = View(out.root, out.offset, tuple(x.sizes[d] for d in order), tuple(strides[d] for d in order))
         source = View(x.root, x.offset, target.sizes, tuple(x.strides[d] for d in order))
         sizes, views = coalesced(target.sizes, [target, source])
