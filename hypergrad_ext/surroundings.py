@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import CodeType, FunctionType, MethodType
@@ -88,9 +89,11 @@ def _set(modes: list[tuple[nn.Module, bool]]) -> None:
         part.training = training
 
 
-def _global_names(code: CodeType) -> set[str]:
+@functools.lru_cache(maxsize=256)
+def _global_names(code: CodeType) -> frozenset[str]:
     """Names that a function, or one inside of it, looks up in its module."""
-    names = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    steps = dis.get_instructions(code)
+    names = frozenset(step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
     return names.union(*(_global_names(part) for part in code.co_consts if isinstance(part, CodeType)))
 
 
