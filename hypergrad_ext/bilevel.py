@@ -16,17 +16,10 @@ from hypergrad_ext.buffers import buffers_kept
 from hypergrad_ext.compilation import refuse_transforms
 from hypergrad_ext.engines import RetainedGradient
 from hypergrad_ext.error_bound import mixed_norms
+from hypergrad_ext.losses import STANDS_FOR, check_loss, check_tracked, evaluate, stale_graphs_named
 from hypergrad_ext.norms import finite
 from hypergrad_ext.operators import Hessian, LinearOperator
-from hypergrad_ext.operators.hessian import (
-    STANDS_FOR,
-    Engine,
-    Loss,
-    check_loss,
-    check_tracked,
-    evaluate,
-    stale_graphs_named,
-)
+from hypergrad_ext.operators.hessian import Engine, Loss
 from hypergrad_ext.solution import Solution, Status
 from hypergrad_ext.solvers.base import check_number
 from hypergrad_ext.structure import Leaves, Tree, check_real, dense, take_apart

@@ -16,8 +16,8 @@ from hypergrad_ext.buffers import buffers_kept
 from hypergrad_ext.compilation import never_compiled, refuse_transforms
 from hypergrad_ext.engines.checkpoints import rerun_in
 from hypergrad_ext.engines.forward import raise_explained
+from hypergrad_ext.losses import evaluate
 from hypergrad_ext.norms import finite
-from hypergrad_ext.operators.hessian import evaluate
 from hypergrad_ext.solvers.base import check_count, check_number
 from hypergrad_ext.structure import Leaves, Space, Tree, take_apart, versions
 from hypergrad_ext.surroundings import Surroundings, without_autocast

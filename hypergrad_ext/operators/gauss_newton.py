@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from hypergrad_ext import ops
 from hypergrad_ext.buffers import buffers_kept
 from hypergrad_ext.engines import RetainedGradient, twice_differentiable
+from hypergrad_ext.losses import check_loss, check_of_argument, evaluate
 from hypergrad_ext.operators.base import LinearOperator
-from hypergrad_ext.operators.hessian import check_loss, check_of_argument, evaluate
 from hypergrad_ext.structure import Space, Tree, take_apart
 from hypergrad_ext.surroundings import without_autocast
 
