@@ -274,6 +274,7 @@ def test_nothing_and_a_single_number(engine):
         assert_close(ours, theirs, 1e-12)
 
 
+@pytest.mark.skipif(_native._C is None, reason=f"torch's own sums lose more: {_native.MISSING}")
 @pytest.mark.parametrize(("shape", "weight"), [((300_000, 3), (3,)), ((2_000_000,), ()), ((50_000, 4, 2), (4, 1))])
 def test_long_sums_keep_their_digits(shape, weight):
     """What a batch adds up is not one chain of additions in single precision."""
