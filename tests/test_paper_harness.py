@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 
+import hypergrad_ext as hg
+
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -214,6 +216,26 @@ def test_every_finished_run_is_kept_and_not_run_again(tmp_path):
     assert (tmp_path / "toy_digits_curve.png").read_bytes().startswith(b"\x89PNG")
     assert "| it adds up | 1.5 | yes |" in (tmp_path / "toy_digits.md").read_text()
     assert not list(tmp_path.glob("*.new"))
+
+
+def test_no_clock_has_a_say_in_a_run(tmp_path):
+    """Engines round differently, so one is chosen by rule, as long as the run takes."""
+    engines = []
+
+    def run(job):
+        w = torch.ones(3, requires_grad=True)
+        for _ in range(3):
+            operator = hg.Hessian(lambda w: (w**4).sum(), w)
+            hg.solve(operator, torch.ones(3), hg.Neumann(100, alpha=0.01))
+            engines.append(operator.engine)
+        if len(engines) == 6:
+            raise experiment.Paused
+        return add(job)
+
+    assert cli.run(toy(run), Settings(seeds=1, out=tmp_path)) is None
+    assert engines == ["eager"] * 6
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
 
 
 def add_bit_by_bit(job: Job) -> dict:

@@ -15,7 +15,7 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -189,11 +189,26 @@ def left_table(rows: list[dict[str, object]], width: int = 52) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
-def _finished(store: Store, arm: str, seed: int) -> bool:
-    device = store.settings.device
-    start = time.perf_counter()
+@contextlib.contextmanager
+def _reproducible(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers by the seed, and no clock that chooses among engines, which round differently."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Costs a pass over every new tensor, and is for finding reads of what was never written.
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+def _finished(store: Store, arm: str, seed: int) -> bool:
+    start = time.perf_counter()
+    with _reproducible(store.settings.device, seed):
         try:
             record = store.experiment.run(store.job(arm, seed))
         except Paused:
