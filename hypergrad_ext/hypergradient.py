@@ -66,7 +66,7 @@ def hypergradient(
             ``DataLoader``): both of its derivatives are those of the mean over them, in which a smaller last batch
             counts as much as the others (a warning says so), see `Hessian`. For several validation batches let
             ``val_loss`` return the mean.
-        stochastic: Take the next of the ``batches`` for every product, and one for the mixed derivative: an estimate,
+        stochastic: Take one of the ``batches`` for every product, and one for the mixed derivative: an estimate,
             for ``LiSSA``, which ``"auto"`` is then, ``Neumann`` and ``Identity``; other solvers refuse it.
         loss_scale: Both losses are multiplied by this before they are differentiated, and what comes of it divided:
             for losses in float16, whose small gradients would vanish. The result stays that of the losses given.

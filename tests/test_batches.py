@@ -156,23 +156,39 @@ def test_only_one_graph_is_alive_at_a_time():
     assert most == 0
 
 
-def test_stochastic_takes_the_next_batch_and_starts_again():
-    net = model()
-    seen = []
+class TestOneBatchPerProduct:
+    """Which batch a product takes."""
 
-    def loss(params, batch):
-        seen.append(float(batch[0][0, 0]))
-        return loss_of(net)(params, batch)
+    def products(self, batches, count):
+        net, seen = model(), []
 
-    batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8])]
-    operator = hg.Hessian(loss, net, batches=batches, stochastic=True)
-    v = vector(net)
-    products = [operator @ v for _ in range(3)]
-    assert seen == [float(X[0, 0]), float(X[4, 0]), float(X[0, 0])]
-    for product, (x, y) in zip(products, [*batches, batches[0]], strict=True):
-        truth = hg.Hessian(F.mse_loss(net(x), y), net) @ v
-        for name in v:
-            torch.testing.assert_close(product[name], truth[name])
+        def loss(params, batch):
+            seen.append(float(batch[0][0, 0]))
+            return loss_of(net)(params, batch)
+
+        operator, v = hg.Hessian(loss, net, batches=batches, stochastic=True), vector(net)
+        products = [operator @ v for _ in range(count)]
+        for product, first in zip(products, seen, strict=True):
+            (x, y) = next((x, y) for x, y in batches if float(x[0, 0]) == first)
+            truth = hg.Hessian(F.mse_loss(net(x), y), net) @ v
+            for name in v:
+                torch.testing.assert_close(product[name], truth[name])
+        return seen
+
+    def test_any_of_a_list_by_chance(self):
+        torch.manual_seed(0)
+        batches = [(X[:4], Y[:4]), (X[4:8], Y[4:8])]
+        seen = self.products(batches, 20)
+        counts = [seen.count(float(x[0, 0])) for x, _ in batches]
+        assert sum(counts) == 20 and min(counts) >= 4
+        assert seen[::2] != seen[1::2] and len(set(seen[::2])) == 2, "not in turn"
+        torch.manual_seed(0)
+        assert self.products(batches, 20) == seen
+
+    def test_the_next_of_a_loader_which_starts_again(self):
+        with pytest.warns(UserWarning, match="batches: expected a DataLoader with shuffle=True beside stochastic=True"):
+            seen = self.products(in_batches(4), 7)
+        assert seen == [float(X[i, 0]) for i in (0, 4, 8, 0, 4, 8, 0)]
 
 
 def test_the_stochastic_series_comes_near_the_solution():
@@ -229,6 +245,7 @@ def test_neumann_does_not_start_from_the_residual_of_one_batch():
     loss, state = lambda w, rows: ((rows @ w) ** 2).mean() / 2, hg.SolverState()  # noqa: E731
     values = []
     for _ in range(2):
+        torch.manual_seed(0)
         operator = hg.Hessian(loss, w, batches=list(x.split(2)), stochastic=True)
         values.append(hg.solve(operator, b, hg.Neumann(4, alpha=0.05), state=state).value)
     assert torch.equal(*values)
@@ -262,12 +279,16 @@ def test_lengths_are_seen_whatever_holds_a_batch(kind):
         hg.Hessian(lambda params, rows: params["0.weight"].square().sum(), net, batches=batches) @ vector(net)
 
 
-@pytest.mark.parametrize("options", [{"drop_last": True}, {"stochastic": True}], ids=str)
-def test_no_warning_where_lengths_are_equal_or_every_batch_is_drawn(options):
-    net, stochastic = model(), options.pop("stochastic", False)
+@pytest.mark.parametrize(
+    "size, options, stochastic",
+    [(5, {"drop_last": True}, False), (5, {"shuffle": True}, True), (len(X), {}, True)],
+    ids=["equal lengths", "random order", "one batch"],
+)
+def test_no_warning_where_every_batch_counts_as_it_should(size, options, stochastic):
+    net = model()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hg.Hessian(loss_of(net), net, batches=in_batches(5, **options), stochastic=stochastic) @ vector(net)
+        hg.Hessian(loss_of(net), net, batches=in_batches(size, **options), stochastic=stochastic) @ vector(net)
 
 
 def test_a_parameter_of_some_batches_only_is_used():

@@ -92,11 +92,12 @@ class TestSolversThatGainNothingFromAStart:
 
     def test_lissa_does_not_take_over_the_error_of_a_batch(self):
         x = torch.randn(64, 6, dtype=F64)
-        w, b, state = torch.zeros(6, dtype=F64), torch.randn(6, dtype=F64), hg.SolverState()
-        truth = torch.linalg.solve(x.T @ x / 64 + 0.5 * torch.eye(6, dtype=F64), b)
+        w, b, state, values = torch.zeros(6, dtype=F64), torch.randn(6, dtype=F64), hg.SolverState(), []
         loss = lambda w, rows: ((rows @ w) ** 2).mean() / 2 + 0.25 * (w**2).sum()  # noqa: E731
-        operator = hg.Hessian(loss, w, batches=list(x.split(4)), stochastic=True)
         for _ in range(3):
-            solution = hg.solve(operator, b, hg.LiSSA(150, 64, alpha=0.1), state=state, residual=False)
-            assert float((solution.value - truth).norm() / truth.norm()) < 0.1
-            assert solution.hvps == 150 * 64
+            torch.manual_seed(0)
+            operator = hg.Hessian(loss, w, batches=list(x.split(4)), stochastic=True)
+            solution = hg.solve(operator, b, hg.LiSSA(20, 2, alpha=0.1), state=state, residual=False)
+            values.append(solution.value)
+            assert solution.hvps == 40
+        assert torch.equal(values[0], values[1]) and torch.equal(values[0], values[2])

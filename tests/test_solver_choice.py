@@ -145,14 +145,19 @@ class TestLiSSA:
         return operator, b, torch.linalg.solve(x.T @ x / 64 + 0.5 * torch.eye(6, dtype=F64), b)
 
     def test_more_repeats_come_nearer_and_the_standard_error_says_how_near(self):
+        """Also with as many products in a run as twice the batches, of which each run would be the same in turn."""
         operator, b, truth = self.problem()
-        solutions = [hg.solve(operator, b, hg.LiSSA(150, repeats, alpha=0.1)) for repeats in (2, 64)]
+        solutions = [hg.solve(operator, b, hg.LiSSA(64, repeats, alpha=0.1)) for repeats in (2, 24)]
         errors = [relative_error(s.value, truth) for s in solutions]
-        assert errors[1] < errors[0] and errors[1] < 0.1
-        claimed = float(solutions[1].detail.split()[-1])
-        assert claimed / 4 < errors[1] < 4 * claimed
+        claims = [float(s.detail.split()[-1]) for s in solutions]
+        assert all(claim / 4 < error < 4 * claim for claim, error in zip(claims, errors, strict=True))
+        assert claims[1] < claims[0] / 2 and errors[1] < 0.1
         assert solutions[1].residual_norm is None
-        assert solutions[1].hvps == 150 * 64 and solutions[1].steps == 150 * 64
+        assert solutions[1].hvps == solutions[1].steps == 64 * 24
+
+    def test_runs_that_are_all_equal_claim_no_error(self):
+        solution = hg.solve(hg.DenseMatrix(spd(4, 4.0)), torch.ones(4, dtype=F64), hg.LiSSA(5, 3, alpha=0.5))
+        assert solution.detail == "alpha 0.5, all runs are equal"
 
     def test_on_a_fixed_matrix_it_is_neumann(self):
         a, b = spd(9, 4.0), torch.randn(9, dtype=F64)

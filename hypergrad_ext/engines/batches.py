@@ -1,4 +1,4 @@
-"""The mean loss over batches that do not fit into memory together, or a fresh batch for every product."""
+"""The mean loss over batches that do not fit into memory together, or one batch, by chance, for every product."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, SequentialSampler
 
 from hypergrad_ext.engines.eager import RetainedGradient
 
@@ -19,7 +20,8 @@ class BatchedGradient:
     """The gradient of a loss averaged over batches, each batch's graph built when it is its turn and dropped after.
 
     Every product goes through all batches, in one order and with one random mask for each, so that all
-    products of a solve are products with one matrix. With ``stochastic``, every product takes the next batch.
+    products of a solve are products with one matrix. With ``stochastic``, every product takes one batch: any of a
+    sequence, by chance, or else the next, in the order in which they come.
     """
 
     curved = True
@@ -38,7 +40,7 @@ class BatchedGradient:
             build: From a batch to the gradient of its loss, with its graph.
             batches: The batches.
             leaves: The parameters.
-            stochastic: Take the next batch for every product, instead of all of them.
+            stochastic: Take one batch for every product, instead of all of them.
 
         Raises:
             ValueError: If there are no batches, or all are needed in every product and they can be had only once.
@@ -55,6 +57,14 @@ class BatchedGradient:
         if stochastic:
             # What later batches depend on is not known yet.
             self.used = [True] * len(self.leaves)
+            self._chance = torch.Generator().manual_seed(self._seed)
+            if isinstance(batches, DataLoader) and isinstance(batches.sampler, SequentialSampler) and len(batches) > 1:
+                warnings.warn(
+                    "batches: expected a DataLoader with shuffle=True beside stochastic=True, got one that goes "
+                    "through the data in order, which the estimate then depends on, and no standard error shows",
+                    UserWarning,
+                    stacklevel=2,
+                )
         elif isinstance(batches, Iterator):
             raise ValueError(
                 "batches: expected an iterable that can be gone through for every product, such as a list or a "
@@ -127,6 +137,9 @@ class BatchedGradient:
         return count
 
     def _draw(self) -> Any:
+        if isinstance(self._batches, Sequence) and len(self._batches):
+            # Independent of each other: in one order, runs of as many products as there are batches would all be equal.
+            return self._batches[int(torch.randint(len(self._batches), (), generator=self._chance))]
         try:
             return next(self._next)
         except StopIteration:

@@ -68,9 +68,10 @@ class Hessian(LinearOperator):
 
     With ``batches``, H is the Hessian of the mean loss over them, without ever holding the graph of more than one:
     a product then costs a gradient and a backward pass for every batch, and all products of an operator see the same
-    order and the same random masks. With ``stochastic`` every product takes the next batch instead: an unbiased
-    estimate, for `LiSSA` (what ``"auto"`` is then), `Neumann` and `Identity`. All other solvers want one and the same
-    matrix in every step, and refuse it; there is no residual, which would be one batch's.
+    order and the same random masks. With ``stochastic`` every product takes one batch instead, any of a list, by
+    chance, or the next of a loader, which has to come in random order: an unbiased estimate, for `LiSSA` (what
+    ``"auto"`` is then), `Neumann` and `Identity`. All other solvers want one and the same matrix in every step, and
+    refuse it; there is no residual, which would be one batch's.
 
     Args:
         loss: Scalar tensor that still has its graph, or a function of the parameters (and of a batch, if there
@@ -83,7 +84,7 @@ class Hessian(LinearOperator):
         batches: An iterable of what ``loss`` takes as second argument; a list or a ``DataLoader``. Every batch counts
             the same, and batches of different lengths bring a warning: use ``drop_last=True``, or a loss that returns
             the batch's sum times ``len(loader) / len(dataset)``.
-        stochastic: Use one batch for every product, the next, not all of them.
+        stochastic: Use one batch for every product, not all of them.
         unused: What to do with parameters that the loss does not depend on: ``"zeros"`` gives them
             zero rows, ``"error"`` raises and names them.
         engine: One of the above. What cannot be replayed is run by backward passes, and the log
