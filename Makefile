@@ -12,7 +12,7 @@ STAMP := $(VENV)/.hypergrad_ext
 # Tests run one thread each, so there is one process per core.
 PYTEST := $(BIN)/python -m pytest -n $(MAX_JOBS) --dist loadgroup
 # What runs again for every instruction set.
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,ops steps softmax lstm glm dense mlp wide convolutions plans panel_gemm sweeps bands crews))
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,ops steps softmax lstm glm dense mlp wide convolutions plans panel_gemm sweeps))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/* csrc/cpu/* csrc/cuda/*)
 
 .DEFAULT_GOAL := help
