@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from hypergrad_ext import _native, ops, reference
+from hypergrad_ext import ops
 from hypergrad_ext.operators.base import LinearOperator
-from hypergrad_ext.operators.dense import DenseMatrix
+from hypergrad_ext.operators.glm_gram import Gram, form_gram
+from hypergrad_ext.operators.glm_plan import estimate
 from hypergrad_ext.operators.mlp import runs_as_written
 from hypergrad_ext.structure import Space, Tree, take_apart, versions
 from hypergrad_ext.surroundings import without_autocast
@@ -23,70 +22,6 @@ Family = Literal["logistic", "softmax", "squared", "poisson"]
 FAMILIES = ("logistic", "softmax", "squared", "poisson")
 
 _logger = logging.getLogger("hypergrad_ext")
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """What things cost in multiply-adds of the fused product."""
-
-    from_memory: float  # a byte
-    from_cache: float  # a byte of data that fit in the cache
-    gram: float  # a multiply-add of the Gram matrix when it is formed
-    strip: int  # of that as many columns of the matrix at a time: what they have beyond the diagonal is lost
-    step: float  # a multiply-add of a product with it
-    short_row: float  # what the sums at the end of a row of X cost, beside its elements
-    row: float  # what a row of X costs at least, beside reading it
-    loop_step: float  # the calls of a step with the Gram matrix
-    scaling: float  # a number of D x when the matrix is formed
-    forming: float  # the calls that form it
-    cache_bytes: float
-    product: float = 1.0  # a multiply-add of a product with X
-
-
-# Measured on AMD: Zen 4, where the product makes 85 to 100 GFLOP/s per core; Zen 3, 55, what forms the matrix and
-# multiplies by it on a Zen 4 without AVX-512; Zen 5, 200, of which the same is not measured. On Intel's server cores
-# (Granite Rapids), 105, whose last cache gives 27 GB/s to each; their matrix units form the matrix of wide data in
-# float32, and make products of several columns with data in bfloat16, of many with data in float32.
-_ON_AVX2 = _Rates(
-    from_memory=2.0,
-    from_cache=1.4,
-    gram=0.9,
-    strip=48,
-    step=1.0,
-    short_row=30.0,
-    row=170.0,
-    loop_step=4e4,
-    scaling=20.0,
-    forming=2e6,
-    cache_bytes=32e6,
-)
-_ON_AVX512 = replace(_ON_AVX2, from_cache=1.0, gram=1.0)
-_ON_INTEL_AVX512 = replace(_ON_AVX512, from_memory=3.0, from_cache=1.9, gram=0.85, step=1.2, cache_bytes=1e8)
-_ON_INTEL_AMX = replace(_ON_INTEL_AVX512, gram=0.3, strip=32, scaling=50.0)
-_AMX_PRODUCT = {torch.bfloat16: 0.5, torch.float32: 0.65}
-# Rows and columns of the data, and columns of vectors and classes, from which on they do.
-_AMX_GRAM, _AMX_COLUMNS = (1024, 128), {torch.bfloat16: (256, 64, 2), torch.float32: (128, 256, 64)}
-_ON_FAST_CORES = replace(_ON_AVX512, from_memory=3.5, short_row=0.0, row=500.0, loop_step=1.2e5, forming=1e7)
-# By arithmetic for an H200, not measured: 25 TFLOP/s in the fused product, 45 in cuBLAS, 4.3 TB/s from memory, about
-# 10 from shared memory and L2, four launches per step.
-_ON_CUDA = _Rates(
-    from_memory=3.0,
-    from_cache=1.2,
-    gram=0.55,
-    strip=112,
-    step=0.55,
-    short_row=0.0,
-    row=0.0,
-    loop_step=2.5e8,
-    scaling=40.0,
-    forming=1.2e9,
-    cache_bytes=30e6,
-)
-
-# Rows of a half precision X that are widened at a time when the Gram matrix is formed.
-_ROWS = 8192
-# Gram matrices up to this size are formed: 64 MB in float32.
-_GRAM_LIMIT = 4096
 
 
 class GLMHessian(LinearOperator):
@@ -173,7 +108,10 @@ class GLMHessian(LinearOperator):
         self._check_unchanged()
         if self._gram is None:
             with without_autocast(self.space.device):
-                self._gram = self._form_gram()
+                gram = form_gram(self.inputs, self.weights, self.scale, self.intercept)
+                if self.l2 is not None:
+                    gram.diagonal().add_(self.l2)
+                self._gram = gram
         return self._gram
 
     def plan(self, products: int, rows: int) -> tuple[Literal["gram", "products"], str]:
@@ -186,33 +124,14 @@ class GLMHessian(LinearOperator):
         Returns:
             The choice, and the estimate behind it.
         """
-        (n, d), m = self.inputs.shape, self.space.numel
-        classes = m // (d + self.intercept)
-
-        rates = _rates(self.inputs, classes * rows)
-
-        def reading(size: int) -> float:
-            return size * (rates.from_memory if size > rates.cache_bytes else rates.from_cache)
-
-        data = n * d * self.inputs.element_size()
-        product = rates.product * 2 * n * (d + rates.short_row) * classes * rows
-        streaming = products * max(product, reading(data) + n * rates.row)
-        forming = 0.0
-        if self._gram is None:
-            # Of every pair of classes a symmetric block.
-            pairs = classes * (classes + 1) / 2
-            multiplying = pairs * n * (d * (rates.gram * min(d, (d + rates.strip) / 2) + rates.scaling) + rates.row)
-            forming = max(multiplying, reading(data)) + rates.forming
-        step = max(rates.step * m * m * rows, reading(m * m * self.space.dtype.itemsize)) + rates.loop_step
-        forming += products * step
-        choice: Literal["gram", "products"] = "gram" if forming < streaming and m <= _GRAM_LIMIT else "products"
-        return choice, f"Gram matrix {forming / 1e6:.3g} against {streaming / 1e6:.3g} million multiply-adds"
+        formed, space = self._gram is not None, self.space
+        return estimate(self.inputs, self.intercept, space.numel, space.dtype, products, rows, formed=formed)
 
     def prepare(self, products: int, rows: int) -> LinearOperator:
         """The Gram matrix as an operator, where that is cheaper than this many products; else itself."""
         choice, why = self.plan(products, rows)
         _logger.debug("GLMHessian, %d products with %d vectors: %s (%s)", products, rows, choice, why)
-        return _Gram(self._formed(), self.space) if choice == "gram" else self
+        return Gram(self._formed(), self.space) if choice == "gram" else self
 
     def neumann_series(
         self, b: Tensor, alpha: float, damping: float, steps: int, stop: Tensor, backend: str | None
@@ -305,66 +224,6 @@ class GLMHessian(LinearOperator):
         diagonal[: weight.numel()] = 2 * penalty.expand(weight.shape).reshape(-1)
         return diagonal
 
-    def _form_gram(self) -> Tensor:
-        """``scale X^T D X + l2``: a symmetric block for every pair of classes."""
-        (n, d), m = self.inputs.shape, self.space.numel
-        p = self.weights.view(n, -1)
-        classes, width = p.shape[1], d + self.intercept
-        # A GPU has no kernel of ours for it, whatever backend was asked for: its libraries form it.
-        form = ops.glm_gram.kernel_if_any(p.device) if p.device.type == "cpu" else None
-        form = form or reference.glm_gram
-        if classes == 1 and not self.intercept and self.inputs.dtype == p.dtype:
-            # As it comes: a copy takes as long as hundreds of thousands of multiply-adds.
-            return self._penalised(form(self.inputs, self.scale * p)[0])
-        blocks = p.new_zeros(classes, classes, width, width)
-        unit = torch.eye(classes, dtype=p.dtype, device=p.device)
-        # A half precision X is widened by blocks of rows, so that no second copy of it is made.
-        rows = n if self.inputs.dtype == p.dtype else _ROWS
-        for x, p_x in zip(self.inputs.split(rows), p.split(rows), strict=True):
-            x = x.to(p.dtype)
-            for c in range(classes):
-                curvature = self.scale * p_x
-                if classes > 1:
-                    curvature = curvature[:, c, None] * (unit[c, : c + 1] - p_x[:, : c + 1])
-                blocks[c, : c + 1, :d, :d] += form(x, curvature)
-                if self.intercept:
-                    blocks[c, : c + 1, d, :d] += curvature.T @ x
-                    blocks[c, : c + 1, d, d] += curvature.sum(0)
-        if self.intercept:
-            blocks[:, :, :d, d] = blocks[:, :, d, :d]
-        for c in range(1, classes):
-            blocks[:c, c] = blocks[c, :c]
-        gram = blocks.transpose(1, 2).reshape(m, m)
-        if classes > 1 and self.intercept:
-            # Rows and columns in the order of the parameters: all weights, then all intercepts.
-            order = torch.arange(classes * width, device=self.space.device).view(classes, width)
-            order = torch.cat([order[:, :d].reshape(-1), order[:, d:].reshape(-1)])
-            gram = gram[order][:, order]
-        return self._penalised(gram)
-
-    def _penalised(self, gram: Tensor) -> Tensor:
-        if self.l2 is not None:
-            gram.diagonal().add_(self.l2)
-        return gram
-
-
-class _Gram(DenseMatrix):
-    """The Gram matrix as an operator on the model's own parameters."""
-
-    def __init__(self, matrix: Tensor, space: Space) -> None:
-        # Without the checks of a matrix from outside, which take as long as forming a small one.
-        self.matrix, self.space, self.symmetric = matrix, space, True
-
-    def matvec(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """One product with the matrix."""
-        with without_autocast(self.space.device):
-            return self.space.views(self.matrix @ self.space.joined(v))
-
-    def matmat(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """One product with the matrix for all vectors."""
-        with without_autocast(self.space.device):
-            return self.space.views(self.space.joined(v) @ self.matrix)
-
 
 def _check_params(params: Tree) -> None:
     if isinstance(params, nn.Module):
@@ -381,30 +240,6 @@ def _check_params(params: Tree) -> None:
             raise ValueError("params: expected a module, all of it trainable, got parameters that do not require grad")
     elif isinstance(params, dict) and list(params) == ["bias", "weight"]:
         raise ValueError("params: expected the weight before the bias, got a dict of bias and weight in that order")
-
-
-def _rates(inputs: Tensor, columns: int) -> _Rates:
-    if inputs.is_cuda:
-        return _ON_CUDA
-
-    def reach(*least: int) -> bool:
-        return all(size >= bound for size, bound in zip((*inputs.shape, columns), least, strict=False))
-
-    wide = inputs.dtype != torch.float64 and reach(*_AMX_GRAM)
-    several = inputs.dtype in _AMX_COLUMNS and reach(*_AMX_COLUMNS[inputs.dtype])
-    return _rates_of_cpu(wide, _AMX_PRODUCT[inputs.dtype] if several else 1.0)
-
-
-@functools.cache
-def _rates_of_cpu(wide: bool, product: float) -> _Rates:
-    cpu = _native.build_info()
-    if cpu.get("blas_at_half_speed"):
-        return _ON_FAST_CORES
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return _ON_AVX2
-    if not cpu.get("amx"):
-        return _ON_INTEL_AVX512 if cpu.get("vendor") == "intel" else _ON_AVX512
-    return replace(_ON_INTEL_AMX if wide else _ON_INTEL_AVX512, product=product)
 
 
 def _curvature(family: Family, eta: Tensor) -> Tensor:
