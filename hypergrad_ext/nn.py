@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from hypergrad_ext.lstm import lstm_layer
+from hypergrad_ext.lstm_layer import lstm_layer
 
 Masks = Tensor | Sequence[Tensor] | None
 """One mask for all, one for each, or none."""
@@ -27,8 +27,8 @@ class LSTM(torch.nn.LSTM):
 
     The same module: arguments, parameters and their names, state dict, shapes of inputs and outputs, results. What
     differs is what runs: the inputs of all steps go through one matrix product, and the recurrence of a layer is one
-    op in each of the three passes, forward, backward and the backward of the backward (`hypergrad_ext.lstm`). cuDNN's
-    and oneDNN's LSTMs, which `torch.nn.LSTM` uses where it can, have no backward of the backward.
+    op in each of the three passes, forward, backward and the backward of the backward (`hypergrad_ext.lstm_layer`).
+    cuDNN's and oneDNN's LSTMs, which `torch.nn.LSTM` uses where it can, have no backward of the backward.
 
     Between the passes every layer keeps, per step and unit, the four activations, the memory and the output, and while
     there is a graph of the gradient, the gradients by all of these.

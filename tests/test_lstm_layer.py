@@ -7,7 +7,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from hypergrad_ext import functional, lstm
+from hypergrad_ext import functional
+from hypergrad_ext.lstm_layer import lstm_layer
 from tests.compare import assert_close
 
 
@@ -107,10 +108,10 @@ class TestLayer:
     @pytest.mark.parametrize("steps", [1, 2, 4])
     def test_derivatives(self, steps):
         inputs = self.inputs(steps)
-        assert gradcheck(lstm.lstm_layer, inputs)
-        assert gradgradcheck(lstm.lstm_layer, inputs)
+        assert gradcheck(lstm_layer, inputs)
+        assert gradgradcheck(lstm_layer, inputs)
         for output in (0, 1):
-            assert gradgradcheck(lambda *a: lstm.lstm_layer(*a)[output][-1], inputs)  # noqa: B023
+            assert gradgradcheck(lambda *a: lstm_layer(*a)[output][-1], inputs)  # noqa: B023
 
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (5,), (1, 3), (0, 5), (3, 4)], ids=str)
@@ -125,7 +126,7 @@ class TestLayer:
             every = list(inputs)
             for i, t in zip(which, some, strict=True):
                 every[i] = t
-            return lstm.lstm_layer(*every)
+            return lstm_layer(*every)
 
         some = [inputs[i].clone().requires_grad_() for i in which]
         assert gradcheck(of, some)
@@ -133,7 +134,7 @@ class TestLayer:
 
     def test_third_and_fourth_order(self):
         inputs = self.inputs()
-        assert_close(*(fourth(f, inputs) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
+        assert_close(*(fourth(f, inputs) for f in (lstm_layer, layer_in_torch)), 1e-13)
 
     def test_third_order_without_bias_and_state(self):
         x, w_ih, _, w_hh, h0, c0 = self.inputs()
@@ -148,12 +149,12 @@ class TestLayer:
                 grads, result = total, grads
             return list(result)
 
-        assert_close(*(third(f) for f in (lstm.lstm_layer, layer_in_torch)), 1e-13)
+        assert_close(*(third(f) for f in (lstm_layer, layer_in_torch)), 1e-13)
 
     def test_vectors_stay_as_they_are(self):
         """Also that of the bias, where one step of one row is all there is."""
         x, w_ih, bias, w_hh, h0, c0 = draw((1, 1, 4), (8, 4), (8,), (8, 2), (1, 2), (1, 2))
-        h, _ = lstm.lstm_layer(x.detach(), w_ih.detach(), bias, w_hh, h0, c0)
+        h, _ = lstm_layer(x.detach(), w_ih.detach(), bias, w_hh, h0, c0)
         grads = torch.autograd.grad(h.square().sum(), (bias, w_hh), create_graph=True)
         vectors = [torch.randn_like(g) for g in grads]
         before = [v.clone() for v in vectors]
@@ -166,4 +167,4 @@ class TestLayer:
         def hessian(layer):
             return torch.func.hessian(lambda w: layer(*inputs[:3], w, *inputs[4:])[0].square().sum())(inputs[3])
 
-        assert_close(hessian(lstm.lstm_layer), hessian(layer_in_torch), 1e-13)
+        assert_close(hessian(lstm_layer), hessian(layer_in_torch), 1e-13)
