@@ -29,8 +29,11 @@ namespace hg::cpu {
 
 enum class Isa : int { base, avx2, avx512 };
 
+// HG_ONLY_ISA=base|avx2|avx512: a build for tests on the machine that compiles it, in a third of the time.
 inline Isa isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(HG_ONLY_ISA)
+  return Isa::HG_ONLY_ISA;
+#elif defined(__x86_64__) && defined(__GNUC__)
   static const Isa chosen = [] {
     const std::string torch_uses = at::get_cpu_capability();
     return torch_uses == "AVX512" ? Isa::avx512 : torch_uses == "AVX2" ? Isa::avx2 : Isa::base;
@@ -43,6 +46,13 @@ inline Isa isa() {
 
 inline const char* isa_name() { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; }
 
+// Of a kernel's function for each instruction set the one to run.
+#if defined(HG_ONLY_ISA)
+#define HG_CHOSEN_ISA &HG_ONLY_ISA
+#else
+#define HG_CHOSEN_ISA isa() == Isa::avx512 ? &avx512 : isa() == Isa::avx2 ? &avx2 : &base
+#endif
+
 // Body::run compiled for every instruction set; get() returns the pointer to the right one.
 template <class Body, class... Args>
 struct ForIsa {
@@ -50,7 +60,7 @@ struct ForIsa {
   static void base(Args... args) { Body::run(args...); }
   HG_TARGET_AVX2 static void avx2(Args... args) { Body::run(args...); }
   HG_TARGET_AVX512 static void avx512(Args... args) { Body::run(args...); }
-  static Function get() { return isa() == Isa::avx512 ? &avx512 : isa() == Isa::avx2 ? &avx2 : &base; }
+  static Function get() { return HG_CHOSEN_ISA; }
 };
 
 }  // namespace hg::cpu

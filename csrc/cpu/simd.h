@@ -189,7 +189,7 @@ struct ForTiles {
   static void base(Args... args) { Body<TilesBase>::run(args...); }
   HG_TARGET_AVX2 static void avx2(Args... args) { Body<TilesAvx2>::run(args...); }
   HG_TARGET_AVX512 static void avx512(Args... args) { Body<TilesAvx512>::run(args...); }
-  static Function get() { return isa() == Isa::avx512 ? &avx512 : isa() == Isa::avx2 ? &avx2 : &base; }
+  static Function get() { return HG_CHOSEN_ISA; }
 };
 
 }  // namespace hg::cpu
