@@ -17,7 +17,7 @@ from tests.threads import threads
 MISSING = backends.unavailable("cpp", "cpu")
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "the C++ kernels are there")
 
-SOLVE = 0.5, 0.1, 25  # alpha, damping, steps
+SOLVE = 0.5, 0.1, 10  # alpha, damping, steps
 
 
 def never(k):
@@ -44,7 +44,7 @@ def of_a_network(k):
     # Not "auto", which may take another engine the next time, whose rounding differs.
     operator = hg.Hessian(loss, model, engine="native")
     b = {name: torch.randn(k, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
-    return lambda: hg.solve(operator, b, hg.Neumann(25, alpha=0.1), damping=0.1).value
+    return lambda: hg.solve(operator, b, hg.Neumann(10, alpha=0.1), damping=0.1).value
 
 
 def of_a_perceptron(k):
@@ -52,7 +52,7 @@ def of_a_perceptron(k):
     x, y = torch.randn(800, 60, dtype=torch.float64), torch.randint(10, (800,))
     operator = hg.MLPHessian(x, params, y, activation="tanh", loss="cross_entropy")
     b = [torch.randn(k, *p.shape, dtype=torch.float64) for p in params]
-    return lambda: hg.solve(operator, b, hg.Neumann(25, alpha=0.1), damping=0.1).value
+    return lambda: hg.solve(operator, b, hg.Neumann(10, alpha=0.1), damping=0.1).value
 
 
 PROBLEMS = [by_rows, by_entries, of_a_network, of_a_perceptron]
