@@ -138,7 +138,7 @@ def build_extension(kind, torch):
     link = ["-fopenmp", "-s", "-Wl,--as-needed"]
     sanitized = os.environ.get("HYPERGRAD_EXT_SANITIZE") == "1"
     if sanitized or kind == "emulate":
-        # For tests on this machine, which run one set of instructions: compiling three takes three times as long.
+        # For tests on this machine, which run one set of instructions: the bodies for the others are left out.
         isa = torch.backends.cpu.get_cpu_capability().lower()
         cxx += [f"-DHG_ONLY_ISA={isa if isa in ('avx2', 'avx512') else 'base'}"]
     if sanitized:

@@ -248,7 +248,7 @@ class TestRuns:
 class TestTuning:
     @pytest.mark.slow
     def test_it_beats_what_it_starts_from(self):
-        """Less than three minutes on two cores: an arm per process."""
+        """Five minutes on two slow cores: an arm per process."""
         methods = "seven", "many", "fixed"
         with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
             found = dict(zip(methods, pool.map(small_run, methods), strict=True))

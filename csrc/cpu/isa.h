@@ -29,7 +29,7 @@ namespace hg::cpu {
 
 enum class Isa : int { base, avx2, avx512 };
 
-// HG_ONLY_ISA=base|avx2|avx512: a build for tests on the machine that compiles it, in a third of the time.
+// HG_ONLY_ISA=base|avx2|avx512: a build for tests on the machine that compiles it, with one body per kernel.
 inline Isa isa() {
 #if defined(HG_ONLY_ISA)
   return Isa::HG_ONLY_ISA;
